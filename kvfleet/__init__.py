@@ -1,0 +1,1 @@
+"""A declarative, plugin-based router and OpenAI-compatible gateway for fleets of LLM engines."""

@@ -1,0 +1,1 @@
+"""The built-in components, registered exactly as a third party's are."""

@@ -1,0 +1,1 @@
+"""Configuration: the vocabulary of a fleet file, YAML with positions, findings."""

@@ -1,0 +1,354 @@
+"""The vocabulary of a fleet file: plain frozen data, no behaviour beyond what a field means.
+
+Every field describes itself (see `kvfleet.config.fields`); validation, the JSON Schema and the reference page are made
+from these descriptions. Options of components live with the components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
+from kvfleet.config.findings import NOWHERE, Origin
+
+__all__ = [
+    "AUTO_MODEL",
+    "DATA_CLASSES",
+    "SELF_HOSTED_PROVIDERS",
+    "AliasConfig",
+    "CacheAffinityConfig",
+    "FallbackConfig",
+    "FleetConfig",
+    "GatewayConfig",
+    "ModelCapabilities",
+    "ModelConfig",
+    "OtlpConfig",
+    "PolicyConfig",
+    "PolicyRule",
+    "RouteRuleConfig",
+    "ScoringWeights",
+    "StageConfig",
+    "TelemetryConfig",
+    "TenantConfig",
+    "TraceStoreConfig",
+]
+
+AUTO_MODEL = "auto"
+"""The model name with which a client leaves the choice to the pipeline."""
+
+DATA_CLASSES = ("public", "internal", "confidential", "restricted")
+"""The data classes of a request, from the least to the most sensitive."""
+
+SELF_HOSTED_PROVIDERS = frozenset({"vllm", "sglang", "llama_cpp", "ollama", "tgi", "triton", "mock"})
+"""Providers whose engines run where their operator put them; a model of theirs is private unless it says otherwise."""
+
+_URL = r"https?://[^\s/?#]+[^\s?#]*"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/+-]*"
+
+
+@attrs.frozen(kw_only=True)
+class ModelCapabilities:
+    """What a model can do. A request that needs more than a model declares is not routed to it."""
+
+    model_type: str = choice(
+        "chat", of=("chat", "completion", "embedding", "rerank"), doc="What kind of calls it serves."
+    )
+    supports_tools: bool = flag(doc="It accepts `tools` and answers with tool calls.")
+    supports_json_mode: bool = flag(doc="It honours `response_format` (JSON mode and JSON schema).")
+    supports_streaming: bool = flag(True, doc="It can stream its answer.")
+    supports_vision: bool = flag(doc="It accepts images.")
+    supports_audio: bool = flag(doc="It accepts audio.")
+    supports_video: bool = flag(doc="It accepts video.")
+    max_context_window: int | None = number(
+        None, gt=0, unit="tokens", doc="Longest prompt plus answer; unknown if absent, and then not checked."
+    )
+    supported_languages: tuple[str, ...] = listing((), doc="Languages (ISO 639-1) it is good at; empty means any.")
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """One model of the fleet and where it runs.
+
+    In a running fleet each replica is one of these: `kvfleet.registry.models` expands a model with several endpoints
+    into one `ModelConfig` per endpoint, told apart by `id`.
+    """
+
+    name: str = text(doc="The name clients and pipelines use.", pattern=_NAME, pattern_doc="letters, digits and ._:/+-")
+    endpoint: str = text(
+        "", doc="Base URL of the engine, with or without /v1.", pattern=_URL, pattern_doc="an http:// or https:// URL"
+    )
+    replicas: tuple[str, ...] = listing((), doc="Base URLs of further replicas.", example=["http://gpu-2:8000"])
+    provider: str = text("openai_compat", doc="Which adapter speaks to it; `kvfleet components` lists them.")
+    model_id: str = text("", doc="The engine's own name of the model; `name` if absent.")
+    api_key: str = secret(doc="The credential for this backend.")
+    capabilities: ModelCapabilities = section(ModelCapabilities, doc="What the model can do.")
+    cost_per_1k_input_tokens: float | None = number(
+        None, ge=0, unit="usd", doc="Price of 1,000 prompt tokens; unknown if absent (free on a self-hosted engine)."
+    )
+    cost_per_1k_output_tokens: float | None = number(
+        None, ge=0, unit="usd", doc="Price of 1,000 answer tokens; unknown if absent (free on a self-hosted engine)."
+    )
+    latency_p50_ms: float = number(
+        500, gt=0, unit="ms", doc="Typical time to an answer, until measurements replace it."
+    )
+    latency_p95_ms: float = number(2000, gt=0, unit="ms", doc="Slow but usual time to an answer.")
+    quality_score: float = number(0.5, ge=0, le=1, doc="How good its answers are, 0 to 1.")
+    allowed_data_classes: tuple[str, ...] = listing(
+        ("public", "internal", "confidential"), doc="Data classes it may see.", example=["public"]
+    )
+    region: str = text("", doc="Where it runs, as in `eu-west-1`; used by residency rules.")
+    private: bool | None = flag(
+        None, doc="True if no third party sees the prompt; by default so for self-hosted providers."
+    )
+    tags: Mapping[str, str] = mapping(doc="Free labels for rules and strategies.", example={"domain": "coding"})
+    weight: float = number(1.0, ge=0, doc="Its share under the `weighted` strategy.")
+    enabled: bool = flag(True, doc="False keeps it in the file but out of every route.")
+    custom_headers: Mapping[str, str] = mapping(
+        doc="Headers sent with every call to it; values may be secrets.", example={"X-Team": "ml"}, is_secret=True
+    )
+    custom_chat_path: str = text("/generate", doc="Path of a `custom_http` engine's chat call.")
+    custom_health_path: str = text("/health", doc="Path of a `custom_http` engine's health check.")
+    custom_request_template: Mapping[str, Any] = mapping(
+        doc="Body of a `custom_http` call; `{prompt}`, `{messages}`, `{model}`, `{max_tokens}` and `{temperature}` are filled in."
+    )
+    custom_content_key: str = text(
+        "", doc="Where a `custom_http` answer's text stands, as in `output` or `data.0.text`."
+    )
+    timeout_seconds: float = number(60, gt=0, unit="s", doc="Longest wait for the first byte of an answer.")
+    idle_timeout_seconds: float = number(60, gt=0, unit="s", doc="Longest silence amid an answer.")
+    max_retries: int = number(
+        1, ge=0, doc="How often a call is repeated on the same replica if nothing had been received."
+    )
+    stream_usage: bool = flag(True, doc="Ask the engine for token usage at the end of a stream.")
+    options: Mapping[str, Any] = mapping(doc="Options of the adapter itself; `kvfleet components` lists them.")
+    id: str = attrs.field(init=False, eq=False, repr=False)
+
+    @id.default
+    def _make_id(self) -> str:
+        return f"{self.name}@{self.endpoint}" if self.endpoint else self.name
+
+    def get_model_id(self) -> str:
+        """The engine's own name of the model."""
+        return self.model_id or self.name
+
+    def all_endpoints(self) -> tuple[str, ...]:
+        """Every endpoint of the model, its first one first, without repeats."""
+        return tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
+
+    @property
+    def is_self_hosted(self) -> bool:
+        """True if the engine runs where the operator put it."""
+        return self.provider in SELF_HOSTED_PROVIDERS
+
+    @property
+    def is_private(self) -> bool:
+        """True if no third party sees the prompt: declared so, or self-hosted."""
+        return self.is_self_hosted if self.private is None else self.private
+
+
+@attrs.frozen(kw_only=True)
+class ScoringWeights:
+    """How much each dimension counts in `hybrid_score`."""
+
+    cost: float = number(0.3, ge=0, le=1, doc="Weight of the price.")
+    latency: float = number(0.3, ge=0, le=1, doc="Weight of the expected time.")
+    quality: float = number(0.3, ge=0, le=1, doc="Weight of the quality.")
+    cache_affinity: float = number(
+        0.1, ge=0, le=1, doc="Weight of the prompt's part already in the replica's KV cache."
+    )
+    hardware_load: float = number(0.0, ge=0, le=1, doc="Weight of the replica's free capacity.")
+    compliance: float = number(0.0, ge=0, le=1, doc="Weight of the model's clearance for the request's data class.")
+
+
+@attrs.frozen(kw_only=True)
+class FallbackConfig:
+    """What happens after a failed attempt."""
+
+    enabled: bool = flag(True, doc="Try another candidate after a failure.")
+    max_attempts: int = number(3, ge=1, le=20, doc="Most backend calls for one request.")
+    timeout_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait for the first byte in one attempt.")
+    promote_on_timeout: bool = flag(True, doc="A timeout also moves on to the next candidate.")
+    fallback_order: tuple[str, ...] = listing(
+        (), doc="Models to try after the first choice, in this order; the ranking's order if empty.", refers_to="model"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class CacheAffinityConfig:
+    """Sending a request where its prompt is already in the KV cache."""
+
+    enabled: bool = flag(True, doc="Know and use which replica served a prompt's beginning.")
+    session_ttl_seconds: float = number(3600, gt=0, unit="s", doc="How long a conversation stays bound to its replica.")
+    prefix_hash_tokens: int = number(128, ge=1, unit="tokens", doc="Tokens of a prompt's beginning that identify it.")
+    min_affinity_score: float = number(0.3, ge=0, le=1, doc="Affinity below this counts as none.")
+    consistent_hash_replicas: int = number(150, ge=1, doc="Virtual nodes of each replica on the hash ring.")
+
+
+@attrs.frozen(kw_only=True)
+class PolicyRule:
+    """One rule: if the condition holds for the request, the action restricts the candidates."""
+
+    name: str = text(doc="The rule's name, as traces and errors show it.")
+    description: str = text("", doc="Why the rule exists.")
+    condition: str = text(doc="When it applies.", example="data_class == confidential")
+    action: str = text(doc="What it does: `require_private`, `require_model`, `block`, `allow`, or a plugin's action.")
+    target_models: tuple[str, ...] = listing((), doc="The models the action speaks of.", refers_to="model")
+    priority: int = number(100, doc="Rules with lower numbers are applied first.")
+
+
+@attrs.frozen(kw_only=True)
+class PolicyConfig:
+    """Who may see what."""
+
+    enabled: bool = flag(doc="Apply the policy.")
+    pii_detection: bool = flag(doc="Look for personal data, and keep it on private models.")
+    default_data_class: str = choice("internal", of=DATA_CLASSES, doc="Data class of a request that names none.")
+    rules: tuple[PolicyRule, ...] = listing((), doc="Rules, applied by priority.")
+
+
+@attrs.frozen(kw_only=True)
+class TenantConfig:
+    """What one tenant may use, and prefers."""
+
+    name: str = text("", doc="The tenant's name for people.")
+    preferred_models: tuple[str, ...] = listing((), doc="Use these if any of them is left.", refers_to="model")
+    blocked_models: tuple[str, ...] = listing((), doc="Never use these.", refers_to="model")
+    allowed_data_classes: tuple[str, ...] = listing(
+        ("public", "internal"), doc="Data classes this tenant may send.", example=["public", "internal"]
+    )
+    region: str = text("", doc="The region its requests come from, if the request does not say.")
+
+
+@attrs.frozen(kw_only=True)
+class RouteRuleConfig:
+    """One rule of the `rules` strategy: if all conditions hold, the target model comes first."""
+
+    name: str = text(doc="The rule's name, as traces show it.")
+    condition: Mapping[str, str] = mapping(
+        doc="What must hold: `tags.X`, `data_class`, `tenant`.", example={"tags.domain": "coding"}
+    )
+    target_model: str = text(doc="The model that comes first.", refers_to="model")
+    priority: int = number(100, doc="Rules with lower numbers are tried first.")
+
+
+@attrs.frozen(kw_only=True)
+class AliasConfig:
+    """A model name of the fleet's own: clients ask for it, the pipeline chooses behind it."""
+
+    models: tuple[str, ...] = listing((), doc="The models it may stand for; all if empty.", refers_to="model")
+    strategy: str = text("", doc="The strategy for requests under this name; the pipeline's own if empty.")
+
+
+@attrs.frozen(kw_only=True)
+class GatewayConfig:
+    """The HTTP face."""
+
+    host: str = text("127.0.0.1", doc="Address to listen on; loopback unless you say otherwise.")
+    port: int = number(8000, ge=0, le=65535, doc="Port to listen on; 0 takes any free one.")
+    api_key: str = secret(doc="Key that clients must send as a bearer token; none is asked for if empty.")
+    api_keys: Mapping[str, str] = mapping(
+        doc="Further keys, by a name that logs may show; values are secrets.",
+        example={"team-a": "env:TEAM_A_KEY"},
+        is_secret=True,
+    )
+    cors_origins: tuple[str, ...] = listing((), doc="Origins allowed to call from a browser; none by default.")
+    passthrough_headers: tuple[str, ...] = listing(
+        (), doc="Request headers passed on to the backend.", example=["X-Correlation-ID"]
+    )
+    strategy_header: str = text("X-KVFleet-Strategy", doc="Header with which a request asks for a strategy.")
+    model_allowlist_header: str = text("X-KVFleet-Models", doc="Header with which a request narrows the models.")
+    timeout_header: str = text("X-KVFleet-Timeout", doc="Header with a request's own deadline in milliseconds.")
+    tenant_header: str = text("", doc="Header that names the tenant; off if empty.", example="X-Tenant-ID")
+    data_class_header: str = text("X-KVFleet-Data-Class", doc="Header that names the request's data class.")
+    region_header: str = text("X-KVFleet-Region", doc="Header that names the request's source region.")
+    session_header: str = text("X-Session-ID", doc="Header that names the conversation.")
+    max_body_bytes: int = number(20 * 1024 * 1024, gt=0, unit="bytes", doc="Largest request body.")
+    max_concurrent: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
+
+
+@attrs.frozen(kw_only=True)
+class TraceStoreConfig:
+    """The local store behind `kvfleet trace`."""
+
+    enabled: bool = flag(True, doc="Keep traces of a running gateway.")
+    path: str = text("", doc="The SQLite file; in the user's state directory if empty.")
+    max_megabytes: float = number(256, gt=0, doc="Largest size of the file; the oldest traces go first.")
+    max_age_days: float = number(7, gt=0, doc="Oldest trace kept.")
+
+
+@attrs.frozen(kw_only=True)
+class OtlpConfig:
+    """OpenTelemetry export. The standard `OTEL_*` variables work too; what is written here wins."""
+
+    endpoint: str = text(
+        "",
+        doc="OTLP/HTTP collector, as in `http://127.0.0.1:4318`; no export if empty.",
+        pattern=_URL,
+        pattern_doc="an http:// or https:// URL",
+    )
+    headers: Mapping[str, str] = mapping(doc="Headers for the collector; values may be secrets.", is_secret=True)
+    service_name: str = text("kvfleet", doc="`service.name` of the exported spans.")
+    sample_ratio: float = number(1.0, ge=0, le=1, doc="Share of routes exported, unless the caller decided already.")
+
+
+@attrs.frozen(kw_only=True)
+class TelemetryConfig:
+    """What is measured, and where it goes."""
+
+    prometheus_enabled: bool = flag(True, doc="Serve `/metrics` on the gateway.")
+    prometheus_port: int | None = number(None, ge=0, le=65535, doc="Serve metrics on a port of their own too.")
+    health_check_interval_seconds: float = number(30, gt=0, unit="s", doc="Time between health checks of a replica.")
+    load_poll_interval_seconds: float = number(1, gt=0, unit="s", doc="Time between readings of a replica's metrics.")
+    structured_logs: bool = flag(doc="Log JSON lines instead of plain text.")
+    log_route_decisions: bool = flag(doc="Log one line for each route.")
+    capture_content: bool = flag(doc="Put prompts and answers into traces. Off unless you need it.")
+    otlp: OtlpConfig = section(OtlpConfig, doc="OpenTelemetry export.")
+    trace_store: TraceStoreConfig = section(TraceStoreConfig, doc="The local store behind `kvfleet trace`.")
+
+
+@attrs.frozen(kw_only=True)
+class StageConfig:
+    """One entry of `pipeline:`, written `- filter.health` or `{use, name, on_error, with}`.
+
+    Attributes:
+        use: The component: ``kind.name``, or ``select``/``execute`` alone for their usual ones.
+        name: A name of its own in traces, if it is used twice.
+        on_error: ``fail`` or ``skip``; empty for the kind's default.
+        options: What stands under ``with:``, still as written; the component's class checks it at build.
+        path: Where the entry stands in the file.
+    """
+
+    use: str
+    name: str = ""
+    on_error: str = ""
+    options: Mapping[str, Any] = attrs.field(factory=dict)
+    path: tuple[str | int, ...] = ()
+
+
+@attrs.frozen(kw_only=True)
+class FleetConfig:
+    """A whole fleet file."""
+
+    fleet_name: str = text("default", doc="The fleet's name in traces and metrics.")
+    models: tuple[ModelConfig, ...] = listing((), doc="The models and where they run.", ge=1)
+    strategy: str = text(
+        "hybrid_score", doc="How the best candidate is chosen; `kvfleet components` lists the strategies."
+    )
+    scoring_weights: ScoringWeights = section(ScoringWeights, doc="Weights of `hybrid_score`.")
+    default_model: str = text("", doc="The model of the `static` strategy.", refers_to="model")
+    route_rules: tuple[RouteRuleConfig, ...] = listing((), doc="Rules of the `rules` strategy.")
+    fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
+    cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
+    policy: PolicyConfig = section(PolicyConfig, doc="Who may see what.")
+    tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
+    aliases: Mapping[str, AliasConfig] = mapping(
+        doc="Model names of the fleet's own.", example={"fast": {"strategy": "latency_first"}}
+    )
+    gateway: GatewayConfig = section(GatewayConfig, doc="The HTTP face.")
+    telemetry: TelemetryConfig = section(TelemetryConfig, doc="What is measured, and where it goes.")
+    pipeline: tuple[StageConfig, ...] = listing((), doc="The stages, in order; made from the sections above if absent.")
+    tests: tuple[Mapping[str, Any], ...] = listing((), doc="Tests of the pipeline, run by `kvfleet test`.")
+    origin: Origin = attrs.field(default=NOWHERE, eq=False, repr=False)

@@ -1,0 +1,1 @@
+"""Offline evaluation: shadow traffic and comparison."""

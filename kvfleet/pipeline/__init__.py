@@ -1,0 +1,1 @@
+"""Builds, runs, draws and checks pipelines."""

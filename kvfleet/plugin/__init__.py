@@ -1,0 +1,1 @@
+"""The contract between the pipeline and its components, and their discovery."""

@@ -1,0 +1,107 @@
+"""A component as it is registered, and what it is given when it is built."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import ComponentError
+from kvfleet.plugin.contract import Fact, Kind
+from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.metrics import MetricsExporter
+
+__all__ = ["Component", "Services", "Stability"]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Stability(enum.StrEnum):
+    """How much a component's options may still change."""
+
+    ALPHA = "alpha"
+    BETA = "beta"
+    STABLE = "stable"
+    DEPRECATED = "deprecated"
+
+
+@attrs.frozen
+class Component:
+    """One thing a plugin brings.
+
+    Attributes:
+        kind: What it is.
+        name: lower_snake_case; YAML writes ``<kind>.<name>`` (an adapter's and an action's name stand alone).
+        cls: An attrs class: its init fields are its options.
+        needs: Facts that an earlier stage must give.
+        gives: Facts it gives, all of them, each time.
+        must_hold: True if it must never be skipped when it fails (policy).
+        stability: See `Stability`.
+        distribution: Who brought it; filled in by the manager.
+    """
+
+    kind: Kind
+    name: str
+    cls: type[Any]
+    needs: tuple[Fact[Any], ...] = ()
+    gives: tuple[Fact[Any], ...] = ()
+    must_hold: bool = False
+    stability: Stability = Stability.BETA
+    distribution: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        """Check what can be checked without running anything.
+
+        Raises:
+            ComponentError: for a bad name, a class that is not an attrs class, or one without its kind's verb.
+        """
+        if not _NAME.fullmatch(self.name):
+            raise ComponentError(f"component name {self.name!r} must be lower_snake_case")
+        if not attrs.has(self.cls):
+            raise ComponentError(
+                f"{self.key}: {self.cls.__qualname__} must be an attrs class; its fields are its options"
+            )
+        if self.kind.verb and not callable(getattr(self.cls, self.kind.verb, None)):
+            raise ComponentError(f"{self.key}: {self.cls.__qualname__} has no method {self.kind.verb}()")
+
+    @property
+    def key(self) -> str:
+        """The name as YAML has it: ``filter.health``, and bare for an adapter or an action's own place."""
+        return f"{self.kind}.{self.name}"
+
+    @property
+    def summary(self) -> str:
+        """The first line of the class's docstring."""
+        return (inspect.getdoc(self.cls) or "").partition("\n")[0]
+
+
+def _no_lookup(kind: Kind, name: str) -> Component:
+    raise ComponentError(f"no {kind} component is called {name!r}")
+
+
+@attrs.define(kw_only=True)
+class Services:
+    """What a component may use, given to its ``provision(services)`` once, before any request.
+
+    Attributes:
+        clock: The time.
+        models: Every replica of the fleet.
+        health: Which endpoints may be used.
+        load: What is in flight where, what the engines say, and measured times.
+        metrics: Counters and histograms.
+        find: Looks up another component by kind and name, for stages that use actions.
+    """
+
+    clock: Clock = attrs.field(factory=SystemClock)
+    models: tuple[ModelConfig, ...] = ()
+    health: HealthManager = attrs.field(factory=HealthManager)
+    load: FleetLoad = attrs.field(factory=FleetLoad)
+    metrics: MetricsExporter = attrs.field(factory=MetricsExporter)
+    find: Callable[[Kind, str], Component] = _no_lookup

@@ -1,0 +1,369 @@
+"""The contract between the engine and what it runs: one verb for each of the nine kinds of stage.
+
+What a stage returns *is* its explanation: drops carry reasons, columns carry units, estimates say how they are known. The
+engine writes the trace from them, so no component can forget to explain itself.
+
+`filter`, `affinity`, `score` and `select` are synchronous and pure: no I/O, no clock but ``ctx.now_s``, no randomness but
+``ctx.seed``. So a route can be simulated, replayed and tested. The others may wait.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+
+import attrs
+
+from kvfleet.adapters.base import Operation, Reply, Usage
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import ContractError, RouteError
+from kvfleet.router.scoring import Column, ModelScore, Ranking, ScoringContext
+from kvfleet.trace.spans import AttributeValue, Trace
+
+__all__ = [
+    "Admit",
+    "Affinity",
+    "AffinityStage",
+    "Answer",
+    "AnswerStage",
+    "Attempt",
+    "CacheMode",
+    "Classifier",
+    "Drop",
+    "Executor",
+    "Fact",
+    "Filter",
+    "Kind",
+    "Lease",
+    "Observer",
+    "Outcome",
+    "Refusal",
+    "RouteRequest",
+    "RoutingContext",
+    "Scorer",
+    "Strategy",
+]
+
+T = TypeVar("T")
+
+
+class Kind(enum.StrEnum):
+    """The kinds of component: nine kinds of stage, and two that stages use."""
+
+    CLASSIFY = "classify"
+    ADMIT = "admit"
+    FILTER = "filter"
+    ANSWER = "answer"
+    AFFINITY = "affinity"
+    SCORE = "score"
+    SELECT = "select"
+    EXECUTE = "execute"
+    OBSERVE = "observe"
+    ADAPTER = "adapter"
+    ACTION = "action"
+
+    @property
+    def is_stage(self) -> bool:
+        """True for what may stand in ``pipeline:``."""
+        return self not in (Kind.ADAPTER, Kind.ACTION)
+
+    @property
+    def verb(self) -> str:
+        """The method a component of this kind has; empty for an adapter, which has many."""
+        return {Kind.ADAPTER: "", Kind.ACTION: "apply"}.get(self, self.value)
+
+    @property
+    def may_skip(self) -> bool:
+        """True if the route goes on, by default, when such a stage fails."""
+        return self in (Kind.ANSWER, Kind.AFFINITY, Kind.SCORE, Kind.OBSERVE)
+
+
+def _as_attribute(value: Any) -> AttributeValue:
+    if isinstance(value, str | bool | int | float):
+        return value
+    return str(value)
+
+
+@attrs.frozen(eq=False)
+class Fact(Generic[T]):
+    """A typed name for what a classifier finds, as in ``PII: Fact[PIIDetectionResult]``.
+
+    Attributes:
+        name: lower_snake_case; the trace shows it as ``kvfleet.fact.<name>``.
+        describe: What the trace may show of a value; never the text it was found in.
+    """
+
+    name: str
+    describe: Callable[[T], AttributeValue] = attrs.field(default=_as_attribute, repr=False)
+
+
+@attrs.frozen(kw_only=True)
+class RouteRequest:
+    """One request, as it enters the pipeline.
+
+    Attributes:
+        operation: What is asked.
+        body: The OpenAI body, parsed; never changed in place.
+        raw: The same, as the client sent it; empty if it came from Python.
+        model: The model asked for; ``auto`` leaves the choice open.
+        models: The only models allowed; None for all.
+        strategy: The strategy asked for; empty for the pipeline's own.
+        is_override: True if that strategy came from the request itself, not from an alias.
+        request_id: The caller's, or one of ours.
+        tenant, data_class, region, tags, session: Who asks, and what of; `data_class` is empty if nobody said.
+        headers: Headers to pass on to the backend.
+        condition_headers: Request headers that policy conditions may read, lower-case.
+        traceparent, tracestate: W3C context of the caller, if any.
+        timeout_s: The request's own deadline, in seconds from its start; None for none.
+        seed: Seed for this decision; None draws one.
+    """
+
+    operation: Operation = Operation.CHAT
+    body: Mapping[str, Any]
+    raw: bytes = b""
+    model: str = "auto"
+    models: frozenset[str] | None = None
+    strategy: str = ""
+    is_override: bool = False
+    stream: bool = False
+    request_id: str = ""
+    tenant: str = ""
+    data_class: str = ""
+    region: str = ""
+    tags: Mapping[str, str] = attrs.field(factory=dict)
+    session: str = ""
+    headers: tuple[tuple[str, str], ...] = ()
+    condition_headers: Mapping[str, str] = attrs.field(factory=dict)
+    traceparent: str = ""
+    tracestate: str = ""
+    timeout_s: float | None = None
+    seed: int | None = None
+
+
+class CacheMode(enum.StrEnum):
+    """How an expectation of cached tokens is known."""
+
+    EXACT = "exact"  # the engine said so (KV events)
+    DEGRADED = "degraded"  # the engine said so, but some of it was lost
+    APPROXIMATE = "approximate"  # learned from where we routed
+    OBSERVED = "observed"  # learned from what the engine reported back
+    NONE = "none"
+
+
+@attrs.frozen
+class Affinity:
+    """Expected cached prompt tokens for each candidate, in their order, and how each is known."""
+
+    tokens: Sequence[float]
+    modes: Sequence[CacheMode]
+
+
+@attrs.frozen(kw_only=True)
+class RoutingContext:
+    """What the stages see. It never changes; the engine makes the next one.
+
+    Attributes:
+        request: The request.
+        candidates: The replicas still in the race.
+        data_class, tenant, region: The request's, with the configuration's defaults filled in.
+        facts: What the classifiers found.
+        affinity: By replica id: expected cached tokens; empty before the affinity stages.
+        columns: The scorers' columns by name, each aligned with `candidates`.
+        now_s: The monotonic clock at the start of the route, in seconds.
+        seed: For every random choice of this decision.
+        dry_run: True while simulating: no component then moves state of its own.
+    """
+
+    request: RouteRequest
+    candidates: tuple[ModelConfig, ...]
+    data_class: str = "internal"
+    tenant: str = ""
+    region: str = ""
+    facts: Mapping[Fact[Any], Any] = attrs.field(factory=dict)
+    affinity: Mapping[str, float] = attrs.field(factory=dict)
+    columns: Mapping[str, Column] = attrs.field(factory=dict)
+    now_s: float = 0.0
+    seed: int = 0
+    dry_run: bool = False
+
+    def fact(self, fact: Fact[T]) -> T:
+        """What was found.
+
+        Raises:
+            ContractError: if no stage gave it; the build checks declared needs, so the component did not declare it.
+        """
+        try:
+            value: T = self.facts[fact]
+        except KeyError:
+            raise ContractError(
+                f"no stage before this one gives the fact {fact.name!r}; declare it in `needs`"
+            ) from None
+        return value
+
+    def fact_or_none(self, fact: Fact[T]) -> T | None:
+        """What was found, or None if no stage looked."""
+        return self.facts.get(fact)
+
+
+@attrs.frozen
+class Drop:
+    """One candidate a filter drops, why, and by which rule (empty if the filter has no rules)."""
+
+    candidate: ModelConfig
+    reason: str
+    rule: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class Refusal:
+    """An admission refused: why, and after how many seconds to come back (None if unknown)."""
+
+    reason: str
+    retry_after_s: float | None = None
+
+
+@attrs.define
+class Answer:
+    """What the caller gets: a backend's reply, or a short-circuit answer.
+
+    Attributes:
+        reply: The answer in the OpenAI shape, whole or streamed.
+        served_by: The replica that answered; None for a short-circuit answer.
+    """
+
+    reply: Reply
+    served_by: ModelConfig | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """How a route ended; what observers and leases are told.
+
+    Attributes:
+        context: The last context before the answer.
+        ranking: The choice; None if it did not come to one.
+        served_by: The replica that answered; None for none (or a short-circuit answer).
+        usage: Tokens, if reported.
+        error: Why there was no answer, or no whole one.
+        cost_usd: What it cost; None if a price is unknown.
+        ttfb_s, duration_s: From the start to the first byte, and to the end.
+        trace: The finished record.
+    """
+
+    context: RoutingContext
+    trace: Trace
+    ranking: Ranking | None = None
+    served_by: ModelConfig | None = None
+    usage: Usage | None = None
+    error: RouteError | None = None
+    cost_usd: float | None = None
+    ttfb_s: float | None = None
+    duration_s: float = 0.0
+
+    @property
+    def is_success(self) -> bool:
+        """True if the caller got a whole answer."""
+        return self.error is None
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """Finds facts about the request."""
+
+    async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
+        """Facts found; those declared in `gives`, all of them."""
+
+
+@runtime_checkable
+class Lease(Protocol):
+    """What an admission reserved, until the route ends."""
+
+    def release(self, outcome: Outcome) -> None:
+        """Settle: called once, however the route ends. Must not raise or wait."""
+
+
+@runtime_checkable
+class Admit(Protocol):
+    """Lets a request in, or refuses it early."""
+
+    async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
+        """A lease to be released at the end, or a refusal. In a dry run nothing is reserved."""
+
+
+@runtime_checkable
+class Filter(Protocol):
+    """Drops candidates, each with a reason. It can do nothing else."""
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """The drops."""
+
+
+@runtime_checkable
+class AnswerStage(Protocol):
+    """May answer without a backend."""
+
+    async def answer(self, ctx: RoutingContext) -> Answer | None:
+        """The answer, or None to go on."""
+
+
+@runtime_checkable
+class AffinityStage(Protocol):
+    """Expects what each candidate has of the prompt in its KV cache."""
+
+    def affinity(self, ctx: RoutingContext) -> Affinity:
+        """One expectation for each candidate."""
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Gives each candidate a number."""
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """One column with a unit; a value, or None for unknown, for each candidate in order."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """Ranks the candidates."""
+
+    def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Sequence[ModelScore]:
+        """The ranking: a permutation of the candidates, or the part of it that may be tried."""
+
+
+class Attempt(Protocol):
+    """Makes one backend call: its live span, its limits, its error mapping, its bookkeeping."""
+
+    async def __call__(
+        self, candidate: ModelConfig, *, timeout_s: float | None = None, reason: str = "first"
+    ) -> Answer:
+        """Call one replica; for a stream, return once its first event is there.
+
+        Args:
+            candidate: One of the ranking's.
+            timeout_s: Seconds to the first byte; the model's own limit if None.
+            reason: Why this attempt is made, for the trace.
+
+        Raises:
+            BackendError: if the attempt failed; nothing has reached the client then.
+        """
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Gets the answer from the ranked candidates."""
+
+    async def execute(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt) -> Answer:
+        """The answer of the first attempt that works.
+
+        Raises:
+            RouteError: if none did.
+        """
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Learns how a route ended. Any stage may also be one."""
+
+    async def observe(self, outcome: Outcome) -> None:
+        """Called after the answer has left."""

@@ -1,0 +1,1 @@
+"""Policy algorithms: conditions, PII, residency, tenants."""

@@ -1,0 +1,1 @@
+"""Routing algorithms: scores, strategies, modalities."""

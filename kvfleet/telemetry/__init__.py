@@ -1,0 +1,1 @@
+"""What we measure and know of the fleet: health, prices, limits, metrics."""

@@ -1,0 +1,1 @@
+"""What plugin and pipeline authors test with."""

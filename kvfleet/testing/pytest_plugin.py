@@ -1,0 +1,1 @@
+"""The pytest plugin that collects pipeline tests from YAML files."""

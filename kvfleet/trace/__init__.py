@@ -1,0 +1,1 @@
+"""One record of each decision, and its views."""
