@@ -59,7 +59,7 @@ _PATHS = {
 
 @attrs.frozen
 class Usage:
-    """Tokens an answer cost. `prompt_tokens` includes the cached ones; `cached_tokens` is None if the engine is silent."""
+    """Tokens an answer cost; `prompt_tokens` includes the cached ones, `cached_tokens` is None if nobody said."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -412,7 +412,7 @@ class InferenceAdapter(abc.ABC):
         }
         return {key: float(value) for key, value in found.items() if value is not None}
 
-    async def aclose(self) -> None:
+    async def aclose(self) -> None:  # noqa: B027 - most adapters hold nothing of their own
         """Close what the adapter holds; safe twice."""
 
     async def close(self) -> None:

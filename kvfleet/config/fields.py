@@ -1,7 +1,7 @@
 """Fields that describe themselves: one description serves validation, error texts, JSON Schema and reference docs.
 
-A component's attrs class is its configuration. Each option is made by one of the functions here, which put a `FieldInfo`
-(what it means, its unit, its range) into the field's metadata::
+A component's attrs class is its configuration. Each option is made by one of the functions here, which put a
+`FieldInfo` (what it means, its unit, its range) into the field's metadata::
 
     @attrs.frozen
     class LeastBusy:

@@ -112,7 +112,7 @@ class ModelConfig:
     custom_chat_path: str = text("/generate", doc="Path of a `custom_http` engine's chat call.")
     custom_health_path: str = text("/health", doc="Path of a `custom_http` engine's health check.")
     custom_request_template: Mapping[str, Any] = mapping(
-        doc="Body of a `custom_http` call; `{prompt}`, `{messages}`, `{model}`, `{max_tokens}` and `{temperature}` are filled in."
+        doc="Body of a `custom_http` call; `{prompt}`, `{messages}`, `{model}`, `{max_tokens}`, `{temperature}` are filled in."
     )
     custom_content_key: str = text(
         "", doc="Where a `custom_http` answer's text stands, as in `output` or `data.0.text`."

@@ -1,10 +1,10 @@
 """The contract between the engine and what it runs: one verb for each of the nine kinds of stage.
 
-What a stage returns *is* its explanation: drops carry reasons, columns carry units, estimates say how they are known. The
-engine writes the trace from them, so no component can forget to explain itself.
+What a stage returns *is* its explanation: drops carry reasons, columns carry units, estimates say how they are known.
+The engine writes the trace from them, so no component can forget to explain itself.
 
-`filter`, `affinity`, `score` and `select` are synchronous and pure: no I/O, no clock but ``ctx.now_s``, no randomness but
-``ctx.seed``. So a route can be simulated, replayed and tested. The others may wait.
+`filter`, `affinity`, `score` and `select` are synchronous and pure: no I/O, no clock but ``ctx.now_s``, no randomness
+but ``ctx.seed``. So a route can be simulated, replayed and tested. The others may wait.
 """
 
 from __future__ import annotations
