@@ -46,6 +46,7 @@ SELF_HOSTED_PROVIDERS = frozenset({"vllm", "sglang", "llama_cpp", "ollama", "tgi
 """Providers whose engines run where their operator put them; a model of theirs is private unless it says otherwise."""
 
 _URL = r"https?://[^\s/?#]+[^\s?#]*"
+_ENDPOINT = r"(https?|mock)://[^\s/?#]+[^\s?#]*"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._:/+-]*"
 
 
@@ -78,7 +79,10 @@ class ModelConfig:
 
     name: str = text(doc="The name clients and pipelines use.", pattern=_NAME, pattern_doc="letters, digits and ._:/+-")
     endpoint: str = text(
-        "", doc="Base URL of the engine, with or without /v1.", pattern=_URL, pattern_doc="an http:// or https:// URL"
+        "",
+        doc="Base URL of the engine, with or without /v1; `mock://NAME` for an engine of the `mock` provider.",
+        pattern=_ENDPOINT,
+        pattern_doc="an http:// or https:// URL",
     )
     replicas: tuple[str, ...] = listing((), doc="Base URLs of further replicas.", example=["http://gpu-2:8000"])
     provider: str = text("openai_compat", doc="Which adapter speaks to it; `kvfleet components` lists them.")
@@ -135,8 +139,9 @@ class ModelConfig:
         return self.model_id or self.name
 
     def all_endpoints(self) -> tuple[str, ...]:
-        """Every endpoint of the model, its first one first, without repeats."""
-        return tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
+        """Every endpoint of the model, its first one first, without repeats; an in-process engine needs none."""
+        found = tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
+        return found or ((f"mock://{self.name}",) if self.provider == "mock" else ())
 
     @property
     def is_self_hosted(self) -> bool:
