@@ -139,9 +139,8 @@ class ModelConfig:
         return self.model_id or self.name
 
     def all_endpoints(self) -> tuple[str, ...]:
-        """Every endpoint of the model, its first one first, without repeats; an in-process engine needs none."""
-        found = tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
-        return found or ((f"mock://{self.name}",) if self.provider == "mock" else ())
+        """Every endpoint of the model, its first one first, without repeats."""
+        return tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
 
     @property
     def is_self_hosted(self) -> bool:
@@ -174,7 +173,7 @@ class FallbackConfig:
 
     enabled: bool = flag(True, doc="Try another candidate after a failure.")
     max_attempts: int = number(3, ge=1, le=20, doc="Most backend calls for one request.")
-    timeout_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait for the first byte in one attempt.")
+    timeout_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait for a stream's first token in one attempt.")
     promote_on_timeout: bool = flag(True, doc="A timeout also moves on to the next candidate.")
     fallback_order: tuple[str, ...] = listing(
         (), doc="Models to try after the first choice, in this order; the ranking's order if empty.", refers_to="model"

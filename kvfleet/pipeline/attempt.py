@@ -1,0 +1,301 @@
+"""One backend call: its live span, its limits, its error mapping, its bookkeeping.
+
+The commit point is the first byte: until an attempt returns, nothing has reached the client, and another may be made.
+After that a stream ends in exactly one of three ways: complete, failed, or left by the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from urllib.parse import urlsplit
+
+import attrs
+
+from kvfleet.adapters.base import Call, InferenceAdapter, Limits, Operation, Reply, Tally
+from kvfleet.clock import Clock
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import BackendError, Fault
+from kvfleet.plugin.component import Services
+from kvfleet.plugin.contract import Answer, RouteRequest
+from kvfleet.trace import names
+from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
+from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+
+__all__ = ["Attempts", "Relay"]
+
+_GEN_AI = {
+    Operation.CHAT: "chat",
+    Operation.COMPLETION: "text_completion",
+    Operation.EMBEDDING: "embeddings",
+    Operation.RERANK: "rerank",
+}
+
+Ended = Callable[[BackendError | None], None]
+
+
+_MOST_KEPT_BYTES = 1024 * 1024
+
+
+@attrs.define
+class _Kept:
+    """An answer's bytes, kept for the trace because the operator asked for content; bounded."""
+
+    pieces: bytearray = attrs.field(factory=bytearray)
+
+    def add(self, piece: bytes) -> None:
+        if len(self.pieces) + len(piece) <= _MOST_KEPT_BYTES:
+            self.pieces += piece
+
+
+@attrs.define
+class Relay(AsyncIterator[bytes]):
+    """A stream with its first piece already read, and a word to whoever waits for its end.
+
+    `ended` is called once: with None at a whole end, with the error otherwise; a client that leaves is
+    `Fault.CANCELLED`.
+    """
+
+    first: bytes
+    rest: AsyncIterator[bytes]
+    ended: Ended
+    kept: _Kept | None = None
+    _is_first: bool = attrs.field(init=False, default=True)
+    _is_over: bool = attrs.field(init=False, default=False)
+
+    async def __anext__(self) -> bytes:
+        if self._is_first:
+            self._is_first = False
+            return self._keep(self.first)
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            return self._keep(await anext(self.rest))
+        except StopAsyncIteration:
+            self._end(None)
+            raise
+        except BackendError as error:
+            self._end(error)
+            raise
+        except asyncio.CancelledError:
+            self._end(_left())
+            raise
+
+    def _keep(self, piece: bytes) -> bytes:
+        if self.kept is not None:
+            self.kept.add(piece)
+        return piece
+
+    def leave(self) -> None:
+        """The client left: end now."""
+        self._end(_left())
+
+    def _end(self, error: BackendError | None) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self.ended(error)
+
+
+def _left() -> BackendError:
+    return BackendError(Fault.CANCELLED, "the client left", received=True)
+
+
+@attrs.define(kw_only=True)
+class Attempts:
+    """Makes the attempts of one route; what an executor is given to call.
+
+    Attributes:
+        on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
+        keeps_content: True to keep the answer's bytes for the trace (`telemetry.capture_content`).
+    """
+
+    request: RouteRequest
+    adapters: Mapping[str, InferenceAdapter]
+    services: Services
+    bridge: Bridge
+    handle: RouteHandle
+    trace: Trace
+    clock: Clock
+    on_end: Callable[[ModelConfig, Tally, BackendError | None, bytes], None]
+    keeps_content: bool = False
+    _made: int = attrs.field(init=False, default=0)
+
+    async def __call__(
+        self, candidate: ModelConfig, *, timeout_s: float | None = None, reason: str = "first"
+    ) -> Answer:
+        """See `kvfleet.plugin.contract.Attempt`."""
+        self._made += 1
+        one = _One(self, candidate, self._begin(candidate, reason))
+        wait_s = candidate.timeout_seconds if timeout_s is None else timeout_s
+        try:
+            reply = await one.call(wait_s)
+        except BackendError as error:
+            one.end(None, error)
+            raise
+        except asyncio.CancelledError:
+            one.end(None, BackendError(Fault.CANCELLED, "the client left"))
+            raise
+        return Answer(reply, candidate)
+
+    def _begin(self, candidate: ModelConfig, reason: str) -> tuple[Span, AttemptHandle]:
+        model_id = candidate.get_model_id()
+        operation = self.request.operation
+        span = Span(f"{operation} {candidate.name}", self.clock.time_ns(), kind=SpanKind.CLIENT)
+        handle = self.bridge.start_attempt(self.handle, span.name, span.start_ns)
+        span.span_id = handle.span_id
+        span.attributes = {
+            names.ATTEMPT: self._made,
+            names.ATTEMPT_REASON: reason,
+            names.REPLICA: candidate.id,
+            names.MODEL: candidate.name,
+            names.GEN_AI_OPERATION: _GEN_AI[operation],
+            names.GEN_AI_PROVIDER: candidate.provider,
+            names.GEN_AI_REQUEST_MODEL: model_id,
+            **server_attributes(candidate.endpoint),
+        }
+        self.trace.spans.append(span)
+        return span, handle
+
+    def call_for(self, candidate: ModelConfig, handle: AttemptHandle, first_byte_s: float) -> Call:
+        """The call, with the context it travels under."""
+        request = self.request
+        headers = [*request.headers, ("x-request-id", request.request_id), ("traceparent", handle.traceparent)]
+        if handle.tracestate:
+            headers.append(("tracestate", handle.tracestate))
+        return Call(
+            operation=request.operation,
+            body=request.body,
+            raw=request.raw,
+            stream=request.stream,
+            headers=tuple(headers),
+            limits=Limits(
+                connect_s=min(5.0, first_byte_s), first_byte_s=first_byte_s, idle_s=candidate.idle_timeout_seconds
+            ),
+            ask_usage=candidate.stream_usage,
+        )
+
+
+@attrs.define
+class _One:
+    """One attempt under way."""
+
+    attempts: Attempts
+    candidate: ModelConfig
+    begun: tuple[Span, AttemptHandle]
+    started_s: float = attrs.field(init=False, default=0.0)
+    _is_over: bool = attrs.field(init=False, default=False)
+
+    async def call(self, wait_s: float) -> Reply:
+        """Call, and wait for the first byte."""
+        made, candidate = self.attempts, self.candidate
+        self.started_s = made.clock.now_s()
+        made.services.load.started(candidate.id)
+        call = made.call_for(candidate, self.begun[1], wait_s)
+        reply = await made.adapters[candidate.id].send(call)
+        if reply.events is None:
+            self._first_byte()
+            self.end(reply.tally, None)
+            made.on_end(candidate, reply.tally, None, reply.body if made.keeps_content else b"")
+            return reply
+        first = await self._first_event(reply, wait_s)
+        self._first_byte()
+        kept = _Kept() if made.keeps_content else None
+        relay = Relay(first, reply.events, lambda error: self._stream_ended(reply.tally, error, kept), kept)
+
+        async def close() -> None:
+            relay.leave()
+            await reply.close()
+
+        return attrs.evolve(reply, events=relay, close=close)
+
+    async def _first_event(self, reply: Reply, wait_s: float) -> bytes:
+        left_s = wait_s - (self.attempts.clock.now_s() - self.started_s)
+        events = reply.events
+        try:
+            async with asyncio.timeout(max(left_s, 0.0)):
+                return await anext(events)  # type: ignore[arg-type]
+        except TimeoutError as error:
+            await reply.close()
+            raise BackendError(Fault.TIMEOUT, f"no first token within {wait_s:g} s") from error
+        except StopAsyncIteration as error:
+            raise BackendError(Fault.DISCONNECTED, "the stream ended before it began") from error
+        except asyncio.CancelledError:
+            await reply.close()
+            raise
+
+    def _first_byte(self) -> None:
+        made = self.attempts
+        ttfb_s = made.clock.now_s() - self.started_s
+        made.services.load.first_byte(self.candidate.id, ttfb_s)
+        self.begun[0].attributes[names.TTFB_S] = ttfb_s
+
+    def _stream_ended(self, tally: Tally, error: BackendError | None, kept: _Kept | None) -> None:
+        self.end(tally, error)
+        self.attempts.on_end(self.candidate, tally, error, bytes(kept.pieces) if kept else b"")
+
+    def end(self, tally: Tally | None, error: BackendError | None) -> None:
+        """Close the books of this attempt; once."""
+        if self._is_over:
+            return
+        self._is_over = True
+        made, candidate = self.attempts, self.candidate
+        span, handle = self.begun
+        span.end_ns = made.clock.time_ns()
+        if tally is not None:
+            _describe_tally(span, tally)
+        tokens = tally.usage.completion_tokens if tally is not None and tally.usage else None
+        made.services.load.finished(
+            candidate.id, made.clock.now_s() - self.started_s, ok=error is None, completion_tokens=tokens
+        )
+        health = made.services.health
+        if error is None:
+            span.status = Status.OK
+            health.record_success(candidate.endpoint)
+        else:
+            _describe_error(span, error)
+            health.record_failure(candidate.endpoint, error.kind)
+        made.bridge.end_attempt(handle, span)
+
+
+def _describe_tally(span: Span, tally: Tally) -> None:
+    attributes = span.attributes
+    if tally.model:
+        attributes[names.GEN_AI_RESPONSE_MODEL] = tally.model
+    if tally.response_id:
+        attributes[names.GEN_AI_RESPONSE_ID] = tally.response_id
+    if tally.finish_reason:
+        attributes[names.GEN_AI_FINISH_REASONS] = (tally.finish_reason,)
+    usage = tally.usage
+    if usage is None:
+        return
+    attributes[names.GEN_AI_INPUT_TOKENS] = usage.prompt_tokens
+    attributes[names.GEN_AI_OUTPUT_TOKENS] = usage.completion_tokens
+    if usage.cached_tokens is not None:
+        attributes[names.GEN_AI_CACHED_TOKENS] = usage.cached_tokens
+
+
+def _describe_error(span: Span, error: BackendError) -> None:
+    span.fail(error.message)
+    span.attributes[names.ERROR_TYPE] = error.kind.value
+    if error.status is not None:
+        span.attributes[names.STATUS_CODE] = error.status
+    if error.retry_after_s is not None:
+        span.attributes[names.RETRY_AFTER_S] = error.retry_after_s
+
+
+_SERVERS: dict[str, dict[str, str | int]] = {}
+_MOST_SERVERS = 10_000
+
+
+def server_attributes(endpoint: str) -> Mapping[str, str | int]:
+    """``server.address`` and ``server.port`` of an endpoint; remembered, since endpoints are few."""
+    found = _SERVERS.get(endpoint)
+    if found is None:
+        parts = urlsplit(endpoint)
+        found = {}
+        if parts.hostname:
+            port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+            found = {names.SERVER_ADDRESS: parts.hostname, **({names.SERVER_PORT: port} if port else {})}
+        if len(_SERVERS) < _MOST_SERVERS:
+            _SERVERS[endpoint] = found
+    return found

@@ -1,0 +1,226 @@
+"""From a configuration and the components there are, to a pipeline: every finding at once, or a pipeline that runs."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.config.convert import structure, unstructure
+from kvfleet.config.expand import expand, options_from_section, section_for
+from kvfleet.config.fields import info_of, options_of
+from kvfleet.config.findings import Finding, Path
+from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
+from kvfleet.errors import ComponentError, ConfigError
+from kvfleet.pipeline.order import check_facts, check_order
+from kvfleet.pipeline.stage import BoundStage, Pipeline
+from kvfleet.plugin.component import Component, Services
+from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.manager import ComponentTable
+
+__all__ = ["Built", "build", "build_adapters", "check", "read"]
+
+
+@attrs.frozen
+class Built:
+    """One entry of the pipeline, read: the component, its object, and where it stands."""
+
+    stage: StageConfig
+    component: Component
+    instance: Any
+
+    @property
+    def name(self) -> str:
+        """Its name in traces."""
+        return self.stage.name or self.component.name
+
+
+def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
+    """Every finding of a configuration beyond its vocabulary: components, options, order, facts, references.
+
+    Builds everything and runs nothing.
+    """
+    built, findings = read(config, table)
+    findings += _check_adapters(config, table)
+    if not findings:
+        services = Services(models=config.models, find=table.get)
+        findings += _provision(config, [entry.instance for entry in built], services)
+    return findings + list(table.lint(config))
+
+
+def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pipeline:
+    """The pipeline.
+
+    Raises:
+        ConfigError: with every finding.
+    """
+    built, findings = read(config, table)
+    if findings:
+        raise ConfigError(findings)
+    bound = [_bind(entry) for entry in built]
+    select = next(stage for stage in bound if stage.kind is Kind.SELECT)
+    execute = next(stage for stage in bound if stage.kind is Kind.EXECUTE)
+    strategies = {select.name: select, **_other_strategies(config, table, built)}
+    before = tuple(stage for stage in bound if stage.kind not in (Kind.SELECT, Kind.EXECUTE, Kind.OBSERVE))
+    watching = [stage for stage in bound if stage.kind is Kind.OBSERVE]
+    also = [
+        BoundStage.bind(Kind.OBSERVE, stage.name, stage.component, distribution=stage.distribution)
+        for stage in (*before, *strategies.values(), execute)
+        if callable(getattr(stage.component, "observe", None))
+    ]
+    pipeline = Pipeline(
+        stages=before,
+        select=select,
+        strategies=strategies,
+        execute=execute,
+        observers=(*watching, *also),
+        hash=_hash(config),
+    )
+    findings = _provision(config, pipeline.components, services)
+    if findings:
+        raise ConfigError(findings)
+    return pipeline
+
+
+def read(config: FleetConfig, table: ComponentTable) -> tuple[list[Built], list[Finding]]:
+    """Find every stage's component and make its object; everything wrong comes back as findings."""
+    findings: list[Finding] = []
+    built: list[Built] = []
+    for stage in config.pipeline or expand(config):
+        entry = _read_stage(config, table, stage, findings)
+        if entry is not None:
+            built.append(entry)
+    places = [(entry.component, entry.name, entry.stage) for entry in built]
+    findings += check_order(places, config.origin, complete=len(built) == len(config.pipeline or expand(config)))
+    findings += check_facts([(e.component, e.instance, e.stage) for e in built], table, config.origin)
+    return built, findings
+
+
+def _read_stage(
+    config: FleetConfig, table: ComponentTable, stage: StageConfig, findings: list[Finding]
+) -> Built | None:
+    use = f"{Kind.SELECT}.{config.strategy}" if stage.use == Kind.SELECT else stage.use
+    place: Path = stage.path or ("strategy",)
+    try:
+        component = table.find_stage(use)
+    except ComponentError as error:
+        findings.append(config.origin.finding(place, str(error), code="unknown-stage"))
+        return None
+    if stage.on_error == "skip" and component.must_hold:
+        findings.append(
+            config.origin.finding(
+                (*place, "on_error"), f"{use} must hold and cannot be skipped", "remove on_error", code="must-hold"
+            )
+        )
+    options, path = _options(config, use, stage)
+    instance, wrong = structure(component.cls, options, path=path, origin=config.origin)
+    findings += wrong
+    return None if instance is None else Built(stage, component, instance)
+
+
+def _options(config: FleetConfig, use: str, stage: StageConfig) -> tuple[Mapping[str, Any], Path]:
+    """A stage's options and where they stand: its own `with:`, or the section that speaks of it."""
+    if stage.options:
+        return stage.options, (*stage.path, "with") if stage.path else (section_for(use),)
+    section = section_for(use)
+    return options_from_section(config, use) if section else {}, (section,) if section else stage.path
+
+
+def _bind(entry: Built) -> BoundStage:
+    component = entry.component
+    return BoundStage.bind(
+        component.kind,
+        entry.name,
+        entry.instance,
+        distribution=component.distribution,
+        skips={"skip": True, "fail": False}.get(entry.stage.on_error),
+        is_policy=component.must_hold,
+    )
+
+
+def _other_strategies(config: FleetConfig, table: ComponentTable, built: Sequence[Built]) -> dict[str, BoundStage]:
+    """The strategies a request may ask for beside the pipeline's own: those that need no option they were not given."""
+    own = {entry.component.name for entry in built if entry.component.kind is Kind.SELECT}
+    found: dict[str, BoundStage] = {}
+    for component in table.of_kind(Kind.SELECT):
+        if component.name in own:
+            continue
+        use = component.key
+        options = options_from_section(config, use) if section_for(use) else {}
+        instance, wrong = structure(component.cls, options)
+        if instance is not None and not wrong:
+            found[component.name] = BoundStage.bind(
+                Kind.SELECT, component.name, instance, distribution=component.distribution
+            )
+    return found
+
+
+def _provision(config: FleetConfig, components: Sequence[Any], services: Services) -> list[Finding]:
+    """Wire the components; what they refuse is a finding."""
+    findings: list[Finding] = []
+    for component in components:
+        provision = getattr(component, "provision", None)
+        if provision is None:
+            continue
+        try:
+            provision(services)
+        except ConfigError as error:
+            findings += error.findings
+        except (ComponentError, ValueError) as error:
+            what = f"{type(component).__name__}: {error}"
+            findings.append(config.origin.finding(("pipeline",), what, code="component"))
+    return findings
+
+
+def build_adapters(
+    config: FleetConfig, table: ComponentTable, models: Sequence[ModelConfig], **shared: Any
+) -> dict[str, InferenceAdapter]:
+    """One adapter for each replica, by its id.
+
+    Raises:
+        ConfigError: for an unknown provider or a wrong adapter option; `check` finds these too.
+    """
+    findings = _check_adapters(config, table)
+    if findings:
+        raise ConfigError(findings)
+    adapters: dict[str, InferenceAdapter] = {}
+    for model in models:
+        cls = table.get(Kind.ADAPTER, model.provider).cls
+        options, _ = structure(adapter_options(cls), model.options)
+        chosen = {} if options is None else attrs.asdict(options, recurse=False)
+        adapters[model.id] = cls.from_config(model, **chosen, **shared)
+    return adapters
+
+
+def _check_adapters(config: FleetConfig, table: ComponentTable) -> list[Finding]:
+    findings: list[Finding] = []
+    for index, model in enumerate(config.models):
+        try:
+            component = table.get(Kind.ADAPTER, model.provider)
+        except ComponentError as error:
+            findings.append(config.origin.finding(("models", index, "provider"), str(error), code="unknown-provider"))
+            continue
+        _, wrong = structure(
+            adapter_options(component.cls), model.options, path=("models", index, "options"), origin=config.origin
+        )
+        findings += wrong
+    return findings
+
+
+@functools.cache
+def adapter_options(cls: type) -> type:
+    """The options of an adapter alone, as a class: its described fields, without those every adapter has."""
+    described = {name: a for name, a in options_of(cls).items() if info_of(a) is not None}
+    fields = {
+        name: attrs.field(default=a.default, metadata=dict(a.metadata), type=a.type) for name, a in described.items()
+    }
+    return attrs.make_class(f"{cls.__name__}Options", fields, kw_only=True, frozen=True)
+
+
+def _hash(config: FleetConfig) -> str:
+    """Twelve hex digits that tell one configuration from another; secrets are not part of it."""
+    return hashlib.sha256(repr(unstructure(config)).encode()).hexdigest()[:12]

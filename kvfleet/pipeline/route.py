@@ -1,0 +1,254 @@
+"""One request from its arrival to the end of its answer: decide, execute, and close the books exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import attrs
+import orjson
+
+from kvfleet.adapters.base import InferenceAdapter, Reply, Tally, Usage
+from kvfleet.clock import Clock
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError
+from kvfleet.pipeline.attempt import Attempts
+from kvfleet.pipeline.engine import Decision
+from kvfleet.pipeline.stage import BoundStage, Pipeline
+from kvfleet.plugin.component import Services
+from kvfleet.plugin.contract import Answer, Outcome, RoutingContext
+from kvfleet.trace import names
+from kvfleet.trace.otel import Bridge, RouteHandle
+from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+
+__all__ = ["Route"]
+
+
+@attrs.define(kw_only=True)
+class Route:
+    """One live request.
+
+    Attributes:
+        closed: Told once, with the outcome, when the answer has ended, however it ended.
+        keeps_content: True to put prompt and answer into the trace (`telemetry.capture_content`).
+    """
+
+    pipeline: Pipeline
+    ctx: RoutingContext
+    select: BoundStage
+    adapters: Mapping[str, InferenceAdapter]
+    services: Services
+    bridge: Bridge
+    clock: Clock
+    fleet: str
+    kind: SpanKind
+    closed: Callable[[Outcome], None]
+    keeps_content: bool = False
+    trace: Trace = attrs.field(init=False)
+    decision: Decision = attrs.field(init=False)
+    _handle: RouteHandle = attrs.field(init=False)
+    _started_s: float = attrs.field(init=False, default=0.0)
+    _ttfb_s: float | None = attrs.field(init=False, default=None)
+    _is_closed: bool = attrs.field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Start the clock and the live span."""
+        request = self.ctx.request
+        self._started_s = self.ctx.now_s
+        start_ns = self.clock.time_ns()
+        self._handle = self.bridge.start_route(
+            names.ROUTE_SPAN,
+            kind=self.kind,
+            start_ns=start_ns,
+            traceparent=request.traceparent,
+            tracestate=request.tracestate,
+        )
+        span = Span(names.ROUTE_SPAN, start_ns, kind=self.kind, span_id=self._handle.span_id)
+        span.attributes = route_attributes(self.ctx, self.fleet, self.pipeline, self.select)
+        if self.keeps_content:
+            span.attributes[names.PROMPT] = orjson.dumps(request.body).decode()
+        self.trace = Trace(self._handle.trace_id, [span], self._handle.parent_span_id)
+        self.decision = Decision(self.pipeline, self.ctx, self.trace, self.clock)
+
+    async def run(self) -> Answer:
+        """The answer; for a stream, its beginning.
+
+        Raises:
+            RouteError: with ``.trace``, if there is none.
+        """
+        try:
+            if self.ctx.request.timeout_s is None:
+                return await self._run()
+            async with asyncio.timeout(self.ctx.request.timeout_s):
+                return await self._run()
+        except RouteError as error:
+            self._fail(error)
+            raise
+        except TimeoutError as error:
+            late = DeadlineExceededError(f"no answer within the request's own {self.ctx.request.timeout_s:g} s")
+            self._fail(late)
+            raise late from error
+        except asyncio.CancelledError:
+            self._fail(_client_left())
+            raise
+        except Exception as error:
+            # The plugin border: an executor may raise anything, and the books must still be closed.
+            failed = RouteError(f"the route failed: {type(error).__name__}")
+            self._fail(failed)
+            raise failed from error
+
+    async def _run(self) -> Answer:
+        decision = self.decision
+        answer = await decision.run(self.select)
+        self.ctx = decision.ctx
+        if answer is not None:
+            return self._short_circuit(answer)
+        ranking = decision.ranking
+        assert ranking is not None  # noqa: S101 - `Decision.run` sets it or answers or raises
+        first = ranking.models[0]
+        attributes = self.trace.route.attributes
+        attributes[names.MODEL_SELECTED] = first.name
+        attributes[names.REPLICA_SELECTED] = first.id
+        attempts = Attempts(
+            request=self.ctx.request,
+            adapters=self.adapters,
+            services=self.services,
+            bridge=self.bridge,
+            handle=self._handle,
+            trace=self.trace,
+            clock=self.clock,
+            on_end=self._attempt_ended,
+            keeps_content=self.keeps_content,
+        )
+        answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
+        if self._ttfb_s is None:
+            self._ttfb_s = self.clock.now_s() - self._started_s
+        return answer
+
+    def _short_circuit(self, answer: Answer) -> Answer:
+        self._ttfb_s = self.clock.now_s() - self._started_s
+        reply = answer.reply
+        if reply.events is None:
+            self._close("cached", None, reply.tally, None)
+            return answer
+        events = reply.events
+
+        async def relay():  # type: ignore[no-untyped-def]  # noqa: ANN202
+            async for piece in events:
+                yield piece
+            self._close("cached", None, reply.tally, None)
+
+        async def close() -> None:
+            self._close("cancelled", None, reply.tally, _client_left())
+            await reply.close()
+
+        wrapped: Reply = attrs.evolve(reply, events=relay(), close=close)
+        return Answer(wrapped, answer.served_by)
+
+    def _attempt_ended(self, model: ModelConfig, tally: Tally, error: BackendError | None, content: bytes) -> None:
+        """The attempt whose answer was given has ended."""
+        if content:
+            self.trace.route.attributes[names.ANSWER] = content.decode(errors="replace")
+        if self._ttfb_s is None:
+            self._ttfb_s = self.clock.now_s() - self._started_s
+        if error is None:
+            self._close("answered", model, tally, None)
+        elif error.kind is Fault.CANCELLED:
+            self._close("cancelled", model, tally, _client_left())
+        else:
+            broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
+            self._close("failed", model, tally, broken)
+
+    def _fail(self, error: RouteError) -> None:
+        error.trace = self.trace
+        if isinstance(error, NoCandidatesError):
+            outcome = "no_candidates"
+        elif isinstance(error, AdmissionError):
+            outcome = "refused"
+        else:
+            outcome = "cancelled" if error.code == "client_left" else "failed"
+        self._close(outcome, None, None, error)
+
+    def _close(self, word: str, model: ModelConfig | None, tally: Tally | None, error: RouteError | None) -> None:
+        """Close the books, once: the span, the leases, the observers, the export."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        usage = tally.usage if tally is not None else None
+        cost = cost_usd(model, usage) if model is not None and usage is not None else None
+        span = self.trace.route
+        span.end_ns = self.clock.time_ns()
+        self._describe_end(span, word, model, error, cost)
+        outcome = Outcome(
+            context=self.ctx,
+            trace=self.trace,
+            ranking=self.decision.ranking,
+            served_by=model,
+            usage=usage,
+            error=error,
+            cost_usd=cost,
+            ttfb_s=self._ttfb_s,
+            duration_s=self.clock.now_s() - self._started_s,
+        )
+        for lease in self.decision.leases:
+            lease.release(outcome)
+        self.bridge.end_route(self._handle, self.trace)
+        self.closed(outcome)
+
+    def _describe_end(
+        self, span: Span, word: str, model: ModelConfig | None, error: RouteError | None, cost: float | None
+    ) -> None:
+        attributes = span.attributes
+        attributes[names.OUTCOME] = word
+        if self._ttfb_s is not None:
+            attributes[names.TTFB_S] = self._ttfb_s
+        if model is not None:
+            attributes[names.MODEL_SERVED] = model.name
+            attributes[names.REPLICA_SERVED] = model.id
+        if cost is not None:
+            attributes[names.COST_USD] = cost
+        if error is None:
+            span.status = Status.OK
+            return
+        span.fail(error.message)
+        attributes[names.ERROR_TYPE] = error.code
+        attributes[names.STATUS_CODE] = error.status
+
+
+def cost_usd(model: ModelConfig, usage: Usage) -> float | None:
+    """What an answer cost by the model's prices; None if a price it needs is unknown."""
+    price_in, price_out = model.cost_per_1k_input_tokens, model.cost_per_1k_output_tokens
+    if price_in is None or (price_out is None and usage.completion_tokens):
+        return None
+    return (usage.prompt_tokens * price_in + usage.completion_tokens * (price_out or 0.0)) / 1000
+
+
+def _client_left() -> RouteError:
+    return RouteError("the client left", status=499, code="client_left")
+
+
+def route_attributes(
+    ctx: RoutingContext, fleet: str, pipeline: Pipeline, select: BoundStage
+) -> dict[str, str | bool | int | float | tuple[str, ...]]:
+    """What the route's span says from the start."""
+    request = ctx.request
+    attributes: dict[str, str | bool | int | float | tuple[str, ...]] = {
+        names.REQUEST_ID: request.request_id,
+        names.OPERATION: request.operation.value,
+        names.MODEL_REQUESTED: request.model,
+        names.STREAM: request.stream,
+        names.DATA_CLASS: ctx.data_class,
+        names.FLEET: fleet,
+        names.PIPELINE_HASH: pipeline.hash,
+        names.SEED: ctx.seed,
+        names.CANDIDATES: tuple([c.id for c in ctx.candidates]),
+        names.STRATEGY: select.name,
+        names.STRATEGY_OVERRIDDEN: request.is_override,
+    }
+    if ctx.tenant:
+        attributes[names.TENANT] = ctx.tenant
+    if ctx.region:
+        attributes[names.REGION] = ctx.region
+    if ctx.dry_run:
+        attributes[names.DRY_RUN] = True
+    return attributes

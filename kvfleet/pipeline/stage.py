@@ -1,0 +1,102 @@
+"""A stage as the engine runs it: a component bound to its place in the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.plugin.contract import Kind
+from kvfleet.trace import names
+from kvfleet.trace.spans import AttributeValue
+
+__all__ = ["BoundStage", "Pipeline"]
+
+
+@attrs.frozen(kw_only=True)
+class BoundStage:
+    """One stage, ready to run.
+
+    Attributes:
+        kind, name: As the trace shows it; `name` is the component's unless the pipeline gave another.
+        component: The object, one for each entry of the pipeline.
+        run: Its verb, bound.
+        distribution: Who brought the component; errors name it.
+        skips: True if the route goes on when it fails.
+        is_policy: True for a filter that must hold: an exclusion by it alone is a 403.
+        span_name: Precomputed.
+        attributes: What every span of this stage carries.
+    """
+
+    kind: Kind
+    name: str
+    component: Any
+    run: Callable[..., Any]
+    distribution: str = ""
+    skips: bool = False
+    is_policy: bool = False
+    span_name: str = ""
+    attributes: Mapping[str, AttributeValue] = attrs.field(factory=dict)
+
+    @classmethod
+    def bind(
+        cls,
+        kind: Kind,
+        name: str,
+        component: Any,
+        *,
+        distribution: str = "",
+        skips: bool | None = None,
+        is_policy: bool = False,
+    ) -> BoundStage:
+        """Bind a component; `skips` of None takes the kind's default."""
+        return cls(
+            kind=kind,
+            name=name,
+            component=component,
+            run=getattr(component, kind.verb),
+            distribution=distribution,
+            skips=kind.may_skip if skips is None else skips,
+            is_policy=is_policy,
+            span_name=f"{names.STAGE_PREFIX}{kind}.{name}",
+            attributes={names.STAGE_KIND: str(kind), names.STAGE_NAME: name},
+        )
+
+    @property
+    def key(self) -> str:
+        """``filter.health``: kind and name."""
+        return f"{self.kind}.{self.name}"
+
+
+@attrs.frozen(kw_only=True)
+class Pipeline:
+    """Everything that decides and executes, in order.
+
+    Attributes:
+        stages: Those before the choice, in order.
+        select: The choice.
+        strategies: What a request may ask for instead, by name; the pipeline's own is among them.
+        execute: Gets the answer.
+        observers: Told of every outcome: the observe stages, then any other component with an `observe`.
+        hash: Tells one configuration from another.
+    """
+
+    stages: tuple[BoundStage, ...]
+    select: BoundStage
+    strategies: Mapping[str, BoundStage]
+    execute: BoundStage
+    observers: tuple[BoundStage, ...] = ()
+    hash: str = ""
+
+    @property
+    def all_stages(self) -> tuple[BoundStage, ...]:
+        """Every stage of the pipeline once, in order."""
+        own = tuple(stage for stage in self.observers if stage.kind is Kind.OBSERVE)
+        return (*self.stages, self.select, self.execute, *own)
+
+    @property
+    def components(self) -> tuple[Any, ...]:
+        """Every component object once, those of other strategies included."""
+        found = [stage.component for stage in (*self.all_stages, *self.strategies.values())]
+        return tuple({id(component): component for component in found}.values())

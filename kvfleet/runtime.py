@@ -1,0 +1,388 @@
+"""`Router`: a fleet, its pipeline, and the four things one does with them: open, route, simulate, close."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any, Self
+
+import anyio
+import attrs
+import orjson
+
+from kvfleet.adapters.base import (
+    ChatMessage,
+    ChatResponse,
+    EndpointHealth,
+    InferenceAdapter,
+    StreamChunk,
+    chunks_of,
+)
+from kvfleet.adapters.connections import Connections
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.schema import FleetConfig, ModelConfig
+from kvfleet.errors import RouteError
+from kvfleet.pipeline.build import build, build_adapters
+from kvfleet.pipeline.engine import Decision
+from kvfleet.pipeline.observing import Observing
+from kvfleet.pipeline.requests import request_from
+from kvfleet.pipeline.resolve import Names
+from kvfleet.pipeline.route import Route, route_attributes
+from kvfleet.pipeline.stage import BoundStage, Pipeline
+from kvfleet.plugin.component import Services
+from kvfleet.plugin.contract import Answer, Outcome, RouteRequest, RoutingContext
+from kvfleet.plugin.manager import ComponentTable, discover
+from kvfleet.registry.models import ModelRegistry
+from kvfleet.telemetry.collector import Collector
+from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
+from kvfleet.trace.explanation import Explanation, TraceSink
+from kvfleet.trace.otel import Bridge, OwnBridge
+from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+
+__all__ = ["Dispatch", "RouteStream", "Router"]
+
+
+@attrs.frozen
+class Dispatch:
+    """A request that is being answered: the answer, and the record of how it came about."""
+
+    answer: Answer
+    trace: Trace
+
+    @property
+    def explanation(self) -> Explanation:
+        """The record, as people and programs read it; for a stream it grows until the end."""
+        return Explanation(self.trace)
+
+
+@attrs.define
+class RouteStream:
+    """A streamed answer in Python: iterate it for chunks; `explanation` is whole after the last one."""
+
+    dispatched: Dispatch
+
+    @property
+    def explanation(self) -> Explanation:
+        """Why the request went where it went."""
+        return self.dispatched.explanation
+
+    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
+        events = self.dispatched.answer.reply.events
+        assert events is not None  # noqa: S101 - a stream was asked for, and the contract of adapters gives one
+        async for piece in events:
+            for chunk in chunks_of(piece):
+                yield chunk
+
+
+class Router:
+    """A fleet and its pipeline.
+
+    Args:
+        config: The fleet.
+        table: The components there are; discovered among the installed plugins if None.
+        clock: The time; injected by tests.
+        adapters: Adapters to use instead of those the configuration describes, by replica id.
+        sinks: Where finished traces go, beside the OpenTelemetry export.
+        bridge: How live spans are made; by default they are kvfleet's own, without the OpenTelemetry SDK.
+        polls: False to leave health and load unpolled, as tests do.
+
+    Raises:
+        ConfigError: with every finding, if the pipeline cannot be built.
+
+    Nothing connects before `open`; `route` and the others open on first use. A router belongs to one event loop.
+    """
+
+    def __init__(
+        self,
+        config: FleetConfig,
+        *,
+        table: ComponentTable | None = None,
+        clock: Clock | None = None,
+        adapters: Mapping[str, InferenceAdapter] | None = None,
+        sinks: Sequence[TraceSink] = (),
+        bridge: Bridge | None = None,
+        polls: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        self.config = config
+        self.table = discover() if table is None else table
+        self.clock: Clock = clock or SystemClock()
+        self.registry = ModelRegistry.from_configs(config.models)
+        self.models: tuple[ModelConfig, ...] = self.registry.replicas
+        self.services = Services(
+            clock=self.clock,
+            models=self.models,
+            health=HealthManager(clock=self.clock),
+            load=FleetLoad(),
+            metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
+            find=self.table.get,
+        )
+        self.pipeline: Pipeline = build(config, self.table, self.services)
+        self.connections = Connections()
+        own = [model for model in self.models if not adapters or model.id not in adapters]
+        built = build_adapters(config, self.table, own, connections=self.connections)
+        self.adapters: dict[str, InferenceAdapter] = {**built, **(adapters or {})}
+        self.sinks = tuple(sinks)
+        self.bridge: Bridge = bridge or OwnBridge()
+        self._polls = polls
+        self._random = random.Random(seed)  # noqa: S311 - seeds of decisions, not secrets
+        self._names = Names(config, self.registry, self.pipeline)
+        self._observing = Observing(observers=self.pipeline.observers, finished=self._finished)
+        self._background: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()
+        self._is_closed = False
+
+    # Life ------------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> Self:
+        """Open the components and begin to watch the fleet; twice is harmless."""
+        if self._background is None and not self._is_closed:
+            started = asyncio.Event()
+            self._background = asyncio.create_task(self._live(started), name="kvfleet-router")
+            waiting = asyncio.create_task(started.wait())
+            await asyncio.wait({waiting, self._background}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if self._background.done():
+                await self._background
+        return self
+
+    async def aclose(self) -> None:
+        """End the background work and close every component and connection; twice is harmless."""
+        self._is_closed = True
+        self._stop.set()
+        if self._background is not None:
+            task, self._background = self._background, None
+            await task
+        await self._observing.drain()
+        for component in reversed(self.pipeline.components):
+            if callable(close := getattr(component, "aclose", None)):
+                await close()
+        for adapter in self.adapters.values():
+            await adapter.aclose()
+        await self.connections.aclose()
+
+    async def close(self) -> None:
+        """The documented name of `aclose`."""
+        await self.aclose()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _live(self, started: asyncio.Event) -> None:
+        """The router's background work, in one task group with one owner."""
+        for component in self.pipeline.components:
+            if callable(aopen := getattr(component, "aopen", None)):
+                await aopen()
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._observing.run)
+            if self._polls:
+                group.start_soon(self._collector().run)
+            started.set()
+            await self._stop.wait()
+            group.cancel_scope.cancel()
+
+    def _collector(self) -> Collector:
+        telemetry = self.config.telemetry
+        return Collector(
+            self.adapters,
+            self.services.health,
+            self.services.load,
+            clock=self.clock,
+            health_interval_s=telemetry.health_check_interval_seconds,
+            load_interval_s=telemetry.load_poll_interval_seconds,
+        )
+
+    async def settled(self) -> None:
+        """Wait until the observers of every finished route have run."""
+        await self._observing.settled()
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    async def dispatch(self, request: RouteRequest, *, kind: SpanKind = SpanKind.INTERNAL) -> Dispatch:
+        """Route one request.
+
+        For a stream, ``answer.reply.events`` must be read to its end or ``answer.reply.close()`` called.
+
+        Raises:
+            RouteError: with ``.trace``, if there is no answer.
+        """
+        if self._background is None:
+            await self.open()
+        ctx, select = self._prepare(request)
+        route = Route(
+            pipeline=self.pipeline,
+            ctx=ctx,
+            select=select,
+            adapters=self.adapters,
+            services=self.services,
+            bridge=self.bridge,
+            clock=self.clock,
+            fleet=self.config.fleet_name,
+            kind=kind,
+            closed=self._closed,
+            keeps_content=self.config.telemetry.capture_content,
+        )
+        answer = await route.run()
+        return Dispatch(answer, route.trace)
+
+    async def simulate_request(self, request: RouteRequest) -> Explanation:
+        """Decide as for a live request, with the same code, and call nobody.
+
+        Raises:
+            RouteError: if the request itself is wrong. Nobody being left is not raised: the explanation says so.
+        """
+        if self._background is None:
+            await self.open()
+        ctx, select = self._prepare(request, dry_run=True)
+        span = Span(names.ROUTE_SPAN, self.clock.time_ns())
+        span.attributes = route_attributes(ctx, self.config.fleet_name, self.pipeline, select)
+        trace = Trace(f"{self._random.getrandbits(128):032x}", [span])
+        decision = Decision(self.pipeline, ctx, trace, self.clock)
+        try:
+            await decision.run(select)
+        except RouteError as error:
+            span.fail(error.message)
+            span.attributes[names.ERROR_TYPE] = error.code
+            span.attributes[names.STATUS_CODE] = error.status
+        else:
+            span.status = Status.OK
+        if decision.ranking is not None:
+            first = decision.ranking.models[0]
+            span.attributes[names.MODEL_SELECTED] = first.name
+            span.attributes[names.REPLICA_SELECTED] = first.id
+        span.attributes[names.OUTCOME] = "simulated"
+        span.end_ns = self.clock.time_ns()
+        return Explanation(trace)
+
+    async def route(
+        self,
+        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> tuple[ChatResponse, Explanation]:
+        """Route a chat request and wait for the whole answer.
+
+        Args:
+            messages: The conversation; or
+            prompt: a single user message; or ``request``, a `ChatRequest`, among the options.
+                **options: See `kvfleet.pipeline.requests.request_from`.
+
+        Raises:
+            RouteError: with ``.trace``, if there is no answer.
+        """
+        dispatched = await self.dispatch(request_from(messages, prompt, **options))
+        reply, model = dispatched.answer.reply, dispatched.answer.served_by
+        explanation = dispatched.explanation
+        response = ChatResponse.from_openai(
+            orjson.loads(reply.body), latency_ms=explanation.total_latency_ms, endpoint=model.endpoint if model else ""
+        )
+        return response, explanation
+
+    @contextlib.asynccontextmanager
+    async def stream(
+        self,
+        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RouteStream]:
+        """Route a chat request and stream the answer; leaving the block early cancels it.
+
+        Takes what `route` takes.
+        """
+        dispatched = await self.dispatch(request_from(messages, prompt, stream=True, **options))
+        try:
+            yield RouteStream(dispatched)
+        finally:
+            await dispatched.answer.reply.close()
+
+    async def simulate(
+        self,
+        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> Explanation:
+        """Decide as `route` would, and call nobody. Takes what `route` takes."""
+        return await self.simulate_request(request_from(messages, prompt, **options))
+
+    # State -----------------------------------------------------------------------------------------------------------
+
+    async def health_check_all(self) -> dict[str, EndpointHealth]:
+        """Check every endpoint now; what is found also counts for routing."""
+        await self._collector().check_health()
+        found = {m.endpoint: self.services.health.get_health(m.endpoint) for m in self.models}
+        return {endpoint: health for endpoint, health in found.items() if health is not None}
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the fleet and the components, without asking anybody; holds no secret."""
+        stages = {}
+        for stage in self.pipeline.all_stages:
+            if callable(read := getattr(stage.component, "state", None)):
+                stages[stage.key] = dict(read())
+        return {
+            "fleet": self.config.fleet_name,
+            "pipeline": self.pipeline.hash,
+            "strategy": self.pipeline.select.name,
+            "replicas": [self._replica_state(model) for model in self.models],
+            "stages": stages,
+            "observers_dropped": self._observing.dropped,
+        }
+
+    def _replica_state(self, model: ModelConfig) -> dict[str, Any]:
+        health, load = self.services.health, self.services.load
+        engine = load.engine(model.endpoint)
+        return {
+            "model": model.name,
+            "endpoint": model.endpoint,
+            "provider": model.provider,
+            "enabled": model.enabled,
+            "healthy": health.is_available(model.endpoint),
+            "reason": health.unavailable_reason(model.endpoint),
+            "breaker": health.breaker_state(model.endpoint),
+            "in_flight": load.in_flight(model.id),
+            "expected_ttfb_s": load.expected_ttfb_s(model.id),
+            "running": engine.running if engine else None,
+            "waiting": engine.waiting if engine else None,
+            "kv_usage": engine.kv_usage if engine else None,
+            "prefix_hit_rate": engine.prefix_hit_rate if engine else None,
+        }
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
+        """Resolve names and defaults: who may answer, by which strategy.
+
+        Raises:
+            RouteError: if the request names what does not exist.
+        """
+        request = self._names.resolve(request)
+        tenant = self.config.tenants.get(request.tenant)
+        ctx = RoutingContext(
+            request=request,
+            candidates=self._names.candidates(request),
+            data_class=request.data_class or self.config.policy.default_data_class,
+            tenant=request.tenant,
+            region=request.region or (tenant.region if tenant else ""),
+            facts={},
+            affinity={},
+            columns={},
+            now_s=self.clock.now_s(),
+            seed=self._random.getrandbits(32) if request.seed is None else request.seed,
+            dry_run=dry_run,
+        )
+        return ctx, self._names.strategy(request.strategy)
+
+    def _closed(self, outcome: Outcome) -> None:
+        for sink in self.sinks:
+            sink.write(outcome.trace)
+        self._observing.put(outcome)
+
+    def _finished(self, outcome: Outcome) -> None:
+        self.table.route_finished(outcome)
