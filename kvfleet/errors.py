@@ -16,7 +16,8 @@
     │   ├── StageError              500: a stage that must not fail, failed
     │   ├── DeadlineExceededError   504: the request's own deadline passed
     │   └── AttemptsExhaustedError  502..504, or the backend's own status: every attempt failed
-    └── BackendError                one backend call that failed; ``.kind`` is a `Fault`
+    ├── BackendError                one backend call that failed; ``.kind`` is a `Fault`
+    └── TraceError                  a recorded trace that cannot be found or read
 
 Where a message may reach an operator it says what is wrong, where, and what to do. No message holds a prompt, an answer
 or a credential; those that reach a client hold no backend address either.
@@ -49,6 +50,7 @@ __all__ = [
     "PluginError",
     "RouteError",
     "StageError",
+    "TraceError",
 ]
 
 
@@ -253,3 +255,7 @@ class AttemptsExhaustedError(RouteError):
 
     status = 502
     code = "attempts_exhausted"
+
+
+class TraceError(KVFleetError):
+    """A recorded trace, or the store of them, that cannot be found or read; says what to do instead."""

@@ -104,6 +104,9 @@ STAGE_NAME = _name("kvfleet.stage.name", "stage", "string", "The stage's name in
 STAGE_SKIPPED = _name(
     "kvfleet.stage.skipped", "stage", "bool", "True if it failed and the pipeline went on without it."
 )
+STAGE_POLICY = _name(
+    "kvfleet.stage.policy", "stage", "bool", "True for a stage that must hold and is never skipped; absent otherwise."
+)
 CANDIDATES_IN = _name("kvfleet.candidates.in", "stage", "int", "Candidates before the stage.")
 CANDIDATES_OUT = _name("kvfleet.candidates.out", "stage", "int", "Candidates after the stage.")
 FACT_PREFIX = "kvfleet.fact."
