@@ -273,7 +273,7 @@ class Router:
         Args:
             messages: The conversation; or
             prompt: a single user message; or ``request``, a `ChatRequest`, among the options.
-                **options: See `kvfleet.pipeline.requests.request_from`.
+            **options: See `kvfleet.pipeline.requests.request_from`.
 
         Raises:
             RouteError: with ``.trace``, if there is no answer.

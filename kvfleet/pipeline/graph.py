@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import attrs
@@ -130,7 +131,7 @@ def as_dot(stages: Sequence[StageView]) -> str:
         "  answer [shape=oval];",
     ]
     chain = ["request", *(stage.key for stage in stages), "answer"]
-    lines += [f'  "{a}" -> "{b}";' for a, b in zip(chain, chain[1:], strict=False)]
+    lines += [f'  "{a}" -> "{b}";' for a, b in itertools.pairwise(chain)]
     lines += [f'  "{s.key}" -> "{s.ends}" [style=dashed];' for s in stages if s.ends]
     lines.append("}")
     return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""The whole loop: `nox` runs what CI runs; `nox -s real` and `nox -s bench` are for when you mean it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["lint", "types", "tests", "pipelines", "plugins", "docs"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = False
+
+PLUGINS = sorted(path.parent for path in Path("plugins").glob("*/pyproject.toml"))
+GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, and formatting."""
+    session.install(*GROUPS["lint"])
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Types, strictly."""
+    session.install("-e", ".", *GROUPS["types"])
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The unit and integration tests; arguments after `--` go to pytest."""
+    session.install("-e", ".", *GROUPS["test"])
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def pipelines(session: nox.Session) -> None:
+    """Every pipeline validates and passes the tests it carries."""
+    session.install(".")
+    for path in sorted(Path("pipelines").glob("*.yaml")):
+        session.run("kvfleet", "validate", str(path))
+    session.run("kvfleet", "test", "pipelines/")
+
+
+@nox.session
+def plugins(session: nox.Session) -> None:
+    """Each example plugin, installed beside kvfleet as a stranger would, and a fresh one from the skeleton."""
+    session.install(".", *GROUPS["test"])
+    for plugin in PLUGINS:
+        session.install(str(plugin))
+        session.run("pytest", "-c", str(plugin / "pyproject.toml"), "--rootdir", str(plugin), str(plugin / "tests"))
+    session.run("kvfleet", "plugins")
+    fresh = Path(session.create_tmp()).resolve() / "skeleton"
+    shutil.rmtree(fresh, ignore_errors=True)
+    for kind in ("strategy", "filter", "scorer", "classifier"):
+        name = f"demo-{kind}"
+        session.run("kvfleet", "plugins", "new", name, "--kind", kind, "--path", str(fresh))
+        (project,) = [path for path in fresh.iterdir() if path.name.endswith(name)]
+        session.install(str(project))
+        session.run("pytest", "-c", str(project / "pyproject.toml"), "--rootdir", str(project), str(project / "tests"))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The generated reference is up to date, and the site builds without a warning."""
+    session.install("-e", ".", *GROUPS["docs"])
+    session.run("python", "docs/generate.py", "--check")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def real(session: nox.Session) -> None:
+    """The adapters and the gateway against real engines, which the suite installs into .real/ and starts itself."""
+    session.install("-e", ".", *GROUPS["test"])
+    session.run("pytest", "-m", "real", "tests/real", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks, as ratios measured in one run."""
+    session.install(".", "-e", ".")
+    for script in ("decision", "trace", "transport", "gateway"):
+        session.run("python", f"benchmarks/{script}.py", *session.posargs)
