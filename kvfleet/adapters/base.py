@@ -346,6 +346,8 @@ class InferenceAdapter(abc.ABC):
         timeout: Seconds to the first byte, used by `chat` and `chat_stream`.
         api_key: The backend's credential.
         headers: Sent with every call.
+        connections: The pools shared with other adapters (`kvfleet.adapters.connections.Connections`); an adapter that
+            needs some and is given none makes its own, and closes them.
     """
 
     endpoint: str = ""
@@ -353,9 +355,10 @@ class InferenceAdapter(abc.ABC):
     timeout: float = 60.0
     api_key: str = attrs.field(default="", repr=False)
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    connections: Any = attrs.field(default=None, repr=False, eq=False)
 
     @classmethod
-    def from_config(cls, model: ModelConfig, **options: Any) -> Self:
+    def from_config(cls, model: ModelConfig, *, connections: Any = None, **options: Any) -> Self:
         """Make the adapter for one replica; `options` are its own, already checked."""
         return cls(
             endpoint=model.endpoint,
@@ -363,6 +366,7 @@ class InferenceAdapter(abc.ABC):
             timeout=model.timeout_seconds,
             api_key=model.api_key,
             headers=model.custom_headers,
+            connections=connections,
             **options,
         )
 

@@ -1,0 +1,203 @@
+"""The base of every adapter that speaks HTTP: exchanges on the data path, control calls, health.
+
+An adapter for an engine with a tongue of its own subclasses `HTTPAdapter` and translates::
+
+    async def send(self, call):
+        incoming = await self.exchange("POST", "/api/chat", orjson.dumps(theirs(call)), headers=call.headers,
+                                       limits=call.limits)
+        answer = await incoming.read_json()
+        return Reply(body=orjson.dumps(ours(answer)), headers=incoming.headers)
+
+For a stream it iterates ``incoming`` (pieces of bytes as they arrive) and gives ``close=incoming.aclose``. Whatever
+goes wrong is already a `BackendError`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import httpx
+import orjson
+
+from kvfleet.adapters import faults
+from kvfleet.adapters.base import EndpointHealth, InferenceAdapter, Limits
+from kvfleet.adapters.connections import Connections, Route
+from kvfleet.adapters.incoming import Incoming, parsed
+from kvfleet.adapters.transport import Payload
+from kvfleet.config.fields import flag, secret
+from kvfleet.errors import BackendError
+
+__all__ = ["HTTPAdapter"]
+
+MAX_ERROR_BYTES = 64 * 1024
+HEALTH_TTL_S = 5.0
+
+# What a caller's header may never set: the credential, the framing, and what belongs to one hop (RFC 9110, 7.6.1).
+_NOT_PASSED = frozenset(
+    {
+        *("authorization", "api-key", "x-api-key", "cookie", "proxy-authenticate", "proxy-authorization"),
+        *("host", "content-length", "content-type", "content-encoding", "accept", "accept-encoding", "expect"),
+        *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
+    }
+)
+)
+
+
+@attrs.define(kw_only=True)
+class HTTPAdapter(InferenceAdapter):
+    """Speaks HTTP to one model on one endpoint."""
+
+    http2: bool = flag(doc="Speak HTTP/2 to the engine; needs kvfleet[http2].")
+    proxy: str = secret(doc="URL of a proxy on the way to the engine; the environment's (`HTTPS_PROXY`) if empty.")
+    _own: Connections | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _route: Route = attrs.field(init=False, repr=False, eq=False)
+    _base: httpx.URL = attrs.field(init=False, repr=False, eq=False)
+    _urls: dict[str, httpx.URL] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _fixed: tuple[tuple[bytes, bytes], ...] = attrs.field(init=False, repr=False, eq=False)
+    _fixed_names: frozenset[str] = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._base = httpx.URL(self.endpoint.rstrip("/").removesuffix("/v1"))
+        origin = f"{self._base.scheme}://{self._base.netloc.decode('ascii')}"
+        self._route = Route(origin, self.api_key, self.http2, self.proxy)
+        own = {"host": self._base.netloc.decode("ascii"), "content-type": "application/json"}
+        own |= {"accept-encoding": "identity", "user-agent": "kvfleet"}
+        own |= {key.lower(): value for key, value in (*self.auth_headers().items(), *self.headers.items())}
+        self._fixed_names = frozenset(own) | _NOT_PASSED
+        self._fixed = tuple((key.encode("ascii"), value.encode("latin-1")) for key, value in own.items())
+
+    # What a subclass may change
+
+    def auth_headers(self) -> Mapping[str, str]:
+        """Headers that carry the credential; ``Authorization: Bearer`` unless the engine wants it otherwise."""
+        return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def error_of(self, status: int, headers: Mapping[str, str], body: bytes, *, received: bool = False) -> BackendError:
+        """The error that a refusing answer stands for; engines with odd refusals add theirs."""
+        return faults.from_answer(status, headers, body, received=received)
+
+    # What a subclass uses
+
+    async def exchange(
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        *,
+        headers: tuple[tuple[str, str], ...] = (),
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> Incoming:
+        """One exchange on the data path, up to the answer's headers.
+
+        Args:
+            method: The HTTP method.
+            path: The path under the endpoint; never a URL, so that the credential stays with its origin.
+            body: The whole body, JSON unless `headers` of the adapter say otherwise.
+            headers: The caller's headers; those that would replace ours, or belong to one hop, are left out.
+            limits: Time limits; the one on the first byte holds up to the body's first byte.
+
+        Raises:
+            BackendError: if there is no answer, or a refusing one (its body is read and mapped by `error_of`).
+        """
+        transport = self._connections().transport_for(self._route)
+        request = self._request(method, path, body, headers, limits)
+        try:
+            response = await transport.handle_async_request(request)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise faults.from_exception(error) from error
+        incoming = Incoming(response)
+        if 200 <= incoming.status < 300:
+            return incoming
+        raise await self._refused(incoming)
+
+    async def control(self, method: str, path: str, payload: Any = None, *, timeout_s: float = 5.0) -> httpx.Response:
+        """One control call (health, metrics, lists), its body read, whatever its status.
+
+        Raises:
+            BackendError: if there is no answer.
+        """
+        client = self._connections().client_for(self._route)
+        content = b"" if payload is None else orjson.dumps(payload)
+        try:
+            return await client.request(
+                method, self._url(path), content=content, headers=list(self._fixed), timeout=timeout_s
+            )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise faults.from_exception(error) from error
+
+    async def control_json(self, method: str, path: str, payload: Any = None, *, timeout_s: float = 5.0) -> Any:
+        """The same, for an answer that must be a JSON one of status 2xx.
+
+        Raises:
+            BackendError: if it is not.
+        """
+        response = await self.control(method, path, payload, timeout_s=timeout_s)
+        if not response.is_success:
+            raise self.error_of(response.status_code, response.headers, response.content)
+        return parsed(response.content, response.status_code)
+
+    async def probe(self, path: str = "/health", *, timeout_s: float = 5.0) -> EndpointHealth:
+        """Whether a control call is answered with 2xx; adapters of one endpoint share the answer for five seconds."""
+
+        async def ask() -> EndpointHealth:
+            began_s = time.perf_counter()
+            error = ""
+            try:
+                response = await self.control("GET", path, timeout_s=timeout_s)
+                if not response.is_success:
+                    error = self.error_of(response.status_code, response.headers, response.content).message
+            except BackendError as failed:
+                error = failed.message
+            took_ms = (time.perf_counter() - began_s) * 1000
+            return EndpointHealth(endpoint=self.endpoint, healthy=not error, latency_ms=took_ms, error=error)
+
+        key = ("probe", self._route, self._base.path, path)
+        found = await self._connections().shared(key, HEALTH_TTL_S, ask)
+        return found if found.endpoint == self.endpoint else attrs.evolve(found, endpoint=self.endpoint)
+
+    async def aclose(self) -> None:
+        """Close the adapter's own connections; shared ones stay."""
+        own, self._own = self._own, None
+        if own is not None:
+            await own.aclose()
+
+    # Inner workings
+
+    def _connections(self) -> Connections:
+        if self.connections is not None:
+            shared: Connections = self.connections
+            return shared
+        if self._own is None:
+            self._own = Connections()
+        return self._own
+
+    def _url(self, path: str) -> httpx.URL:
+        url = self._urls.get(path)
+        if url is None:
+            # raw_path cannot change the origin, whatever the path looks like
+            url = self._urls[path] = self._base.copy_with(raw_path=(self._base.path.rstrip("/") + path).encode("ascii"))
+        return url
+
+    def _request(
+        self, method: str, path: str, body: bytes, headers: tuple[tuple[str, str], ...], limits: Limits
+    ) -> httpx.Request:
+        sent = list(self._fixed)
+        for name, value in headers:
+            if name.lower() not in self._fixed_names:
+                sent.append((name.encode("ascii"), value.encode("latin-1")))
+        sent.append((b"content-length", b"%d" % len(body)))
+        timeout = {"connect": limits.connect_s, "first_byte": limits.first_byte_s, "read": limits.idle_s}
+        return httpx.Request(
+            method, self._url(path), headers=sent, stream=Payload(body), extensions={"timeout": timeout}
+        )
+
+    async def _refused(self, incoming: Incoming) -> BackendError:
+        """Read a refusal's body as far as it goes; a broken one does not hide the refusal itself."""
+        try:
+            body = await incoming.read(MAX_ERROR_BYTES)
+        except BackendError:
+            body = b""
+        return self.error_of(incoming.status, incoming.headers, body)
