@@ -43,7 +43,6 @@ _NOT_PASSED = frozenset(
         *("connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"),
     }
 )
-)
 
 
 @attrs.define(kw_only=True)
