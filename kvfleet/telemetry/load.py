@@ -1,0 +1,247 @@
+"""What is in flight where, what the engines say of themselves, and how long answers take to begin.
+
+The estimate here is simple on purpose: a learned time to the first byte, scaled by how busy the replica is now against
+how busy it was when that time was learned. Every reading is a dictionary lookup; the work is done when a fact arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import attrs
+
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.schema import ModelConfig
+
+__all__ = ["FleetLoad", "ReplicaLoad"]
+
+_MOST_REPLICAS = 16_384
+_WEIGHT_OF_NEW = 0.2
+_KNEE = 8.0
+"""Requests in flight at which the expected time doubles, until measurements at that load say otherwise."""
+_DEFAULT_S = 0.5
+
+
+@attrs.define
+class ReplicaLoad:
+    """What is known of one replica.
+
+    Attributes:
+        endpoint: Where it runs.
+        declared_s: Its configured time to an answer, used until there is a measurement.
+        in_flight: Our own requests there.
+        started, failed: Our own requests so far.
+        ttfb_s: Learned time to the first byte; None before the first answer.
+        busy: Requests there when that time was learned, averaged alike.
+        measured_s: When it was last measured.
+        duration_s: Learned time to the last byte.
+        tokens_per_second: Learned speed of one answer.
+        reported: What its engine last said, and `reported_in_flight` what we had there then.
+    """
+
+    endpoint: str = ""
+    declared_s: float = _DEFAULT_S
+    in_flight: int = 0
+    started: int = 0
+    failed: int = 0
+    ttfb_s: float | None = None
+    busy: float = 0.0
+    measured_s: float = 0.0
+    duration_s: float | None = None
+    tokens_per_second: float | None = None
+    reported: EngineLoad | None = None
+    reported_in_flight: int = 0
+
+    @property
+    def pending(self) -> int:
+        """Requests there, ours and others': the engine's own count, moved on by what we did since."""
+        if self.reported is None:
+            return self.in_flight
+        counted = (self.reported.running or 0) + (self.reported.waiting or 0)
+        return max(self.in_flight, counted + self.in_flight - self.reported_in_flight)
+
+
+@attrs.define
+class FleetLoad:
+    """The load of every replica.
+
+    Args:
+        clock: Read when an answer begins or an engine reports.
+        remember_s: Age after which a learned time is forgotten, so that a replica that was slow once is tried again.
+        stale_s: Age after which an engine's report no longer counts.
+    """
+
+    clock: Clock = attrs.field(factory=SystemClock)
+    remember_s: float = 300.0
+    stale_s: float = 15.0
+    _replicas: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
+    _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
+    _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
+    _times: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _free: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
+
+    def register(self, replicas: Iterable[ModelConfig]) -> None:
+        """Know these replicas, and forget all others; what was learned of those that stay is kept."""
+        before, self._replicas = self._replicas, {}
+        self._at, self._times, self._free = {}, {}, {}
+        for model in replicas:
+            known = before.get(model.id) or ReplicaLoad()
+            known.endpoint, known.declared_s = model.endpoint, model.latency_p50_ms / 1000
+            self._replicas[model.id] = known
+            self._at.setdefault(model.endpoint, []).append(model.id)
+            self._refresh(model.id, known)
+        self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
+
+    # Our own requests
+
+    def started(self, replica_id: str) -> None:
+        """A call to the replica begins."""
+        known = self._of(replica_id)
+        known.in_flight += 1
+        known.started += 1
+        self._refresh(replica_id, known)
+
+    def first_byte(self, replica_id: str, ttfb_s: float) -> None:
+        """Its answer began, `ttfb_s` seconds after the call."""
+        known = self._of(replica_id)
+        known.busy = _mix(known.busy if known.ttfb_s is not None else None, max(known.pending - 1, 0))
+        known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
+        known.measured_s = self.clock.now_s()
+        self._refresh(replica_id, known)
+
+    def finished(self, replica_id: str, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
+        """The call ended, `duration_s` seconds after it began."""
+        known = self._of(replica_id)
+        known.in_flight = max(known.in_flight - 1, 0)
+        if ok:
+            known.duration_s = _mix(known.duration_s, duration_s)
+            if completion_tokens and duration_s > 0:
+                known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
+        else:
+            known.failed += 1
+        self._refresh(replica_id, known)
+
+    # The engines' own account
+
+    def report(self, endpoint: str, load: EngineLoad, now_s: float) -> None:
+        """Take in what the engine at `endpoint` said at `now_s`."""
+        if endpoint not in self._engines and len(self._engines) >= _MOST_REPLICAS:
+            del self._engines[next(iter(self._engines))]
+        self._engines[endpoint] = (load, now_s)
+        for replica_id in self._at.get(endpoint, ()):
+            known = self._replicas[replica_id]
+            known.reported, known.reported_in_flight = load, known.in_flight
+            self._refresh(replica_id, known)
+
+    def engine(self, endpoint: str) -> EngineLoad | None:
+        """What the engine last said, however old; None if it never did."""
+        said = self._engines.get(endpoint)
+        return None if said is None else said[0]
+
+    def age_s(self, endpoint: str, now_s: float | None = None) -> float | None:
+        """Seconds since the engine last spoke; None if it never did."""
+        said = self._engines.get(endpoint)
+        return None if said is None else (self.clock.now_s() if now_s is None else now_s) - said[1]
+
+    # Readings
+
+    def in_flight(self, replica_id: str) -> int:
+        """Our own requests at the replica."""
+        known = self._replicas.get(replica_id)
+        return 0 if known is None else known.in_flight
+
+    def pending(self, replica_id: str) -> int:
+        """Requests at the replica, ours and, where its engine counts them, others'."""
+        known = self._replicas.get(replica_id)
+        return 0 if known is None else known.pending
+
+    def expected_ttfb_s(self, replica_id: str) -> float | None:
+        """The learned time to the first byte; None if there was no answer yet."""
+        known = self._replicas.get(replica_id)
+        return None if known is None else known.ttfb_s
+
+    def of(self, replica_id: str) -> ReplicaLoad | None:
+        """All that is known of one replica."""
+        return self._replicas.get(replica_id)
+
+    def times(self, now_s: float) -> Mapping[str, float]:
+        """By replica: the expected seconds to a first byte under its present load, learned or as declared.
+
+        A live view: read it at once.
+        """
+        self._sweep(now_s)
+        return self._times
+
+    def free(self, now_s: float) -> Mapping[str, float]:
+        """By replica: its free capacity, 1 idle to 0 full. A live view: read it at once."""
+        self._sweep(now_s)
+        return self._free
+
+    def snapshot(self) -> Mapping[str, Mapping[str, float]]:
+        """By replica: the figures a person may want to see; what is not known is absent."""
+        return MappingProxyType({replica_id: _figures(known) for replica_id, known in self._replicas.items()})
+
+    # How
+
+    def _of(self, replica_id: str) -> ReplicaLoad:
+        known = self._replicas.get(replica_id)
+        if known is None:
+            if len(self._replicas) >= _MOST_REPLICAS:
+                oldest = next(iter(self._replicas))
+                for table in (self._replicas, self._times, self._free):
+                    table.pop(oldest, None)
+            known = self._replicas[replica_id] = ReplicaLoad()
+        return known
+
+    def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
+        pending = known.pending
+        learned = known.ttfb_s
+        if learned is None:
+            self._times[replica_id] = known.declared_s * (1 + pending / _KNEE)
+        else:
+            self._times[replica_id] = learned * (_KNEE + pending) / (_KNEE + known.busy)
+        free = _KNEE / (_KNEE + pending)
+        if known.reported is not None and known.reported.kv_usage is not None:
+            free = min(free, max(1.0 - known.reported.kv_usage, 0.0))
+        self._free[replica_id] = free
+
+    def _sweep(self, now_s: float) -> None:
+        """Let go of what is too old, once a second at most."""
+        if now_s - self._swept_s < 1.0:
+            return
+        self._swept_s = now_s
+        for replica_id, known in self._replicas.items():
+            said = self._engines.get(known.endpoint)
+            is_silent = known.reported is not None and (said is None or now_s - said[1] > self.stale_s)
+            is_past = known.ttfb_s is not None and not known.in_flight and now_s - known.measured_s > self.remember_s
+            if is_silent:
+                known.reported = None
+            if is_past:
+                known.ttfb_s = None
+            if is_silent or is_past:
+                self._refresh(replica_id, known)
+
+
+def _mix(old: float | None, new: float) -> float:
+    """The exponentially weighted mean, which the first value starts."""
+    return new if old is None else old + _WEIGHT_OF_NEW * (new - old)
+
+
+def _figures(known: ReplicaLoad) -> dict[str, float]:
+    said = known.reported
+    found: dict[str, float | None] = {
+        "in_flight": known.in_flight,
+        "pending": known.pending,
+        "started": known.started,
+        "failed": known.failed,
+        "ttfb_s": known.ttfb_s,
+        "duration_s": known.duration_s,
+        "tokens_per_second": known.tokens_per_second,
+        "engine_running": said.running if said else None,
+        "engine_waiting": said.waiting if said else None,
+        "engine_kv_usage": said.kv_usage if said else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}

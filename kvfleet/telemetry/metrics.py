@@ -1,0 +1,292 @@
+"""Prometheus metrics, on a registry of their own.
+
+Every name stands in one table, `METRICS`, from which the reference page is made. Counters and histograms are written
+as routes end; what is a state (health, load, breakers) is read from its owner when somebody scrapes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.load import FleetLoad
+
+__all__ = ["METRICS", "MetricInfo", "MetricsExporter"]
+
+_MOST_LABELS = 4096
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_BREAKER = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
+
+
+@attrs.frozen
+class MetricInfo:
+    """One metric: its name as scraped, its type, labels, meaning, and a histogram's buckets."""
+
+    name: str
+    type: str
+    labels: tuple[str, ...]
+    doc: str
+    buckets: tuple[float, ...] = ()
+
+
+METRICS: tuple[MetricInfo, ...] = (
+    MetricInfo("kvfleet_route_requests_total", "counter", ("strategy", "status"), "Requests, by how they ended."),
+    MetricInfo(
+        "kvfleet_route_latency_seconds", "histogram", ("strategy",), "From a request's start to its end.", _SECONDS
+    ),
+    MetricInfo(
+        "kvfleet_decision_seconds", "histogram", ("strategy",), "What the stages before the call took.", _OVERHEAD
+    ),
+    MetricInfo(
+        "kvfleet_time_to_first_byte_seconds", "histogram", ("model",), "From a request's start to its answer.", _SECONDS
+    ),
+    MetricInfo("kvfleet_model_selected_total", "counter", ("model",), "Decisions for a model."),
+    MetricInfo("kvfleet_attempts_total", "counter", ("model", "outcome"), "Backend calls: `ok`, or the fault."),
+    MetricInfo(
+        "kvfleet_fallback_triggered_total", "counter", ("from_model", "to_model"), "Moves to the next candidate."
+    ),
+    MetricInfo(
+        "kvfleet_cache_affinity_hits_total", "counter", ("type",), "Requests sent where their prompt was known to be."
+    ),
+    MetricInfo("kvfleet_answers_total", "counter", ("stage", "hit"), "Lookups of stages that may answer at once."),
+    MetricInfo("kvfleet_tokens_total", "counter", ("model", "type"), "Tokens: prompt, cached (of those), completion."),
+    MetricInfo("kvfleet_cost_usd_total", "counter", ("model",), "What answers cost, where prices are known."),
+    MetricInfo("kvfleet_policy_blocks_total", "counter", ("rule",), "Candidates dropped by a policy rule."),
+    MetricInfo("kvfleet_drops_total", "counter", ("stage", "rule"), "Candidates dropped."),
+    MetricInfo("kvfleet_stage_failures_total", "counter", ("stage", "skipped"), "Stages that failed."),
+    MetricInfo("kvfleet_admissions_refused_total", "counter", ("stage",), "Requests refused before any backend."),
+    MetricInfo("kvfleet_shadow_requests_total", "counter", ("model",), "Requests mirrored to a model."),
+    MetricInfo("kvfleet_trace_store_dropped_total", "counter", (), "Traces the local store could not take."),
+    MetricInfo("kvfleet_config_reload_total", "counter", ("outcome",), "Reloads of the configuration."),
+    MetricInfo("kvfleet_model_health", "gauge", ("model", "endpoint"), "1 if the replica is healthy, else 0."),
+    MetricInfo(
+        "kvfleet_breaker_state", "gauge", ("model", "endpoint"), "Circuit breaker: 0 closed, 1 half-open, 2 open."
+    ),
+    MetricInfo("kvfleet_in_flight_requests", "gauge", ("model", "endpoint"), "Our requests at the replica."),
+    MetricInfo("kvfleet_model_queue_depth", "gauge", ("model", "endpoint"), "Requests waiting in the engine."),
+    MetricInfo(
+        "kvfleet_model_gpu_memory_pct", "gauge", ("model", "endpoint"), "Share of the engine's KV cache in use, 0..100."
+    ),
+    MetricInfo("kvfleet_expected_ttfb_seconds", "gauge", ("model", "endpoint"), "Expected time to a first byte, now."),
+    MetricInfo("kvfleet_fleet_info", "gauge", ("fleet", "strategy", "version"), "Always 1; its labels tell."),
+)
+"""Every metric, in the order of the reference page."""
+
+_BY_NAME = {info.name: info for info in METRICS}
+
+
+class _Family:
+    """One counter or histogram, with its labelled children at hand.
+
+    `labels()` costs a lock and a lookup by tuple of strings each time; a kept child costs a dictionary lookup. Label
+    sets are bounded: beyond the bound, everything new counts as ``other``.
+    """
+
+    __slots__ = ("_children", "_metric", "_names")
+
+    def __init__(self, info: MetricInfo, registry: CollectorRegistry) -> None:
+        if info.type == "counter":
+            self._metric: Counter | Histogram = Counter(info.name, info.doc, info.labels, registry=registry)
+        else:
+            self._metric = Histogram(info.name, info.doc, info.labels, registry=registry, buckets=info.buckets)
+        self._names = info.labels
+        self._children: dict[tuple[str, ...], Any] = {}
+
+    def of(self, *labels: str) -> Any:
+        """The child with these labels."""
+        child = self._children.get(labels)
+        return self._make(labels) if child is None else child
+
+    def _make(self, labels: tuple[str, ...]) -> Any:
+        if len(self._children) >= _MOST_LABELS:
+            labels = ("other",) * len(labels)
+        child = self._metric.labels(*labels) if labels else self._metric
+        self._children[labels] = child
+        return child
+
+
+@attrs.define
+class _State(Collector):
+    """The gauges, read from their owners at each scrape."""
+
+    health: HealthManager | None = None
+    load: FleetLoad | None = None
+    models: Sequence[ModelConfig] = ()
+    told: dict[tuple[str, str, str], float] = attrs.field(factory=dict)
+    fleet: tuple[str, str, str] | None = None
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, so that registering does not read the state."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each gauge of the table."""
+        families = {i.name: GaugeMetricFamily(i.name, i.doc, labels=i.labels) for i in METRICS if i.type == "gauge"}
+        for (name, model, endpoint), value in {**self._read(), **self.told}.items():
+            families[name].add_metric((model, endpoint), value)
+        if self.fleet is not None:
+            families["kvfleet_fleet_info"].add_metric(self.fleet, 1.0)
+        yield from families.values()
+
+    def _read(self) -> dict[tuple[str, str, str], float]:
+        found: dict[tuple[str, str, str], float] = {}
+        for model in self.models:
+            for name, value in self._of(model).items():
+                if value is not None:
+                    found[name, model.name, model.endpoint] = value
+        return found
+
+    def _of(self, model: ModelConfig) -> Mapping[str, float | None]:
+        found: dict[str, float | None] = {}
+        if self.health is not None:
+            found["kvfleet_model_health"] = float(self.health.is_healthy(model.endpoint))
+            found["kvfleet_breaker_state"] = _BREAKER[self.health.breaker_state(model.endpoint)]
+        if self.load is not None:
+            said = self.load.engine(model.endpoint)
+            found["kvfleet_in_flight_requests"] = self.load.in_flight(model.id)
+            found["kvfleet_expected_ttfb_seconds"] = self.load.expected_ttfb_s(model.id)
+            if said is not None:
+                found["kvfleet_model_queue_depth"] = said.waiting
+                found["kvfleet_model_gpu_memory_pct"] = None if said.kv_usage is None else said.kv_usage * 100
+        return found
+
+
+class MetricsExporter:
+    """Counts what happens, and shows it to Prometheus.
+
+    Args:
+        port: Port of a metrics server of its own, if `start_server` is called.
+        enabled: False makes every method do nothing.
+        registry: Where the metrics are registered; a new one if None, so that two exporters never meet.
+    """
+
+    def __init__(self, port: int = 9090, enabled: bool = True, registry: CollectorRegistry | None = None) -> None:
+        self.port = port
+        self.enabled = enabled
+        self.registry = registry if registry is not None else CollectorRegistry()
+        self._state = _State()
+        self._server: tuple[Any, threading.Thread] | None = None
+        self._families = {i.name: _Family(i, self.registry) for i in METRICS if i.type != "gauge"} if enabled else {}
+        if enabled:
+            self.registry.register(self._state)
+
+    # Showing
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format; `content_type` is its type."""
+        return generate_latest(self.registry)
+
+    def start_server(self, host: str = "127.0.0.1") -> int:
+        """Serve ``/metrics`` on a port of its own, from a thread; the port it got (of use if `port` is 0).
+
+        Does nothing but return the port if it is running or the exporter is disabled.
+
+        Raises:
+            OSError: if the port is taken.
+        """
+        if self.enabled and self._server is None:
+            self._server = start_http_server(self.port, addr=host, registry=self.registry)
+            self.port = self._server[0].server_port
+        return self.port
+
+    def stop_server(self) -> None:
+        """Stop it; safe twice."""
+        if self._server is not None:
+            (server, thread), self._server = self._server, None
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    def watch(self, models: Sequence[ModelConfig], health: HealthManager, load: FleetLoad) -> None:
+        """Show the state of these replicas from now on, instead of any shown before."""
+        self._state.models, self._state.health, self._state.load = tuple(models), health, load
+
+    # Counting
+
+    def count(self, name: str, *labels: str, by: float = 1.0) -> None:
+        """Raise a counter of the table by its full name, its labels in the table's order."""
+        if self.enabled:
+            self._families[name].of(*labels).inc(by)
+
+    def observe(self, name: str, value: float, *labels: str) -> None:
+        """Add a value to a histogram of the table."""
+        if self.enabled:
+            self._families[name].of(*labels).observe(value)
+
+    def record_route(
+        self, strategy: str, model: str, latency_seconds: float, success: bool = True, *, status: str = ""
+    ) -> None:
+        """A route ended.
+
+        Args:
+            strategy: Its strategy.
+            model: The model chosen; empty if there was none.
+            latency_seconds: From its start to its end.
+            success: True if the caller got a whole answer.
+            status: A more telling word than ``success`` or ``error``.
+        """
+        self.count("kvfleet_route_requests_total", strategy, status or ("success" if success else "error"))
+        self.observe("kvfleet_route_latency_seconds", latency_seconds, strategy)
+        if model:
+            self.count("kvfleet_model_selected_total", model)
+
+    def record_attempt(self, model: str, outcome: str) -> None:
+        """A backend call ended: ``ok``, or the fault."""
+        self.count("kvfleet_attempts_total", model, outcome)
+
+    def record_fallback(self, from_model: str, to_model: str) -> None:
+        """After a failed attempt, another candidate was tried."""
+        self.count("kvfleet_fallback_triggered_total", from_model, to_model)
+
+    def record_cache_hit(self, affinity_type: str = "session") -> None:
+        """A request was sent where its prompt is known to be: by its ``session`` or its ``prefix``."""
+        self.count("kvfleet_cache_affinity_hits_total", affinity_type)
+
+    def record_policy_block(self, rule: str) -> None:
+        """A policy rule dropped a candidate."""
+        self.count("kvfleet_policy_blocks_total", rule)
+
+    def record_shadow(self, model: str) -> None:
+        """A request was mirrored to a model."""
+        self.count("kvfleet_shadow_requests_total", model)
+
+    def record_tokens(self, model: str, prompt: int, completion: int, cached: int | None = None) -> None:
+        """An answer's tokens; `prompt` includes the cached ones."""
+        self.count("kvfleet_tokens_total", model, "prompt", by=prompt)
+        self.count("kvfleet_tokens_total", model, "completion", by=completion)
+        if cached:
+            self.count("kvfleet_tokens_total", model, "cached", by=cached)
+
+    def update_health(
+        self,
+        model: str,
+        endpoint: str,
+        healthy: bool,
+        queue_depth: float | None = None,
+        gpu_memory_pct: float | None = None,
+    ) -> None:
+        """Show this of a replica, whatever a watched state says of it."""
+        told = self._state.told
+        if len(told) >= _MOST_LABELS:
+            told.clear()
+        told["kvfleet_model_health", model, endpoint] = float(healthy)
+        if queue_depth is not None:
+            told["kvfleet_model_queue_depth", model, endpoint] = queue_depth
+        if gpu_memory_pct is not None:
+            told["kvfleet_model_gpu_memory_pct", model, endpoint] = gpu_memory_pct
+
+    def set_fleet_info(self, fleet: str = "", strategy: str = "", version: str = "") -> None:
+        """Name the fleet, its strategy and kvfleet's version."""
+        self._state.fleet = (fleet, strategy, version)
