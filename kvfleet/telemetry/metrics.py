@@ -115,7 +115,7 @@ class _Family:
         return child
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _State(Collector):
     """The gauges, read from their owners at each scrape."""
 
