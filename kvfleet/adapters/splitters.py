@@ -1,0 +1,116 @@
+r"""Cut a stream of bytes into whole server-sent events, or whole lines, however the network cut it.
+
+The SSE wire format is that of the HTML standard (server-sent events, parsing); a lone CR as line end, which no engine
+sends, is not taken for one.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from kvfleet.errors import BackendError, Fault
+
+__all__ = ["EventSplitter", "LineSplitter", "data_of"]
+
+MAX_EVENT_BYTES = 1024 * 1024
+
+
+@attrs.define
+class _Splitter:
+    """Holds back what is not whole yet.
+
+    Args:
+        max_bytes: Longest event or line.
+    """
+
+    max_bytes: int = MAX_EVENT_BYTES
+    _held: bytearray = attrs.field(init=False, factory=bytearray)
+
+    @property
+    def rest(self) -> bytes:
+        """What is held back; at the end of a stream: what was cut off."""
+        return bytes(self._held)
+
+    def _hold(self, data: bytes) -> None:
+        self._held += data
+        if len(self._held) > self.max_bytes:
+            raise BackendError(
+                Fault.PROTOCOL, f"the backend sent an event of more than {self.max_bytes} bytes", received=True
+            )
+
+
+@attrs.define
+class EventSplitter(_Splitter):
+    r"""Gives pieces of one or more whole events; CRLF and LF both end a line.
+
+    >>> splitter = EventSplitter()
+    >>> splitter.feed(b'data: {"a"'), splitter.feed(b":1}\n"), splitter.feed(b"\n")
+    (b'', b'', b'data: {"a":1}\n\n')
+    """
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events that `data` completes, unchanged and in one piece; empty if it completes none.
+
+        Raises:
+            BackendError: if one event grows beyond the limit.
+        """
+        if not self._held:
+            if data.endswith(b"\n\n"):  # the usual case: one write of the engine, one read here
+                return data
+            end = _end_of_events(data, 0)
+            self._hold(data[end:])
+            return data[:end]
+        # an end may straddle the seam, but not reach further back than this
+        seam = max(len(self._held) - 3, 0)
+        self._held += data
+        end = _end_of_events(self._held, seam)
+        if not end:
+            self._hold(b"")
+            return b""
+        whole = bytes(self._held[:end])
+        del self._held[:end]
+        self._hold(b"")
+        return whole
+
+
+def _end_of_events(data: bytes | bytearray, start: int) -> int:
+    """Where the last whole event ends; 0 if there is none."""
+    lf = data.rfind(b"\n\n", start)
+    crlf = data.rfind(b"\n\r\n", start)
+    return max(lf + 2 if lf >= 0 else 0, crlf + 3 if crlf >= 0 else 0)
+
+
+@attrs.define
+class LineSplitter(_Splitter):
+    r"""Gives whole lines without their ends, as newline-delimited JSON has them; empty lines are left out.
+
+    >>> splitter = LineSplitter()
+    >>> splitter.feed(b'{"a":1}\n{"b"'), splitter.feed(b":2}\r\n")
+    ([b'{"a":1}'], [b'{"b":2}'])
+    """
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that `data` completes.
+
+        Raises:
+            BackendError: if one line grows beyond the limit.
+        """
+        *lines, rest = data.split(b"\n")
+        if not lines:
+            self._hold(data)
+            return []
+        if self._held:
+            lines[0] = bytes(self._held) + lines[0]
+            self._held.clear()
+        self._hold(rest)
+        return [stripped for line in lines if (stripped := line.removesuffix(b"\r"))]
+
+
+def data_of(event: bytes) -> bytes:
+    r"""The data of one event; empty if it has none (a comment, say).
+
+    >>> data_of(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n")
+    b'a\nb'
+    """
+    lines = (line.removesuffix(b"\r") for line in event.split(b"\n"))
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
