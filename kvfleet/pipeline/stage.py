@@ -60,7 +60,11 @@ class BoundStage:
             skips=kind.may_skip if skips is None else skips,
             is_policy=is_policy,
             span_name=f"{names.STAGE_PREFIX}{kind}.{name}",
-            attributes={names.STAGE_KIND: str(kind), names.STAGE_NAME: name},
+            attributes={
+                names.STAGE_KIND: str(kind),
+                names.STAGE_NAME: name,
+                **({names.STAGE_POLICY: True} if is_policy else {}),
+            },
         )
 
     @property
