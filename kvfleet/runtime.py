@@ -216,7 +216,7 @@ class Router:
         """
         if self._background is None:
             await self.open()
-        ctx, select = self._prepare(request)
+        ctx, select = self.prepare(request)
         route = Route(
             pipeline=self.pipeline,
             ctx=ctx,
@@ -241,7 +241,7 @@ class Router:
         """
         if self._background is None:
             await self.open()
-        ctx, select = self._prepare(request, dry_run=True)
+        ctx, select = self.prepare(request, dry_run=True)
         span = Span(names.ROUTE_SPAN, self.clock.time_ns())
         span.attributes = route_attributes(ctx, self.config.fleet_name, self.pipeline, select)
         trace = Trace(f"{self._random.getrandbits(128):032x}", [span])
@@ -356,7 +356,7 @@ class Router:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
-    def _prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
+    def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """Resolve names and defaults: who may answer, by which strategy.
 
         Raises:
