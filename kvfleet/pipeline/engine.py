@@ -7,7 +7,7 @@ for every stage (`benchmarks/decision.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import attrs
@@ -55,38 +55,24 @@ class Decision:
         self._ids = tuple([c.id for c in self.ctx.candidates])
         if not self._ids:
             raise self._nobody_left()
+        time_ns, spans = self.clock.time_ns, self.trace.spans
         for stage in self.pipeline.stages:
-            answer = await self._step(stage)
-            if answer is not None:
-                return answer
+            span = Span(stage.span_name, time_ns(), 0, dict(stage.attributes))
+            spans.append(span)
+            try:
+                step = _PURE.get(stage.kind)
+                if step is not None:
+                    step(self, stage, span)
+                elif (answer := await _WAITING[stage.kind](self, stage, span)) is not None:
+                    return answer
+            except RouteError as error:
+                span.fail(error.code)
+                raise
+            except Exception as error:  # noqa: BLE001 - the plugin border: whatever a stage raises is named after it
+                self._failed(stage, span, error)
+            finally:
+                span.end_ns = time_ns()
         self._select(select)
-        return None
-
-    async def _step(self, stage: BoundStage) -> Answer | None:
-        time_ns = self.clock.time_ns
-        span = Span(stage.span_name, time_ns(), 0, dict(stage.attributes))
-        self.trace.spans.append(span)
-        try:
-            kind = stage.kind
-            if kind is Kind.SCORE:
-                self._score(stage, span)
-            elif kind is Kind.FILTER:
-                self._filter(stage, span)
-            elif kind is Kind.AFFINITY:
-                self._affinity(stage, span)
-            elif kind is Kind.CLASSIFY:
-                await self._classify(stage, span)
-            elif kind is Kind.ADMIT:
-                await self._admit(stage, span)
-            else:
-                return await self._answer(stage, span)
-        except RouteError as error:
-            span.fail(error.code)
-            raise
-        except Exception as error:  # noqa: BLE001 - the plugin border: whatever a stage raises is named after it
-            self._failed(stage, span, error)
-        finally:
-            span.end_ns = time_ns()
         return None
 
     def _failed(self, stage: BoundStage, span: Span, error: Exception) -> None:
@@ -103,14 +89,16 @@ class Decision:
         brought_by = f" (from {stage.distribution})" if stage.distribution else ""
         raise StageError(f"stage {stage.key}{brought_by} failed: {what}", details={"stage": stage.key}) from error
 
-    async def _classify(self, stage: BoundStage, span: Span) -> None:
+    async def classify(self, stage: BoundStage, span: Span) -> None:
+        """Add the facts found."""
         found = await stage.run(self.ctx)
         facts: dict[Any, Any] = self.ctx.facts  # type: ignore[assignment]
         for fact, value in found.items():
             facts[fact] = value
             span.attributes[names.FACT_PREFIX + fact.name] = fact.describe(value)
 
-    async def _admit(self, stage: BoundStage, span: Span) -> None:
+    async def admit(self, stage: BoundStage, span: Span) -> None:
+        """Keep the lease, or refuse the request."""
         got = await stage.run(self.ctx)
         span.attributes[names.ADMITTED] = granted = not isinstance(got, Refusal)
         if granted:
@@ -121,12 +109,14 @@ class Decision:
             span.attributes[names.RETRY_AFTER_S] = got.retry_after_s
         raise AdmissionError(got.reason, retry_after_s=got.retry_after_s, details={"stage": stage.key})
 
-    async def _answer(self, stage: BoundStage, span: Span) -> Answer | None:
+    async def answer(self, stage: BoundStage, span: Span) -> Answer | None:
+        """The short-circuit answer, if there is one."""
         answer: Answer | None = await stage.run(self.ctx)
         span.attributes[names.ANSWERED] = answer is not None
         return answer
 
-    def _filter(self, stage: BoundStage, span: Span) -> None:
+    def filter(self, stage: BoundStage, span: Span) -> None:
+        """Drop whom the filter drops."""
         ctx, attributes = self.ctx, span.attributes
         drops = list(stage.run(ctx))
         before = len(ctx.candidates)
@@ -155,7 +145,8 @@ class Decision:
         self.ctx = attrs.evolve(ctx, candidates=tuple([ctx.candidates[i] for i in keep]), columns=columns)
         self._ids = tuple([self._ids[i] for i in keep])
 
-    def _affinity(self, stage: BoundStage, span: Span) -> None:
+    def affinity(self, stage: BoundStage, span: Span) -> None:
+        """Keep the greatest expectation of each candidate."""
         found: Affinity = stage.run(self.ctx)
         tokens, ids = found.tokens, self._ids
         if len(tokens) != len(ids) or len(found.modes) != len(ids):
@@ -167,10 +158,11 @@ class Decision:
             if count > known.get(one, 0.0):
                 known[one] = count
         span.attributes[names.SCORED] = ids
-        span.attributes[names.SCORE_VALUES] = tuple([float(t) for t in tokens])
-        span.attributes[names.SCORE_MODES] = tuple([mode.value for mode in found.modes])
+        span.attributes[names.SCORE_VALUES] = tuple(map(float, tokens))
+        span.attributes[names.SCORE_MODES] = tuple([mode._value_ for mode in found.modes])
 
-    def _score(self, stage: BoundStage, span: Span) -> None:
+    def score(self, stage: BoundStage, span: Span) -> None:
+        """Add a column, if it is sound."""
         column: Column = stage.run(self.ctx)
         ids, values = self._ids, column.values
         if len(values) != len(ids):
@@ -178,12 +170,12 @@ class Decision:
         if None in values:
             ids = tuple([one for one, value in zip(ids, values, strict=True) if value is not None])
             values = [value for value in values if value is not None]
-        floats = tuple([float(v) for v in values])  # type: ignore[arg-type]
+        floats = tuple(map(float, values))  # type: ignore[arg-type]
         _check_values(stage, column.unit, floats)
         self.ctx.columns[stage.name] = column  # type: ignore[index]
         attributes = span.attributes
         attributes[names.SCORE_COLUMN] = stage.name
-        attributes[names.SCORE_UNIT] = column.unit.value
+        attributes[names.SCORE_UNIT] = column.unit._value_
         attributes[names.SCORED] = ids
         attributes[names.SCORE_VALUES] = floats
 
@@ -217,6 +209,19 @@ class Decision:
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
         return NoCandidatesError(message, details=details)
+
+
+# `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.
+_PURE: dict[Kind, Callable[[Decision, BoundStage, Span], None]] = {
+    Kind.SCORE: Decision.score,
+    Kind.FILTER: Decision.filter,
+    Kind.AFFINITY: Decision.affinity,
+}
+_WAITING: dict[Kind, Callable[[Decision, BoundStage, Span], Awaitable[Answer | None]]] = {
+    Kind.CLASSIFY: Decision.classify,
+    Kind.ADMIT: Decision.admit,
+    Kind.ANSWER: Decision.answer,
+}
 
 
 def scoring_context(ctx: RoutingContext) -> ScoringContext:
@@ -264,8 +269,8 @@ def _check_values(stage: BoundStage, unit: Unit, values: Sequence[float]) -> Non
 def _describe_ranking(span: Span, ranking: Ranking) -> None:
     attributes = span.attributes
     attributes[names.SCORED] = tuple([model.id for model in ranking.models])
-    attributes[names.SCORE_VALUES] = tuple([float(t) for t in ranking.totals])
-    attributes[names.SCORE_UNIT] = ranking.unit.value
+    attributes[names.SCORE_VALUES] = tuple(map(float, ranking.totals))
+    attributes[names.SCORE_UNIT] = ranking.unit._value_
     attributes[names.SELECT_MODE] = ranking.mode
     for name, values in ranking.terms.items():
-        attributes[names.TERM_PREFIX + name] = tuple([float(v) for v in values])
+        attributes[names.TERM_PREFIX + name] = tuple(map(float, values))

@@ -262,8 +262,12 @@ class ComponentTable:
         label = f"{kind}.{name}" if kind.is_stage else f"{kind} {name!r}"
         shown = [f"{kind}.{n}" for n in names] if kind.is_stage else list(names)
         remedy = did_you_mean(f"{kind}.{name}" if kind.is_stage else name, shown)
-        absent = [p for p in self.plugins if p.status != "ok"]
-        hint = "".join(f"; plugin {p.label} is {p.status}" + (f": {p.cause}" if p.cause else "") for p in absent[:3])
+        absent = [
+            f"plugin {p.label} is {p.status}" + (f": {p.cause}" if p.cause else "")
+            for p in self.plugins
+            if p.status != "ok"
+        ]
+        hint = f" ({'; '.join(absent[:3])})" if absent else ""
         return f"there is no {label}; {remedy}{hint}"
 
 

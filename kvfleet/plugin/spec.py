@@ -84,7 +84,8 @@ def kvfleet_lint(config: FleetConfig) -> Iterable[Finding]:  # type: ignore[empt
     """Findings of this plugin's own about a fleet file, added to those of ``kvfleet validate``.
 
     Args:
-        config: The file, which has passed kvfleet's own checks. ``config.origin.finding(path, …)`` places a finding.
+        config: The file; its vocabulary is right, its pipeline may still have findings of kvfleet's own.
+            ``config.origin.finding(path, …)`` places a finding.
     """
 
 

@@ -218,7 +218,7 @@ def test_an_unknown_name_mentions_what_is_broken() -> None:
     with pytest.raises(ComponentError) as caught:
         found.find_stage("filter.slo")
     assert str(caught.value) == (
-        "there is no filter.slo; there are none; plugin slo (kvfleet-slo 1.0) is broken: ValueError: bad"
+        "there is no filter.slo; there are none (plugin slo (kvfleet-slo 1.0) is broken: ValueError: bad)"
     )
 
 
