@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 _GAP = "  "
+_LEAST = 20
+"""Columns that are left to a table's last column, however narrow the terminal."""
 
 
 def choose_colour(environ: Mapping[str, str] | None = None) -> bool | None:
@@ -133,27 +136,24 @@ def fields(pairs: Iterable[tuple[str, str]], *, indent: str = "  ") -> str:
     return "\n".join(f"{indent}{dim(name.ljust(wide))}{_GAP}{value}" for name, value in kept)
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, columns: int | None = None, give: int = 0) -> str:
-    """A table with aligned columns.
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, columns: int | None = None) -> str:
+    """A table with aligned columns; if it is too wide, the last column is wrapped below itself.
 
     Args:
         headers: The columns' names.
-        rows: The cells; they may be coloured.
+        rows: The cells; they may be coloured, but for those of the last column.
         columns: Width to keep to; unlimited if None.
-        give: The column that is cut if the table is too wide.
     """
     sizes = [max(len(click.unstyle(row[i])) for row in [headers, *rows]) for i in range(len(headers))]
-    over = sum(sizes) + len(_GAP) * (len(sizes) - 1) - columns if columns else 0
-    if over > 0:
-        sizes[give] = max(len(headers[give]), 12, sizes[give] - over)
-    lines = [[dim(h.upper()) for h in headers], *rows]
-    return "\n".join(
-        _GAP.join(_cell(cell, size) for cell, size in zip(line, sizes, strict=True)).rstrip() for line in lines
-    )
+    before = sum(sizes[:-1]) + len(_GAP) * (len(sizes) - 1)
+    room = max(columns - before, _LEAST) if columns else None
+    lines = []
+    for row in [[dim(header.upper()) for header in headers], *rows]:
+        begin = _GAP.join([_padded(cell, size) for cell, size in zip(row[:-1], sizes[:-1], strict=True)] + [""])
+        last = textwrap.wrap(row[-1], room) if room and len(click.unstyle(row[-1])) > room else [row[-1]]
+        lines += [f"{begin}{last[0]}".rstrip(), *(" " * before + more for more in last[1:])]
+    return "\n".join(lines)
 
 
-def _cell(text: str, size: int) -> str:
-    plain = click.unstyle(text)
-    if len(plain) > size:
-        return plain[: size - 1] + "…"
-    return text + " " * (size - len(plain))
+def _padded(text: str, size: int) -> str:
+    return text + " " * (size - len(click.unstyle(text)))
