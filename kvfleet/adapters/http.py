@@ -25,8 +25,8 @@ import orjson
 from kvfleet.adapters import faults
 from kvfleet.adapters.base import EndpointHealth, InferenceAdapter, Limits
 from kvfleet.adapters.connections import Connections, Route
-from kvfleet.adapters.incoming import Incoming, parsed
-from kvfleet.adapters.transport import Payload
+from kvfleet.adapters.incoming import Incoming, parsed, send_timed
+from kvfleet.adapters.transport import Payload, PooledTransport
 from kvfleet.config.fields import flag, secret
 from kvfleet.errors import BackendError
 
@@ -104,7 +104,10 @@ class HTTPAdapter(InferenceAdapter):
         transport = self._connections().transport_for(self._route)
         request = self._request(method, path, body, headers, limits)
         try:
-            response = await transport.handle_async_request(request)
+            if isinstance(transport, PooledTransport):
+                response = await transport.handle_async_request(request)
+            else:
+                response = await send_timed(transport, request, limits)
         except (httpx.HTTPError, TimeoutError) as error:
             raise faults.from_exception(error) from error
         incoming = Incoming(response)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import orjson
 
 from kvfleet.adapters import faults
+from kvfleet.adapters.base import Limits
 from kvfleet.errors import BackendError, Fault
 
-__all__ = ["Incoming", "parsed"]
+__all__ = ["Incoming", "parsed", "send_timed"]
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
 
@@ -37,7 +38,7 @@ class Incoming:
         self.headers: Mapping[str, str] = response.headers
         self.has_begun = False
         self._response = response
-        self._stream: Any = response.stream
+        self._stream = cast("Any", response.stream)
         self._next: Callable[[], Awaitable[bytes]] = self._stream.__aiter__().__anext__
         self._is_closed = False
 
@@ -91,6 +92,12 @@ class Incoming:
         """
         return parsed(await self.read(), self.status)
 
+    def finish(self) -> None:
+        """Take no more, though the body may not have ended: the connection is kept if it does within a moment."""
+        finish = getattr(self._stream, "finish", None)
+        if finish is not None:
+            finish()
+
     async def aclose(self) -> None:
         """End the exchange at once; amid a body this closes the connection, which the engine notices. Safe twice."""
         self._is_closed = True
@@ -109,27 +116,49 @@ def parsed(body: bytes, status: int) -> Any:
         raise BackendError(Fault.PROTOCOL, "the backend's answer is not JSON", status=status) from error
 
 
+async def send_timed(transport: httpx.AsyncBaseTransport, request: httpx.Request, limits: Limits) -> httpx.Response:
+    """Send over a transport that does not tell the first byte from the others, and keep the limits from outside.
+
+    Raises:
+        TimeoutError: if the answer's head is not there in time.
+    """
+    longest_s = max(limits.first_byte_s, limits.idle_s)
+    request.extensions["timeout"] = {
+        "connect": limits.connect_s,
+        "pool": limits.connect_s,
+        "read": longest_s,
+        "write": longest_s,
+    }
+    by_s = asyncio.get_running_loop().time() + limits.first_byte_s
+    async with asyncio.timeout_at(by_s):
+        response = await transport.handle_async_request(request)
+    response.stream = _Timed(cast("httpx.AsyncByteStream", response.stream), by_s, limits.idle_s)
+    return response
+
+
 class _Timed(httpx.AsyncByteStream):
-    """A stream of another transport, with the limits on silence that `PooledTransport` keeps by itself."""
+    """A body with the limits on silence that `PooledTransport` keeps by itself."""
 
     def __init__(self, stream: httpx.AsyncByteStream, first_by_s: float, idle_s: float) -> None:
+        self.is_complete = False
         self._stream = stream
-        self._pieces = stream.__aiter__()
+        self._next = stream.__aiter__().__anext__
         self._by_s: float | None = first_by_s
         self._idle_s = idle_s
-        self.is_complete = False
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while True:
-            by_s = self._by_s if self._by_s is not None else asyncio.get_running_loop().time() + self._idle_s
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        by_s = self._by_s if self._by_s is not None else asyncio.get_running_loop().time() + self._idle_s
+        try:
             async with asyncio.timeout_at(by_s):
-                try:
-                    piece = await anext(self._pieces)
-                except StopAsyncIteration:
-                    self.is_complete = True
-                    return
-            self._by_s = None
-            yield piece
+                piece = await self._next()
+        except StopAsyncIteration:
+            self.is_complete = True
+            raise
+        self._by_s = None
+        return piece
 
     async def aclose(self) -> None:
         await self._stream.aclose()

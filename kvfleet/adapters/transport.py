@@ -18,8 +18,8 @@ from kvfleet.adapters.h1 import Connection
 
 __all__ = ["Body", "Payload", "PooledTransport"]
 
-# A connection that the backend had closed before our request came shows it within a round trip. One that dies later died
-# of something else (the request itself, perhaps), and repeating that is the route's decision, not the transport's.
+# A connection that the backend had closed before our request came shows it within a round trip. One that dies later
+# died of something else (the request itself, perhaps): repeating that is the route's decision, not the transport's.
 STALE_WITHIN_S = 1.0
 
 _Origin = tuple[bytes, bytes, int | None]
@@ -92,9 +92,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
     There is no limit on connections: who may be in flight is decided elsewhere. An object of this class belongs to the
     event loop it was first used on (`kvfleet.adapters.connections.Connections` keeps one for each).
 
-    ``request.extensions["timeout"]`` may hold ``connect``, ``first_byte`` (from sending to the first byte of the answer:
-    of its body, if it has one) and ``read`` (longest silence after that), in seconds; ``first_byte`` is ``read`` if it
-    is absent. ``response.extensions["is_repeat"]`` is True if a pooled connection turned out to be dead before a byte
+    ``request.extensions["timeout"]`` may hold ``connect``, ``first_byte`` (from sending to the first byte of the
+    answer: of its body, if it has one) and ``read`` (longest silence after that), in seconds; ``first_byte`` is
+    ``read`` if it is absent. ``response.extensions["is_repeat"]`` is True if a pooled connection turned out to be dead before a byte
     of the answer had come, and the request was sent again on a fresh one; that happens at most once.
 
     Args:
@@ -121,14 +121,14 @@ class PooledTransport(httpx.AsyncBaseTransport):
         origin = (url.raw_scheme, url.raw_host, url.port)
         body = await _body_of(request)
         head = _head_of(request)
-        timeout: Mapping[str, Any] = request.extensions.get("timeout") or {}
+        limits: Mapping[str, Any] = request.extensions.get("timeout") or {}
         connection = self._reuse(origin)
         is_repeat = False
         while True:
             if connection is None:
-                connection = await self._connect(origin, timeout.get("connect"))
+                connection = await self._connect(origin, limits.get("connect"))
             try:
-                await _exchange(connection, request.method, head, body, timeout)
+                await _exchange(connection, request.method, head, body, limits)
                 break
             except BaseException as error:
                 connection.abort()
@@ -158,11 +158,12 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     def _reuse(self, origin: _Origin) -> Connection | None:
         free = self._free.get(origin)
-        if not free:
-            return None
-        connection, _ = free.popitem()
-        self._busy[connection] = origin
-        return connection
+        while free:
+            connection, _ = free.popitem()
+            if connection.is_usable:
+                self._busy[connection] = origin
+                return connection
+        return None
 
     async def _connect(self, origin: _Origin, timeout_s: float | None) -> Connection:
         scheme, host, port = origin
@@ -213,9 +214,9 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._sweeper = loop.call_later(self._idle_s / 2, self._sweep) if self._free else None
 
 
-async def _exchange(connection: Connection, method: str, head: bytes, body: bytes, timeout: Mapping[str, Any]) -> None:
-    idle_s = timeout.get("read")
-    first_s = timeout.get("first_byte", idle_s)
+async def _exchange(connection: Connection, method: str, head: bytes, body: bytes, limits: Mapping[str, Any]) -> None:
+    idle_s = limits.get("read")
+    first_s = limits.get("first_byte", idle_s)
     now_s = asyncio.get_running_loop().time()
     await connection.exchange(
         head,
