@@ -1,0 +1,343 @@
+"""The gateway as a bare ASGI application: a table of routes, each with its auth policy, and their handlers."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import functools
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kvfleet.adapters.base import Operation
+from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
+from kvfleet.gateway.auth import Keys
+from kvfleet.gateway.catalogue import catalogue
+from kvfleet.gateway.cors import Cors
+from kvfleet.gateway.decision_headers import decision_headers
+from kvfleet.gateway.errors import error_headers, error_object, shutting_down
+from kvfleet.gateway.exchange import ClientLeftError, Exchange, Message, Presence, Receive, Send
+from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
+from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
+from kvfleet.gateway.meters import Meters
+from kvfleet.gateway.relay import Relay
+from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.wire import RequestReader
+from kvfleet.plugin.contract import RouteRequest
+from kvfleet.trace.spans import SpanKind
+
+if TYPE_CHECKING:
+    from kvfleet.runtime import Router
+
+__all__ = ["Access", "Gateway", "Route"]
+
+_log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+class Access(enum.StrEnum):
+    """Who may call a route."""
+
+    OPEN = "open"  # anybody: it tells nothing but that the gateway is there
+    KEY = "key"  # whoever has one of the gateway's keys, if it has any
+
+
+@attrs.frozen
+class Route:
+    """One entry of the table.
+
+    Attributes:
+        method: GET (which also answers HEAD) or POST.
+        path: As documented; a last part in braces stands for the rest of the path.
+        access: Who may call it.
+        handler: What answers.
+    """
+
+    method: str
+    path: str
+    access: Access
+    handler: Handler
+
+
+class Gateway:
+    """The HTTP face of a router.
+
+    Args:
+        router: Opened at the application's start and closed at its end, if the server speaks ASGI's lifespan protocol;
+            else its owner opens it.
+        keys: Keys clients need; the configured ones if None.
+        cors: Which web pages may call; as configured if None.
+        condition_headers: Request headers that policy conditions read.
+        new_id: Makes the identifier of a request that brings none.
+
+    Raises:
+        ConfigError: if the configured headers cannot be what they are to be.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        keys: Keys | None = None,
+        cors: Cors | None = None,
+        condition_headers: tuple[str, ...] = (),
+        new_id: Callable[[], str] = new_request_id,
+    ) -> None:
+        config = router.config
+        self.router = router
+        self.keys = Keys.of(config.gateway) if keys is None else keys
+        self.cors = Cors.of(config.gateway.cors_origins) if cors is None else cors
+        self.replicas = ReplicaNames.of(router.models)
+        self.meters = Meters()
+        self.phase = Phase.STARTING
+        self._headers = HeaderNames.of(config.gateway, condition_headers)
+        self._reader = RequestReader(self._headers)
+        self._catalogue = catalogue(config, int(time.time()))
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self._new_id = new_id
+        self.routes = self._table()
+        self._by_path, self._by_prefix = _index(self.routes)
+
+    def _table(self) -> tuple[Route, ...]:
+        def infer(operation: Operation) -> Handler:
+            return functools.partial(self._infer, operation)
+
+        rerank = infer(Operation.RERANK)
+        return (
+            Route("POST", Operation.CHAT.path, Access.KEY, infer(Operation.CHAT)),
+            Route("POST", Operation.COMPLETION.path, Access.KEY, infer(Operation.COMPLETION)),
+            Route("POST", Operation.EMBEDDING.path, Access.KEY, infer(Operation.EMBEDDING)),
+            Route("POST", Operation.RERANK.path, Access.KEY, rerank),
+            Route("POST", "/v2/rerank", Access.KEY, rerank),
+            Route("POST", "/rerank", Access.KEY, rerank),
+            Route("POST", "/v1/route/explain", Access.KEY, self._explain),
+            Route("GET", "/v1/models", Access.KEY, self._models),
+            Route("GET", "/v1/models/{id}", Access.KEY, self._model),
+            Route("GET", "/health", Access.KEY, self._health),
+            Route("GET", "/metrics", Access.KEY, self._metrics),
+            Route("GET", "/livez", Access.OPEN, self._livez),
+            Route("GET", "/readyz", Access.OPEN, self._readyz),
+        )
+
+    # ASGI ------------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request, or take part in the server's start and stop."""
+        if scope["type"] == "http":
+            await self._serve(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._live(receive, send)
+        else:
+            raise RuntimeError(f"the gateway does not speak {scope['type']}")
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        try:
+            await self.start()
+        except Exception as error:  # noqa: BLE001 - the server must learn of any failure, and why
+            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def start(self) -> None:
+        """Open the router and be ready."""
+        await self.router.open()
+        self.router.services.metrics.registry.register(self.meters)
+        self.phase = Phase.SERVING
+
+    async def stop(self) -> None:
+        """Close the router; whoever calls has waited for the requests in flight."""
+        self.phase = Phase.STOPPING
+        self.router.services.metrics.registry.unregister(self.meters)
+        await self.router.aclose()
+
+    def drain(self) -> None:
+        """Be not ready any more, but go on answering."""
+        self.phase = Phase.STOPPING
+
+    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope["path"], {}, "", receive, send, [])
+        template, meters = "other", self.meters
+        meters.in_flight += 1
+        try:
+            exchange.headers = self._headers.read(scope["headers"])
+            self._prepare(exchange)
+            route = self._find(scope["method"], exchange)
+            if route is not None:
+                template = route.path
+                await route.handler(exchange)
+            else:
+                await self._preflight(exchange)
+        except RouteError as error:
+            await self._refuse(exchange, error)
+        except ClientLeftError:
+            self._note_departure(exchange)
+        except asyncio.CancelledError:
+            # The server is out of patience while it stops. This is the outermost frame of its task, and ends here.
+            await self._refuse(exchange, shutting_down())
+        except Exception as error:  # noqa: BLE001 - a defect must still end in an answer that says nothing of it
+            await self._refuse(exchange, _unexpected(exchange, error))
+        finally:
+            meters.in_flight -= 1
+            meters.responses[template, exchange.status] += 1
+
+    def _prepare(self, exchange: Exchange) -> None:
+        headers = exchange.headers
+        exchange.request_id = request_id(headers, self._new_id)
+        exchange.common.append((b"x-request-id", exchange.request_id.encode()))
+        if self.phase is Phase.STOPPING:
+            exchange.common.append((b"connection", b"close"))
+        exchange.common.extend(self.cors.headers_for(headers.get(b"origin")))
+
+    def _find(self, method: str, exchange: Exchange) -> Route | None:
+        """The route of a request, once its caller may use it; None for a browser's preflight.
+
+        What is not in the table needs a key too, so that nobody without one learns what is.
+
+        Raises:
+            RouteError: 401, 404 or 405.
+        """
+        methods = self._methods(exchange.path)
+        if method == "OPTIONS" and methods and b"origin" in exchange.headers:
+            return None
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None or route.access is Access.KEY:
+            exchange.caller = self.keys.caller(exchange.headers.get(b"authorization"))
+        if route is not None:
+            return route
+        if methods:
+            allowed = ", ".join(methods)
+            exchange.common.append((b"allow", allowed.encode()))
+            raise RouteError(f"{exchange.path} takes {allowed}", status=405, code="method_not_allowed")
+        raise RouteError(f"there is no {exchange.path}{self._hint(exchange.path)}", status=404, code="unknown_url")
+
+    def _methods(self, path: str) -> Mapping[str, Route]:
+        found = self._by_path.get(path)
+        if found is not None:
+            return found
+        return next((methods for prefix, methods in self._by_prefix if path.startswith(prefix)), {})
+
+    def _hint(self, path: str) -> str:
+        """The usual slip: a base URL without ``/v1``, or with it twice."""
+        usual = "/v1" + path.removeprefix("/v1")
+        return f"; did you mean {usual}?" if usual != path and usual in self._by_path else ""
+
+    async def _preflight(self, exchange: Exchange) -> None:
+        asked = exchange.headers.get(b"access-control-request-headers", b"")
+        methods = self._methods(exchange.path)
+        await exchange.whole(204, b"", self.cors.preflight(methods, asked))
+
+    async def _refuse(self, exchange: Exchange, error: RouteError) -> None:
+        if exchange.status:
+            # The answer has begun: the server cuts the connection, which is the only honest end left.
+            return
+        if not exchange.request_id:
+            exchange.request_id = self._new_id()
+            exchange.common.append((b"x-request-id", exchange.request_id.encode()))
+        headers = error_headers(error)
+        if error.trace is not None:
+            headers.append((b"x-kvfleet-trace", error.trace.trace_id.encode()))
+        if error.status == 413:
+            # What is still being sent is not read.
+            headers.append((b"connection", b"close"))
+        await exchange.json(error.status, error_object(error, self.replicas, exchange.request_id), headers)
+
+    # Inference -------------------------------------------------------------------------------------------------------
+
+    async def _infer(self, operation: Operation, exchange: Exchange) -> None:
+        raw = await exchange.body(self._max_body_bytes)
+        request = self._reader.read(operation, raw, exchange.headers, exchange.request_id)
+        presence = Presence()
+        presence.watch(exchange.receive)
+        try:
+            await self._answer(exchange, request, presence)
+        except asyncio.CancelledError:
+            if not presence.has_left:
+                raise
+            presence.forgive()
+            self._note_departure(exchange)
+        finally:
+            presence.stop()
+
+    def _note_departure(self, exchange: Exchange) -> None:
+        self.meters.left += 1
+        exchange.status = exchange.status or 499
+
+    async def _answer(self, exchange: Exchange, request: RouteRequest, presence: Presence) -> None:
+        try:
+            dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
+            reply = dispatch.answer.reply
+            headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
+            if reply.events is not None:
+                await Relay(exchange, presence, self.replicas).pass_on(reply, headers)
+                return
+        except BackendError as error:
+            broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
+            raise broken from error
+        presence.stop()
+        await exchange.whole(200, reply.body, [(b"content-type", b"application/json"), *headers])
+
+    async def _explain(self, exchange: Exchange) -> None:
+        raw = await exchange.body(self._max_body_bytes)
+        request = self._reader.read_any(raw, exchange.headers, exchange.request_id)
+        explanation = await self.router.simulate_request(request)
+        await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
+
+    # The rest --------------------------------------------------------------------------------------------------------
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.json(200, {"object": "list", "data": list(self._catalogue.values())})
+
+    async def _model(self, exchange: Exchange) -> None:
+        name = exchange.path.removeprefix("/v1/models/")
+        found = self._catalogue.get(name)
+        if found is None:
+            raise ModelNotFoundError(f"no model is called {name[:256]!r}; GET /v1/models lists them", param="model")
+        await exchange.json(200, found)
+
+    async def _health(self, exchange: Exchange) -> None:
+        status, report = fleet_report(self.router.state(), self.replicas, self.phase)
+        await exchange.json(status, report)
+
+    async def _livez(self, exchange: Exchange) -> None:
+        await exchange.json(200, {"status": "ok"})
+
+    async def _readyz(self, exchange: Exchange) -> None:
+        if self.phase is not Phase.SERVING:
+            await exchange.json(503, {"status": self.phase.value})
+        elif is_usable_fleet(self.router.state()):
+            await exchange.json(200, {"status": "ok"})
+        else:
+            await exchange.json(503, {"status": "unavailable"})
+
+    async def _metrics(self, exchange: Exchange) -> None:
+        metrics = self.router.services.metrics
+        if not metrics.enabled:
+            raise RouteError("metrics are switched off; see telemetry.prometheus_enabled", status=404, code="disabled")
+        await exchange.whole(200, metrics.render(), [(b"content-type", metrics.content_type.encode())])
+
+
+def _index(routes: tuple[Route, ...]) -> tuple[dict[str, dict[str, Route]], list[tuple[str, dict[str, Route]]]]:
+    """The table by path, and by prefix for those whose last part is a parameter."""
+    by_path: dict[str, dict[str, Route]] = {}
+    by_prefix: dict[str, dict[str, Route]] = {}
+    for route in routes:
+        fixed, brace, _ = route.path.partition("{")
+        (by_prefix if brace else by_path).setdefault(fixed, {})[route.method] = route
+    return by_path, list(by_prefix.items())
+
+
+def _unexpected(exchange: Exchange, error: Exception) -> RouteError:
+    """The error for a defect of ours, logged with the place but without its text, which may hold content."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    place = " < ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
+    _log.error("request failed request_id=%s error=%s at=%s", exchange.request_id, type(error).__name__, place)
+    return RouteError("internal error; the gateway's log has the request's identifier")

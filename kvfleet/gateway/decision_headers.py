@@ -1,0 +1,46 @@
+"""What an answer's headers tell of the decision behind it."""
+
+from __future__ import annotations
+
+from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.plugin.contract import Answer
+from kvfleet.trace import names as n
+from kvfleet.trace.spans import Span, SpanKind, Trace
+
+__all__ = ["decision_headers"]
+
+Pairs = list[tuple[bytes, bytes]]
+
+
+def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs:
+    """Model, replica (by its opaque name), strategy, trace identifier, and times in milliseconds.
+
+    A short-circuit answer (from a cache) has no model and no replica.
+    """
+    route = trace.route
+    headers = [
+        (b"x-kvfleet-strategy", str(route.attributes.get(n.STRATEGY, "")).encode()),
+        (b"x-kvfleet-trace", trace.trace_id.encode()),
+        (b"server-timing", _timing(trace)),
+    ]
+    if answer.served_by is not None:
+        model, replica = names.header_values(answer.served_by)
+        headers += [(b"x-kvfleet-model", model), (b"x-kvfleet-replica", replica)]
+    return headers
+
+
+def _timing(trace: Trace) -> bytes:
+    """``Server-Timing``: the decision, and the time to the answering backend's first byte (W3C Server Timing)."""
+    route = trace.route
+    first: Span | None = None
+    last: Span | None = None
+    for span in trace.spans:
+        if span.kind is SpanKind.CLIENT:
+            first, last = first or span, span
+    if first is None or last is None:
+        return b"route;dur=%.3f" % ((trace.spans[-1].end_ns - route.start_ns) / 1e6)
+    decided_ms = (first.start_ns - route.start_ns) / 1e6
+    ttfb_s = last.attributes.get(n.TTFB_S)
+    if not isinstance(ttfb_s, float):
+        return b"route;dur=%.3f" % decided_ms
+    return b"route;dur=%.3f, backend;dur=%.3f" % (decided_ms, ttfb_s * 1e3)

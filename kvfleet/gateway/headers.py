@@ -1,0 +1,214 @@
+"""What a request's headers say, read in one pass."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+
+import attrs
+
+from kvfleet.config.findings import Finding
+from kvfleet.config.schema import DATA_CLASSES, GatewayConfig
+from kvfleet.errors import BadRequestError, ConfigError
+
+__all__ = ["HeaderNames", "Headers", "new_request_id", "request_id"]
+
+Headers = Mapping[bytes, bytes]
+"""The headers of a request that the gateway looks at, by lower-case name."""
+
+_PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@,-]{1,128}")
+_TIMEOUT = re.compile(rb"[0-9]{1,8}")
+_FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+# A backend's credential, framing and hop-by-hop headers are never the client's to set.
+_NEVER_PASSED = frozenset(
+    {
+        "accept-encoding",
+        "api-key",
+        "authorization",
+        "connection",
+        "content-encoding",
+        "content-length",
+        "content-type",
+        "cookie",
+        "expect",
+        "host",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "traceparent",
+        "tracestate",
+        "transfer-encoding",
+        "upgrade",
+        "x-api-key",
+        "x-request-id",
+    }
+)
+
+
+@attrs.frozen
+class HeaderNames:
+    """Which headers mean what, as configured; empty for one that is switched off."""
+
+    strategy: bytes
+    models: bytes
+    timeout: bytes
+    tenant: bytes
+    data_class: bytes
+    region: bytes
+    session: bytes
+    passed: tuple[bytes, ...]
+    conditions: tuple[bytes, ...]
+    _single: frozenset[bytes] = attrs.field(repr=False, alias="single")
+    _wanted: frozenset[bytes] = attrs.field(repr=False, alias="wanted")
+
+    @classmethod
+    def of(cls, config: GatewayConfig, conditions: Iterable[str] = ()) -> HeaderNames:
+        """The names of a configuration, and of the headers that policy conditions read.
+
+        Raises:
+            ConfigError: for a header that must not be passed through, or whose name is not one.
+        """
+        findings = _findings(config)
+        if findings:
+            raise ConfigError(findings)
+        control = {field: getattr(config, option).lower().encode() for field, option in _CONTROL.items()}
+        passed = tuple(name.lower().encode() for name in config.passthrough_headers)
+        read = tuple(name.lower().encode() for name in conditions)
+        single = frozenset({*_SINGLE, *control.values()} - {b""})
+        wanted = frozenset({*single, *passed, *read, b"origin", b"traceparent", b"tracestate"})
+        return cls(**control, passed=passed, conditions=read, single=single, wanted=wanted)
+
+    def read(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+        """The headers that are looked at.
+
+        Raises:
+            BadRequestError: if one that may stand once is there twice, since two readers might obey different ones.
+        """
+        wanted = self._wanted
+        found: dict[bytes, bytes] = {}
+        for name, value in headers:
+            if name in wanted:
+                if name not in found:
+                    found[name] = value
+                elif name in self._single:
+                    raise BadRequestError(f"the header {name.decode()} is sent twice", code="duplicate_header")
+                else:
+                    found[name] += b", " + value
+        return found
+
+    def passed_on(self, headers: Headers) -> tuple[tuple[str, str], ...]:
+        """The headers the backend is to see."""
+        return tuple([(n.decode(), headers[n].decode("latin-1")) for n in self.passed if n in headers])
+
+    def for_conditions(self, headers: Headers) -> Mapping[str, str]:
+        """The headers that policy conditions read."""
+        return {n.decode(): headers[n].decode("latin-1") for n in self.conditions if n in headers}
+
+
+_CONTROL = {
+    "strategy": "strategy_header",
+    "models": "model_allowlist_header",
+    "timeout": "timeout_header",
+    "tenant": "tenant_header",
+    "data_class": "data_class_header",
+    "region": "region_header",
+    "session": "session_header",
+}
+_SINGLE = frozenset({b"authorization", b"content-length", b"content-encoding", b"x-request-id"})
+
+
+def _findings(config: GatewayConfig) -> list[Finding]:
+    found = []
+    for index, name in enumerate(config.passthrough_headers):
+        path = ("gateway", "passthrough_headers", index)
+        if name.lower() in _NEVER_PASSED:
+            remedy = "take it out; the gateway or the backend's own `api_key` sets it"
+            found.append(Finding(f"{name} cannot be passed through", remedy, path, code="passthrough"))
+        elif not _FIELD_NAME.fullmatch(name):
+            found.append(Finding(f"{name!r} is not a header's name", "use letters, digits and -", path, code="pattern"))
+    for option in _CONTROL.values():
+        name = getattr(config, option)
+        if name and not _FIELD_NAME.fullmatch(name):
+            remedy = "use letters, digits and -"
+            found.append(Finding(f"{name!r} is not a header's name", remedy, ("gateway", option), code="pattern"))
+    return found
+
+
+def new_request_id() -> str:
+    """An identifier for a request that brought none."""
+    return f"req-{secrets.token_hex(12)}"
+
+
+def request_id(headers: Headers, new: Callable[[], str] = new_request_id) -> str:
+    """The caller's identifier if it is 1..128 harmless characters, else a new one."""
+    sent = headers.get(b"x-request-id")
+    if sent is not None and _REQUEST_ID.fullmatch(sent):
+        return sent.decode()
+    return new()
+
+
+def text_of(headers: Headers, name: bytes) -> str:
+    """A header's text, empty if it is absent (or `name` is, because it is switched off).
+
+    Raises:
+        BadRequestError: if it is not 1..256 printable ASCII characters.
+    """
+    value = headers.get(name)
+    if value is None:
+        return ""
+    text = value.decode("latin-1").strip()
+    if text and not _PLAIN.fullmatch(text):
+        raise BadRequestError(
+            f"the header {name.decode()} must be at most 256 printable ASCII characters", param=name.decode()
+        )
+    return text
+
+
+def names_of(headers: Headers, name: bytes) -> frozenset[str] | None:
+    """The comma-separated names in a header; None if it is absent.
+
+    Raises:
+        BadRequestError: if it names nobody.
+    """
+    if name not in headers:
+        return None
+    text = headers[name].decode("latin-1")
+    found = frozenset(part.strip() for part in text.split(",")) - {""}
+    if not found:
+        raise BadRequestError(f"the header {name.decode()} names no model", param=name.decode())
+    return found
+
+
+def timeout_of(headers: Headers, name: bytes) -> float | None:
+    """Seconds from a header in milliseconds; None if it is absent.
+
+    Raises:
+        BadRequestError: if it is not a whole number from 1 to 99,999,999.
+    """
+    value = headers.get(name)
+    if value is None:
+        return None
+    if not _TIMEOUT.fullmatch(value) or not int(value):
+        raise BadRequestError(
+            f"the header {name.decode()} must be a whole number of milliseconds from 1 to 99999999", param=name.decode()
+        )
+    return int(value) / 1000
+
+
+def data_class_of(headers: Headers, name: bytes) -> str:
+    """The data class a header names; empty if it is absent.
+
+    Raises:
+        BadRequestError: for one that does not exist.
+    """
+    text = text_of(headers, name)
+    if text and text not in DATA_CLASSES:
+        known = ", ".join(DATA_CLASSES)
+        raise BadRequestError(f"the header {name.decode()} must be one of {known}", param=name.decode())
+    return text

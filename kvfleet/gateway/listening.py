@@ -1,0 +1,75 @@
+"""Where the gateway listens, and whether it may."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+
+from kvfleet.config.findings import Finding
+from kvfleet.errors import ConfigError
+from kvfleet.gateway.auth import Keys
+
+__all__ = ["bind", "check_exposure", "is_loopback", "url_of"]
+
+_BACKLOG = 2048
+
+
+def check_exposure(host: str, keys: Keys, *, allowed: bool) -> None:
+    """Refuse to let the whole network spend the fleet's tokens by mistake.
+
+    Raises:
+        ConfigError: for an address beyond loopback without a key, unless that is allowed.
+    """
+    if keys or allowed or is_loopback(host):
+        return
+    remedy = (
+        "set gateway.api_key (as env:NAME), or listen on 127.0.0.1, "
+        "or say that you mean it with --allow-unauthenticated"
+    )
+    raise ConfigError([Finding(f"{host or '*'} is not loopback and no key is set", remedy, ("gateway", "host"))])
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach the address; a name counts if all its addresses do."""
+    try:
+        found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for every address of a host, all on one port.
+
+    Raises:
+        OSError: if one cannot be had; names the address.
+    """
+    found: list[socket.socket] = []
+    try:
+        for family, kind, proto, _, address in socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
+        ):
+            # IPPROTO_TCP, not 0: asyncio sets TCP_NODELAY only on sockets that say so, and a stream needs it.
+            one = socket.socket(family, kind, proto)
+            found.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            taken = found[0].getsockname()[1] if len(found) > 1 else port
+            one.bind((address[0], taken, *address[2:]))
+            one.listen(_BACKLOG)
+            one.setblocking(False)
+    except OSError as error:
+        for one in found:
+            one.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(error.errno, f"cannot listen on {host or '*'}:{port}: {reason}") from error
+    return found
+
+
+def url_of(sock: socket.socket) -> str:
+    """Where a listening socket is reached."""
+    host, port = sock.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}"

@@ -1,0 +1,45 @@
+"""What the gateway itself counts, beside the routes: plain numbers, read when Prometheus asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import attrs
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from kvfleet.telemetry.metrics import MetricInfo
+
+__all__ = ["GATEWAY_METRICS", "Meters"]
+
+GATEWAY_METRICS = (
+    MetricInfo("kvfleet_gateway_responses_total", "counter", ("route", "status"), "HTTP answers, by path template."),
+    MetricInfo("kvfleet_gateway_clients_left_total", "counter", (), "Clients that left before their answer's end."),
+    MetricInfo("kvfleet_gateway_in_flight_requests", "gauge", (), "HTTP requests being answered."),
+)
+"""The gateway's own metrics; those of routes are in `kvfleet.telemetry.metrics`."""
+
+
+@attrs.define(eq=False)
+class Meters(Collector):
+    """Counts answers by route and status (both bounded by the route table), departures, and what is in flight."""
+
+    responses: Counter[tuple[str, int]] = attrs.field(factory=Counter)
+    left: int = 0
+    in_flight: int = 0
+
+    def describe(self) -> Iterator[Metric]:
+        """The names, so that two collectors cannot both have them."""
+        return self.collect()
+
+    def collect(self) -> Iterator[Metric]:
+        """One family for each metric of the table."""
+        responses, left, in_flight = GATEWAY_METRICS
+        answers = CounterMetricFamily(responses.name, responses.doc, labels=responses.labels)
+        for (route, status), count in sorted(self.responses.items()):
+            answers.add_metric((route, str(status)), count)
+        yield answers
+        yield CounterMetricFamily(left.name, left.doc, value=self.left)
+        yield GaugeMetricFamily(in_flight.name, in_flight.doc, value=self.in_flight)

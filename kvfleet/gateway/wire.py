@@ -1,0 +1,222 @@
+"""From an HTTP request to a `RouteRequest`: one parse, and checks that name the field at fault.
+
+Only what routing needs is checked. Everything else, unknown fields included, is the backend's to judge and passes
+through as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import orjson
+import xxhash
+
+from kvfleet.adapters.base import Operation
+from kvfleet.config.schema import AUTO_MODEL
+from kvfleet.errors import BadRequestError
+from kvfleet.gateway.headers import (
+    HeaderNames,
+    Headers,
+    data_class_of,
+    names_of,
+    text_of,
+    timeout_of,
+)
+from kvfleet.plugin.contract import RouteRequest
+
+__all__ = ["RequestReader", "parse"]
+
+MOST_MESSAGES = 10_000
+MOST_TAGS = 16
+LONGEST_NAME = 256
+
+Body = dict[str, Any]
+
+
+def parse(raw: bytes) -> Body:
+    """The body as a JSON object. Nesting is bounded by the parser (1,024 levels).
+
+    Raises:
+        BadRequestError: if it is not one; says at which character, never what stands there.
+    """
+    if not raw:
+        raise BadRequestError("the request has no body; send a JSON object")
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}"
+        raise BadRequestError(f"the request body is not valid JSON (near {place})", code="invalid_json") from error
+    if not isinstance(body, dict):
+        raise BadRequestError(f"the request body must be a JSON object, not {_kind(body)}", code="invalid_json")
+    return body
+
+
+@attrs.frozen
+class RequestReader:
+    """Makes route requests of what the configured headers and the body say."""
+
+    names: HeaderNames
+
+    def read(self, operation: Operation, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+        """The request of one call.
+
+        Raises:
+            BadRequestError: naming the field or header that is wrong.
+        """
+        body = parse(raw)
+        _CHECKS[operation](body)
+        return self._request(operation, body, raw, headers, request_id)
+
+    def read_any(self, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+        """The request of a dry run, whose operation is the one its fields belong to.
+
+        Raises:
+            BadRequestError: naming the field or header that is wrong.
+        """
+        body = parse(raw)
+        operation = next((op for field, op in _FIELD_OF.items() if field in body), Operation.CHAT)
+        _CHECKS[operation](body)
+        return self._request(operation, body, raw, headers, request_id)
+
+    def _request(self, operation: Operation, body: Body, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+        names = self.names
+        strategy = text_of(headers, names.strategy)
+        return RouteRequest(
+            operation=operation,
+            body=body,
+            raw=raw,
+            model=_model(body),
+            models=names_of(headers, names.models),
+            strategy=strategy,
+            is_override=bool(strategy),
+            stream=_stream(body, operation),
+            request_id=request_id,
+            tenant=text_of(headers, names.tenant),
+            data_class=data_class_of(headers, names.data_class),
+            region=text_of(headers, names.region),
+            tags=_tags(body),
+            session=text_of(headers, names.session) or _session(body),
+            headers=names.passed_on(headers),
+            condition_headers=names.for_conditions(headers),
+            traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
+            tracestate=headers.get(b"tracestate", b"").decode("latin-1"),
+            timeout_s=timeout_of(headers, names.timeout),
+        )
+
+
+def _model(body: Body) -> str:
+    model = body.get("model")
+    if model is None:
+        return AUTO_MODEL
+    if not isinstance(model, str):
+        raise BadRequestError(f"model must be text, not {_kind(model)}", param="model")
+    if not model or len(model) > LONGEST_NAME:
+        raise BadRequestError(f"model must be 1 to {LONGEST_NAME} characters long", param="model")
+    return model
+
+
+def _stream(body: Body, operation: Operation) -> bool:
+    stream = body.get("stream")
+    if stream is None or stream is False:
+        return False
+    if stream is not True:
+        raise BadRequestError(f"stream must be true or false, not {_kind(stream)}", param="stream")
+    if operation not in (Operation.CHAT, Operation.COMPLETION):
+        raise BadRequestError(f"an answer to {operation.path} cannot be streamed", param="stream")
+    return True
+
+
+def _tags(body: Body) -> Mapping[str, str]:
+    """OpenAI's ``metadata`` (up to 16 pairs of text) is what rules see as ``tags.X``."""
+    metadata = body.get("metadata")
+    if not isinstance(metadata, dict) or len(metadata) > MOST_TAGS:
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
+
+
+def _session(body: Body) -> str:
+    """``prompt_cache_key`` names what shares a prompt's beginning.
+
+    ``user`` does not: it names a person, who may have many conversations. A long key is replaced by its hash, so that
+    what is kept of a session is bounded.
+    """
+    key = body.get("prompt_cache_key")
+    if not isinstance(key, str):
+        return ""
+    return key if len(key) <= LONGEST_NAME else xxhash.xxh3_128_hexdigest(key.encode())
+
+
+def _check_chat(body: Body) -> None:
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        what = "is missing" if messages is None else f"must be a list, not {_kind(messages)}"
+        raise BadRequestError(f"messages {what}", param="messages")
+    if not messages:
+        raise BadRequestError("messages must not be empty", param="messages")
+    if len(messages) > MOST_MESSAGES:
+        raise BadRequestError(f"messages must be at most {MOST_MESSAGES}", param="messages")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadRequestError(f"messages[{index}] must be an object, not {_kind(message)}", param="messages")
+        if not isinstance(message.get("role"), str):
+            raise BadRequestError(f"messages[{index}].role must be text", param=f"messages[{index}].role")
+        if not isinstance(message.get("content"), _CONTENT):
+            raise BadRequestError(
+                f"messages[{index}].content must be text, a list of parts or null", param=f"messages[{index}].content"
+            )
+
+
+_CONTENT = (str, list, type(None))
+
+
+def _check_prompt(body: Body) -> None:
+    _check_input(body, "prompt")
+
+
+def _check_embedding(body: Body) -> None:
+    _check_input(body, "input")
+
+
+def _check_input(body: Body, field: str) -> None:
+    """Text, a list of texts, a list of tokens, or a list of those."""
+    value = body.get(field)
+    if value is None:
+        raise BadRequestError(f"{field} is missing", param=field)
+    if not isinstance(value, str | list):
+        raise BadRequestError(f"{field} must be text or a list, not {_kind(value)}", param=field)
+    if isinstance(value, list) and not value:
+        raise BadRequestError(f"{field} must not be empty", param=field)
+
+
+def _check_rerank(body: Body) -> None:
+    if not isinstance(body.get("query"), str | dict):
+        raise BadRequestError("query is missing or not text", param="query")
+    documents = body.get("documents")
+    if not isinstance(documents, list) or not documents:
+        raise BadRequestError("documents must be a list that is not empty", param="documents")
+
+
+_CHECKS: Mapping[Operation, Callable[[Body], None]] = {
+    Operation.CHAT: _check_chat,
+    Operation.COMPLETION: _check_prompt,
+    Operation.EMBEDDING: _check_embedding,
+    Operation.RERANK: _check_rerank,
+}
+_FIELD_OF = {
+    "messages": Operation.CHAT,
+    "prompt": Operation.COMPLETION,
+    "input": Operation.EMBEDDING,
+    "documents": Operation.RERANK,
+}
+
+
+def _kind(value: Any) -> str:
+    """JSON's word for a value's type."""
+    if value is None:
+        return "null"
+    return _KINDS.get(type(value), "a number")
+
+
+_KINDS = {str: "text", list: "a list", dict: "an object", bool: "true or false"}
