@@ -262,7 +262,7 @@ def _conflicts(table: ComponentTable) -> list[dict[str, Any]]:
 @plugins.command()
 @click.argument("name")
 @click.option("-k", "--kind", type=click.Choice(list(KINDS)), default="strategy", show_default=True, help="What it is.")
-@click.option("--path", type=click.Path(path_type=Path), help="Directory to write; ./kvfleet-NAME if not given.")
+@click.option("--path", type=click.Path(path_type=Path), help="Where to write kvfleet-NAME; here if not given.")
 @json_option
 @reports
 def new(name: str, kind: str, path: Path | None, *, as_json: bool) -> None:
@@ -274,7 +274,7 @@ def new(name: str, kind: str, path: Path | None, *, as_json: bool) -> None:
     taken = [c for c in discover().of_kind(KINDS[kind]) if c.name == spelt.component]
     if taken:
         raise click.BadParameter(f"{taken[0].key} is already brought by {taken[0].distribution}", param_hint="NAME")
-    target = path or Path(spelt.distribution)
+    target = (path or Path()) / spelt.distribution
     files = write_plugin(spelt, kind, target)
     if as_json:
         render.echo_json({"path": str(target), "files": [str(file) for file in files]})

@@ -32,6 +32,7 @@ __all__ = [
     "findings",
     "github_line",
     "good",
+    "progress",
     "table",
     "warn",
     "width",
@@ -88,6 +89,12 @@ def echo(text: str = "", *, err: bool = False) -> None:
 def echo_json(value: Any) -> None:
     """Print a value as JSON that people can read too."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def progress(text: str) -> None:
+    """Say on standard error what takes a while, if somebody watches."""
+    if sys.stderr.isatty():
+        echo(dim(text), err=True)
 
 
 def count(number: int, noun: str, plural: str = "") -> str:
@@ -150,7 +157,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, columns: int
     lines = []
     for row in [[dim(header.upper()) for header in headers], *rows]:
         begin = _GAP.join([_padded(cell, size) for cell, size in zip(row[:-1], sizes[:-1], strict=True)] + [""])
-        last = textwrap.wrap(row[-1], room) if room and len(click.unstyle(row[-1])) > room else [row[-1]]
+        last = textwrap.wrap(click.unstyle(row[-1]), room) if room and len(click.unstyle(row[-1])) > room else [row[-1]]
         lines += [f"{begin}{last[0]}".rstrip(), *(" " * before + more for more in last[1:])]
     return "\n".join(lines)
 

@@ -94,7 +94,7 @@ def write_plugin(name: PluginName, kind: str, target: Path) -> tuple[Path, ...]:
         FileExistsError: if there is something in the directory.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(17, "there is something already; name another directory with --path", str(target))
+        raise FileExistsError(17, "there is something already; choose another name or --path", str(target))
     words = {
         "distribution": name.distribution,
         "module": name.module,

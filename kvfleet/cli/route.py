@@ -1,0 +1,75 @@
+"""``kvfleet simulate`` and ``kvfleet explain``: decisions without a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import click
+
+from kvfleet.cli import render
+from kvfleet.cli.options import config_argument, prompt_options, read_fleet, reports
+from kvfleet.runtime import Router
+from kvfleet.trace.explanation import Explanation
+
+__all__ = ["explain", "simulate"]
+
+
+@click.command()
+@config_argument()
+@prompt_options("Hello, what can you help me with?")
+@click.pass_context
+@reports
+def simulate(ctx: click.Context, /, config: Path, *, as_json: bool, **request: str) -> None:
+    """Say where a request would go, and why not elsewhere.
+
+    The decision is made by the code that makes live ones, with every replica idle and none known to be down. No backend
+    is asked. Exit status 1 if nobody may or can serve the request.
+    """
+    _show(ctx, decide(config, **request), as_json=as_json, words=Explanation.summary)
+
+
+@click.command()
+@config_argument()
+@prompt_options("Hello")
+@click.pass_context
+@reports
+def explain(ctx: click.Context, /, config: Path, *, as_json: bool, **request: str) -> None:
+    """Show the whole decision about a request: every stage, candidate, drop and score.
+
+    The decision is made as `kvfleet simulate` makes it. `kvfleet trace show` gives the same of a request that a gateway
+    has answered. Exit status 1 if nobody may or can serve the request.
+    """
+    _show(ctx, decide(config, **request), as_json=as_json, words=Explanation.summary)
+
+
+def decide(path: Path, *, prompt: str, data_class: str, tenant: str, model: str, strategy: str) -> Explanation:
+    """Decide about one request.
+
+    Raises:
+        ConfigError: with every finding of the file.
+        RouteError: if the request names what does not exist.
+    """
+    config = read_fleet(path)
+
+    async def run() -> Explanation:
+        async with Router(config, polls=False) as router:
+            return await router.simulate(
+                prompt=prompt, model=model, data_class=data_class, tenant_id=tenant, strategy_override=strategy
+            )
+
+    return anyio.run(run)
+
+
+def _show(ctx: click.Context, explanation: Explanation, *, as_json: bool, words: Callable[[Explanation], str]) -> None:
+    shown: Any = explanation.to_dict() if as_json else words(explanation)
+    if as_json:
+        render.echo_json(shown)
+    else:
+        render.echo(shown)
+    if explanation.error:
+        if not as_json:
+            render.echo(f"{render.bad('Error:')} {explanation.error}", err=True)
+        ctx.exit(1)
