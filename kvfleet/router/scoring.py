@@ -189,7 +189,7 @@ def rank(
     """
     order = sorted(range(len(models)), key=totals.__getitem__, reverse=not unit.less_is_better)
     if seed and len(order) > 1 and totals[order[0]] == totals[order[1]]:
-        take_turns(order, models, totals, seed)
+        take_turns(order, seed, totals, [model.name for model in models])
     return arranged(models, order, totals, unit=unit, terms=terms, mode=mode)
 
 
@@ -210,13 +210,12 @@ def arranged(
     return Ranking(pick(models), pick(totals), unit=unit, terms=picked, mode=mode)
 
 
-def take_turns(order: list[int], models: Sequence[ModelConfig], totals: Sequence[float], seed: int) -> None:
-    """Rotate, in place, the replicas at the head of an order that are of one model and equally good."""
-    first = order[0]
-    name, total = models[first].name, totals[first]
-    count = 1
-    while count < len(order) and totals[order[count]] == total and models[order[count]].name == name:
-        count += 1
+def take_turns(order: list[int], seed: int, *keys: Sequence[Any]) -> None:
+    """Rotate, in place, the head of an order: those whose keys are all equal to the first one's."""
+    count = len(order)
+    for key in keys:
+        best = key[order[0]]
+        count = next((at for at in range(1, count) if key[order[at]] != best), count)
     turn = seed % count
     order[:count] = order[turn:count] + order[:turn]
 
