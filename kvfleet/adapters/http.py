@@ -138,26 +138,19 @@ class HTTPAdapter(InferenceAdapter):
         """
         response = await self.control(method, path, payload, timeout_s=timeout_s)
         if not response.is_success:
-            raise self.error_of(response.status_code, response.headers, response.content)
+            raise self._refusal(response)
         return parsed(response.content, response.status_code)
 
-    async def probe(self, path: str = "/health", *, timeout_s: float = 5.0) -> EndpointHealth:
-        """Whether a control call is answered with 2xx; adapters of one endpoint share the answer for five seconds."""
+    async def probe(self, *paths: str, timeout_s: float = 5.0) -> EndpointHealth:
+        """Whether a control call is answered with 2xx; adapters of one endpoint share the finding for five seconds.
 
-        async def ask() -> EndpointHealth:
-            began_s = time.perf_counter()
-            error = ""
-            try:
-                response = await self.control("GET", path, timeout_s=timeout_s)
-                if not response.is_success:
-                    error = self.error_of(response.status_code, response.headers, response.content).message
-            except BackendError as failed:
-                error = failed.message
-            took_ms = (time.perf_counter() - began_s) * 1000
-            return EndpointHealth(endpoint=self.endpoint, healthy=not error, latency_ms=took_ms, error=error)
-
-        key = ("probe", self._route, self._base.path, path)
-        found = await self._connections().shared(key, HEALTH_TTL_S, ask)
+        Args:
+            paths: Paths to ask, ``/health`` if none is given; the next one is asked if the backend refuses one (4xx).
+            timeout_s: Longest wait for each.
+        """
+        asked = paths or ("/health",)
+        key = ("probe", self._route, self._base.path, asked)
+        found = await self._connections().shared(key, HEALTH_TTL_S, lambda: self._probe(asked, timeout_s))
         return found if found.endpoint == self.endpoint else attrs.evolve(found, endpoint=self.endpoint)
 
     async def aclose(self) -> None:
@@ -175,6 +168,23 @@ class HTTPAdapter(InferenceAdapter):
         if self._own is None:
             self._own = Connections()
         return self._own
+
+    async def _probe(self, paths: tuple[str, ...], timeout_s: float) -> EndpointHealth:
+        began_s = time.perf_counter()
+        error = ""
+        try:
+            for path in paths:
+                response = await self.control("GET", path, timeout_s=timeout_s)
+                error = "" if response.is_success else self._refusal(response).message
+                if not response.is_client_error:
+                    break
+        except BackendError as failed:
+            error = failed.message
+        took_ms = (time.perf_counter() - began_s) * 1000
+        return EndpointHealth(endpoint=self.endpoint, healthy=not error, latency_ms=took_ms, error=error)
+
+    def _refusal(self, response: httpx.Response) -> BackendError:
+        return self.error_of(response.status_code, response.headers, response.content)
 
     def _url(self, path: str) -> httpx.URL:
         url = self._urls.get(path)

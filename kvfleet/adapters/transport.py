@@ -94,8 +94,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
 
     ``request.extensions["timeout"]`` may hold ``connect``, ``first_byte`` (from sending to the first byte of the
     answer: of its body, if it has one) and ``read`` (longest silence after that), in seconds; ``first_byte`` is
-    ``read`` if it is absent. ``response.extensions["is_repeat"]`` is True if a pooled connection turned out to be dead before a byte
-    of the answer had come, and the request was sent again on a fresh one; that happens at most once.
+    ``read`` if it is absent. ``response.extensions["is_repeat"]`` is True if a pooled connection turned out to be dead
+    before a byte of the answer had come, and the request was sent again on a fresh one; that happens at most once.
 
     Args:
         idle_s: Seconds after which an unused connection is closed.

@@ -1,0 +1,165 @@
+"""Engines and providers that speak OpenAI's API."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import attrs
+import orjson
+
+from kvfleet.adapters import faults, sse
+from kvfleet.adapters.base import Call, EndpointHealth, Operation, Reply, Tally, Usage
+from kvfleet.adapters.http import HTTPAdapter
+from kvfleet.adapters.incoming import Incoming, parsed
+from kvfleet.adapters.patching import body_for, hides_usage
+from kvfleet.config.fields import text
+from kvfleet.errors import BackendError, Fault
+
+__all__ = ["OpenAICompatAdapter"]
+
+# Parsing some megabytes of vectors would hold up everybody else for what stands in their last hundred bytes.
+READ_WHOLE_BELOW_BYTES = 256 * 1024
+_TAIL_BYTES = 4096
+
+# Some engines and proxies leave the type out, or say less than they could.
+_JSON_TYPES = frozenset({"application/json", "text/plain", "application/octet-stream", ""})
+_STREAM_TYPES = frozenset({"text/event-stream", "text/plain", "application/octet-stream", ""})
+
+
+@attrs.define(kw_only=True)
+class OpenAICompatAdapter(HTTPAdapter):
+    """OpenAI's API: chat, completions, embeddings, rerank. A body goes on byte by byte, but for the model's name."""
+
+    api_prefix: str = text(
+        "/v1",
+        doc="Path between the endpoint and `/chat/completions`; an endpoint may end in `/v1` or not.",
+        pattern="(/[A-Za-z0-9._~-]+)*",
+        pattern_doc="a path such as /v1 or /openai/v1, or empty",
+    )
+    _paths: Mapping[Operation, str] = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        self._paths = {operation: self._api(operation.path) for operation in Operation}
+
+    def _api(self, path: str) -> str:
+        return self.api_prefix + path.removeprefix("/v1")
+
+    async def send(self, call: Call) -> Reply:
+        """Make one call; see `InferenceAdapter.send`."""
+        incoming = await self.exchange(
+            "POST",
+            self._paths[call.operation],
+            body_for(call, self.model_id),
+            headers=call.headers,
+            limits=call.limits,
+        )
+        try:
+            kind = _kind_of(incoming)
+            if not call.stream:
+                return self._whole(call, incoming, kind, await incoming.read())
+            if kind == "application/json":  # a refusal under a 200, or an engine that does not stream
+                return self._unstreamed(incoming, await incoming.read())
+            return self._streamed(call, incoming, kind)
+        except BaseException:
+            await incoming.aclose()
+            raise
+
+    async def health_check(self) -> EndpointHealth:
+        """Ask ``/health``, and where nobody knows that path, for the list of models."""
+        return await self.probe("/health", self._api("/v1/models"))
+
+    async def list_models(self) -> tuple[str, ...]:
+        """Names of the models it serves.
+
+        Raises:
+            BackendError: if it cannot be asked.
+        """
+        listed = await self.control_json("GET", self._api("/v1/models"))
+        models = listed.get("data") if isinstance(listed, dict) else None
+        if not isinstance(models, list):
+            raise BackendError(Fault.PROTOCOL, "the backend's list of models has no data")
+        return tuple(str(model["id"]) for model in models if isinstance(model, dict) and "id" in model)
+
+    def read_usage(self, answer: Mapping[str, Any]) -> Usage | None:
+        """The usage in an answer or a chunk; engines that say more than OpenAI's fields read theirs here."""
+        return sse.usage_of(answer)
+
+    def _whole(self, call: Call, incoming: Incoming, kind: str, body: bytes) -> Reply:
+        if kind not in _JSON_TYPES:
+            raise BackendError(Fault.PROTOCOL, f"the backend answered with {kind}, not JSON", status=incoming.status)
+        answer = parsed(body, incoming.status) if len(body) < READ_WHOLE_BELOW_BYTES else _end_of(body)
+        if isinstance(answer, dict) and (answer.get("error") or answer.get("object") == "error"):
+            raise self.error_of(incoming.status, incoming.headers, body)
+        if not _fits(call.operation, answer):
+            raise BackendError(Fault.PROTOCOL, f"the backend's answer is none to {call.operation}")
+        return Reply(status=incoming.status, headers=incoming.headers, body=body, tally=self._tally(answer))
+
+    def _tally(self, answer: Any) -> Tally:
+        if not isinstance(answer, dict):
+            return Tally(is_complete=True)
+        choices = answer.get("choices")
+        first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
+        return Tally(
+            usage=self.read_usage(answer),
+            finish_reason=first.get("finish_reason"),
+            model=str(answer.get("model") or ""),
+            response_id=str(answer.get("id") or ""),
+            is_complete=True,
+        )
+
+    def _streamed(self, call: Call, incoming: Incoming, kind: str) -> Reply:
+        if kind not in _STREAM_TYPES:
+            raise BackendError(Fault.PROTOCOL, f"the backend answered with {kind}, not a stream of events")
+        tally = Tally()
+        relay = sse.EventRelay(
+            incoming,
+            tally,
+            choices=_choices_of(call.body),
+            hide_usage=hides_usage(call),
+            error_of=lambda data: self.error_of(incoming.status, incoming.headers, data),
+            read_usage=self.read_usage,
+        )
+        return Reply(status=incoming.status, headers=incoming.headers, events=relay, tally=tally, close=relay.aclose)
+
+    def _unstreamed(self, incoming: Incoming, body: bytes) -> NoReturn:
+        if faults.error_object(parsed(body, incoming.status)) is not None:
+            raise self.error_of(incoming.status, incoming.headers, body)
+        raise BackendError(Fault.PROTOCOL, "the backend answered in one piece, though it was asked for a stream")
+
+
+def _kind_of(incoming: Incoming) -> str:
+    """The answer's media type; empty if it does not say."""
+    if incoming.headers.get("content-encoding", "identity").lower() != "identity":
+        raise BackendError(Fault.PROTOCOL, "the backend compressed its answer, though it was told not to")
+    kind, _, _ = incoming.headers.get("content-type", "").partition(";")
+    return kind.strip().lower()[:80]
+
+
+def _fits(operation: Operation, answer: Any) -> bool:
+    if operation is Operation.RERANK:
+        return isinstance(answer, dict | list)
+    key = "data" if operation is Operation.EMBEDDING else "choices"
+    return isinstance(answer, dict) and isinstance(answer.get(key), list)
+
+
+def _end_of(body: bytes) -> dict[str, Any]:
+    """What the last keys of a large answer say; its bulk is not looked at."""
+    if not (body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}"):
+        raise BackendError(Fault.PROTOCOL, "the backend's answer is not JSON")
+    found: dict[str, Any] = {"choices": [], "data": []}
+    at = body.rfind(b'"usage"', len(body) - _TAIL_BYTES)
+    if at >= 0:
+        with contextlib.suppress(orjson.JSONDecodeError):
+            found |= orjson.loads(b"{" + body[at:])
+    return found
+
+
+def _choices_of(body: Mapping[str, Any]) -> int:
+    """How many choices a body asks for: ``n``, for each prompt of a text completion."""
+    n = body.get("n")
+    prompts = body.get("prompt")
+    many = len(prompts) if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list) else 1
+    return (n if isinstance(n, int) and n > 0 else 1) * many

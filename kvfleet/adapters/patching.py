@@ -1,0 +1,64 @@
+"""Change a request's body without reading it again: replace a value, add a key, leave every other byte as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from kvfleet.adapters.base import Call
+
+__all__ = ["body_for", "hides_usage"]
+
+# The value after the key; JSON strings hold no bare quote, so the first one that is not escaped ends it.
+_MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
+_ASK_USAGE = b'"stream_options":{"include_usage":true},'
+
+
+def hides_usage(call: Call) -> bool:
+    """True if usage at the end of the stream is asked for on our account alone: the client must not see it."""
+    if not (call.ask_usage and call.stream):
+        return False
+    options = call.body.get("stream_options")
+    return not (isinstance(options, Mapping) and options.get("include_usage") is True)
+
+
+def body_for(call: Call, model: str) -> bytes:
+    """The call's body for a backend that knows the model as `model`.
+
+    The client's bytes are kept and patched where that is safe: the key ``model`` stands in them exactly once, and not
+    written with escapes. Else the parsed body is encoded anew, which keeps all fields too.
+    """
+    add_usage = hides_usage(call)
+    return _spliced(call, model, add_usage=add_usage) or _encoded(call, model, add_usage=add_usage)
+
+
+def _spliced(call: Call, model: str, *, add_usage: bool) -> bytes | None:
+    raw, body = call.raw, call.body
+    # Within valid JSON these seven bytes are a key, a value, or the end of a text with an escaped quote. If they stand
+    # there once, the body has that key, and no letter of it is escaped anywhere (d, e, l, m and o are U+006x), they are
+    # that key.
+    if not raw or raw.count(b'"model"') != 1 or b"\\u006" in raw or not isinstance(body.get("model"), str):
+        return None
+    if bool(body.get("stream")) != call.stream or (add_usage and "stream_options" in body):
+        return None
+    found = _MODEL.search(raw)
+    start = raw.find(b"{") + 1
+    if found is None or not start:
+        return None
+    begin, end = found.span(1)
+    return b"".join((raw[:start], _ASK_USAGE if add_usage else b"", raw[start:begin], orjson.dumps(model), raw[end:]))
+
+
+def _encoded(call: Call, model: str, *, add_usage: bool) -> bytes:
+    body: dict[str, Any] = {**call.body, "model": model}
+    if bool(body.get("stream")) != call.stream:
+        body["stream"] = call.stream
+    if add_usage:
+        options = body.get("stream_options")
+        body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
+    if not call.stream:
+        body.pop("stream_options", None)  # refused without `stream`
+    return orjson.dumps(body)
