@@ -1,0 +1,150 @@
+"""From the flat sections of a fleet file to the stages of a pipeline: one pure function.
+
+`kvfleet graph --expand` prints the result as YAML that can be pasted. Options are plain data, as if written under `with:`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.config.convert import unstructure
+from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
+
+__all__ = ["expand", "options_from_section", "section_for"]
+
+Options = dict[str, Any]
+
+
+def expand(config: FleetConfig) -> tuple[StageConfig, ...]:
+    """The default pipeline, as the sections describe it."""
+    return tuple(_stage(config, use) for use in _uses(config))
+
+
+def _uses(config: FleetConfig) -> list[str]:
+    """The stages of the default pipeline, in order; some only if their section switches them on."""
+    affinity = config.cache_affinity.enabled
+    wanted = [
+        ("classify.prompt", True),
+        ("classify.modality", True),
+        ("classify.pii", _looks_for_pii(config)),
+        ("admit.concurrency", config.gateway.max_concurrent > 0),
+        ("filter.policy", _has_policy(config)),
+        ("filter.tenant", bool(config.tenants)),
+        ("filter.capabilities", True),
+        ("filter.health", True),
+        ("affinity.prefix", affinity),
+        ("score.cost", True),
+        ("score.latency", True),
+        ("score.quality", True),
+        ("score.cache_affinity", affinity),
+        ("score.hardware_load", True),
+        ("score.compliance", config.scoring_weights.compliance > 0),
+        (f"select.{config.strategy}", True),
+        ("execute.fallback", True),
+        ("observe.metrics", True),
+        ("observe.log", config.telemetry.log_route_decisions),
+    ]
+    return [use for use, is_on in wanted if is_on]
+
+
+def _has_policy(config: FleetConfig) -> bool:
+    """True if the policy is on, or a model declares who may see what: what models declare holds in any case."""
+    usual = attrs.fields(ModelConfig).allowed_data_classes.default
+    return config.policy.enabled or any(model.allowed_data_classes != usual for model in config.models)
+
+
+def _looks_for_pii(config: FleetConfig) -> bool:
+    policy = config.policy
+    return policy.enabled and (policy.pii_detection or any("pii" in rule.condition for rule in policy.rules))
+
+
+def _stage(config: FleetConfig, use: str) -> StageConfig:
+    section = section_for(use)
+    return StageConfig(
+        use=use,
+        options=options_from_section(config, use),
+        path=(section or "strategy",) if use.startswith("select.") else (section,) if section else (),
+    )
+
+
+def section_for(use: str) -> str:
+    """The section of a fleet file that a stage takes its options from when it has no `with:`; empty for none."""
+    found = _SECTIONS.get(use)
+    return found[0] if found else ""
+
+
+def options_from_section(config: FleetConfig, use: str) -> Options:
+    """A stage's options as its section describes them; empty if no section speaks of it."""
+    found = _SECTIONS.get(use)
+    return found[1](config) if found else {}
+
+
+def _policy(config: FleetConfig) -> Options:
+    policy = config.policy
+    options: Options = {"default_data_class": policy.default_data_class}
+    if not policy.enabled:
+        return options
+    if policy.pii_detection:
+        options["pii"] = True
+    if policy.rules:
+        options["rules"] = [unstructure(rule) for rule in policy.rules]
+    return options
+
+
+def _tenants(config: FleetConfig) -> Options:
+    return {"tenants": {name: unstructure(tenant) for name, tenant in config.tenants.items()}}
+
+
+def _fallback(config: FleetConfig) -> Options:
+    fallback = config.fallback
+    if not fallback.enabled:
+        return {"max_attempts": 1, "timeout_ms": fallback.timeout_ms}
+    options: Options = {
+        "max_attempts": fallback.max_attempts,
+        "timeout_ms": fallback.timeout_ms,
+        "promote_on_timeout": fallback.promote_on_timeout,
+    }
+    if fallback.fallback_order:
+        options["fallback_order"] = list(fallback.fallback_order)
+    return options
+
+
+def _affinity(config: FleetConfig) -> Options:
+    section = config.cache_affinity
+    return {
+        "session_ttl_s": section.session_ttl_seconds,
+        "prefix_tokens": section.prefix_hash_tokens,
+        "virtual_nodes": section.consistent_hash_replicas,
+        "min_affinity": section.min_affinity_score,
+    }
+
+
+def _weights(config: FleetConfig) -> Options:
+    return {"weights": attrs.asdict(config.scoring_weights)}
+
+
+def _rules(config: FleetConfig) -> Options:
+    return {"rules": [unstructure(rule) for rule in config.route_rules]}
+
+
+def _default_model(config: FleetConfig) -> Options:
+    return {"default_model": config.default_model}
+
+
+def _concurrency(config: FleetConfig) -> Options:
+    return {"max_concurrent": config.gateway.max_concurrent}
+
+
+_SECTIONS: Mapping[str, tuple[str, Callable[[FleetConfig], Options]]] = {
+    "filter.policy": ("policy", _policy),
+    "filter.tenant": ("tenants", _tenants),
+    "execute.fallback": ("fallback", _fallback),
+    "affinity.prefix": ("cache_affinity", _affinity),
+    "select.hybrid_score": ("scoring_weights", _weights),
+    "select.rules": ("route_rules", _rules),
+    "select.static": ("default_model", _default_model),
+    "admit.concurrency": ("gateway", _concurrency),
+}
