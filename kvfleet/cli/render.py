@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import click
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def github_line(finding: Finding) -> str:
 
     place = {"file": finding.file, "line": finding.line, "col": finding.column, "title": f"kvfleet {finding.code}"}
     shown = ",".join(f"{key}={escape(str(value), ',:')}" for key, value in place.items() if value)
-    text = str(finding).removeprefix(f"{finding.file}:{finding.line}:{finding.column}: ")
+    text = str(attrs.evolve(finding, file="", line=0))
     return f"::error {shown}::{escape(text)}"
 
 

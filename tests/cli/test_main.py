@@ -1,0 +1,130 @@
+"""The command as a whole: its help, its errors, its speed, and plugins' commands."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kvfleet.cli.main import COMMANDS, cli
+
+HEAVY = ("httpx", "httpcore", "h2", "httptools", "uvicorn", "opentelemetry", "prometheus_client", "ruamel", "cattrs")
+
+
+def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run some Python in a process of its own."""
+    return subprocess.run(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environ}
+    )
+
+
+def test_the_help_imports_nothing_heavy() -> None:
+    """No HTTP client, no server, no OpenTelemetry and no YAML reader for a list of commands."""
+    code = f"""
+import sys
+from kvfleet.cli.main import cli
+cli(["--help"], standalone_mode=False)
+print(sorted(name for name in {HEAVY!r} if name in sys.modules), file=sys.stderr)
+"""
+    done = python(code)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_help_lists_every_command_by_section() -> None:
+    """The table is what the help shows."""
+    shown = CliRunner().invoke(cli, ["--help"]).output
+    assert [name for name in COMMANDS if f"  {name} " not in shown] == []
+    assert [s for s in ("Run:", "Check:", "Decide:", "Look:", "Extend:") if s not in shown] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name: str) -> None:
+    """Each entry of the table is a command that can say what it does."""
+    result = CliRunner().invoke(cli, [name, "--help"])
+    assert (result.exit_code, result.exception) == (0, None)
+    assert result.output.startswith(f"Usage: cli {name}")
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"init", "run", "serve"}))
+def test_everything_that_prints_can_print_json(name: str) -> None:
+    """`--json` everywhere: on the command, or on each of its subcommands."""
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+
+    def has_json(one: click.Command) -> bool:
+        return any("--json" in parameter.opts for parameter in one.params)
+
+    below = list(command.commands.values()) if isinstance(command, click.Group) else []
+    assert has_json(command) or (below and all(has_json(one) for one in below)) or name == "schema"
+
+
+def test_a_misspelt_command_gets_the_nearest() -> None:
+    """A usage error, exit status 2."""
+    result = CliRunner().invoke(cli, ["valdate"])
+    assert result.exit_code == 2
+    assert "no such command 'valdate'; did you mean validate?" in result.output
+
+
+def test_the_version_is_the_distributions() -> None:
+    """`kvfleet --version` says what is installed."""
+    from importlib.metadata import version
+
+    assert CliRunner().invoke(cli, ["--version"]).output == f"kvfleet, version {version('kvfleet')}\n"
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """A directory with an installed plugin that adds a command, to be put on the path."""
+    (tmp_path / "acme_hello.py").write_text(
+        "import click\n"
+        "from kvfleet.plugin.spec import hookimpl\n"
+        "@hookimpl\n"
+        "def kvfleet_commands(cli):\n"
+        "    @cli.command()\n"
+        "    def hello():\n"
+        "        'Say hello.'\n"
+        "        click.echo('hello')\n"
+        "    cli.add_command(click.Command('run', help='mine now'))\n"
+    )
+    info = tmp_path / "acme_hello-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-hello\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kvfleet]\nhello = acme_hello\n")
+    return tmp_path
+
+
+RUN = "from kvfleet.cli.main import main; import sys; sys.argv = ['kvfleet', *{args!r}]; main()"
+
+
+def test_a_plugin_adds_a_command(plugin: Path) -> None:
+    """It is in the help, it runs, and it cannot replace one of kvfleet's own."""
+    done = python(RUN.format(args=["hello"]), PYTHONPATH=str(plugin))
+    assert done.stdout == "hello\n"
+    shown = python(RUN.format(args=["--help"]), PYTHONPATH=str(plugin))
+    assert "From plugins:\n  hello       Say hello." in shown.stdout
+    assert "mine now" not in shown.stdout
+    assert "Warning: plugin hello (acme-hello 1.0) may not replace the command 'run'" in shown.stderr
+
+
+def test_a_broken_plugin_does_not_break_the_command_line(plugin: Path) -> None:
+    """The help still comes, and names the plugin and the cause."""
+    (plugin / "acme_hello.py").write_text("import nothing_of_that_name\n")
+    shown = python(RUN.format(args=["--help"]), PYTHONPATH=str(plugin))
+    assert shown.returncode == 0
+    assert "validate" in shown.stdout
+    assert (
+        "Warning: plugin hello (acme-hello 1.0) is broken: ModuleNotFoundError: No module named 'nothing_of_that_name'"
+        in shown.stderr
+    )
+
+
+def test_a_terminal_that_cannot_show_a_sign_gets_a_question_mark() -> None:
+    """An ASCII terminal costs a sign, not a traceback."""
+    done = python(RUN.format(args=["graph", "/nonexistent/…"]), PYTHONIOENCODING="ascii")
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 1
