@@ -80,6 +80,20 @@ class HTTPAdapter(InferenceAdapter):
 
     # What a subclass uses
 
+    @property
+    def root(self) -> tuple[Route, str]:
+        """What two adapters of one server have in common."""
+        return self._route, self._base.path
+
+    def shared_connections(self) -> Connections:
+        """The connections given, or else the adapter's own, made now."""
+        if self.connections is not None:
+            shared: Connections = self.connections
+            return shared
+        if self._own is None:
+            self._own = Connections()
+        return self._own
+
     async def exchange(
         self,
         method: str,
@@ -101,7 +115,7 @@ class HTTPAdapter(InferenceAdapter):
         Raises:
             BackendError: if there is no answer, or a refusing one (its body is read and mapped by `error_of`).
         """
-        transport = self._connections().transport_for(self._route)
+        transport = self.shared_connections().transport_for(self._route)
         request = self._request(method, path, body, headers, limits)
         try:
             if isinstance(transport, PooledTransport):
@@ -121,7 +135,7 @@ class HTTPAdapter(InferenceAdapter):
         Raises:
             BackendError: if there is no answer.
         """
-        client = self._connections().client_for(self._route)
+        client = self.shared_connections().client_for(self._route)
         content = b"" if payload is None else orjson.dumps(payload)
         try:
             return await client.request(
@@ -149,8 +163,8 @@ class HTTPAdapter(InferenceAdapter):
             timeout_s: Longest wait for each.
         """
         asked = paths or ("/health",)
-        key = ("probe", self._route, self._base.path, asked)
-        found = await self._connections().shared(key, HEALTH_TTL_S, lambda: self._probe(asked, timeout_s))
+        key = ("probe", self.root, asked)
+        found = await self.shared_connections().shared(key, HEALTH_TTL_S, lambda: self._probe(asked, timeout_s))
         return found if found.endpoint == self.endpoint else attrs.evolve(found, endpoint=self.endpoint)
 
     async def aclose(self) -> None:
@@ -160,14 +174,6 @@ class HTTPAdapter(InferenceAdapter):
             await own.aclose()
 
     # Inner workings
-
-    def _connections(self) -> Connections:
-        if self.connections is not None:
-            shared: Connections = self.connections
-            return shared
-        if self._own is None:
-            self._own = Connections()
-        return self._own
 
     async def _probe(self, paths: tuple[str, ...], timeout_s: float) -> EndpointHealth:
         began_s = time.perf_counter()

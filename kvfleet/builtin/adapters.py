@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvfleet.adapters.llama_cpp import LlamaCppAdapter
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
+from kvfleet.adapters.sglang import SGLangAdapter
+from kvfleet.adapters.vllm import VLLMAdapter
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.spec import hookimpl
@@ -15,4 +18,7 @@ __all__ = ["kvfleet_components"]
 @hookimpl
 def kvfleet_components() -> Iterable[Component]:
     """Every adapter that comes with kvfleet; a model's ``provider`` names one."""
+    yield Component(Kind.ADAPTER, "vllm", VLLMAdapter, stability=Stability.STABLE)
+    yield Component(Kind.ADAPTER, "sglang", SGLangAdapter)
+    yield Component(Kind.ADAPTER, "llama_cpp", LlamaCppAdapter)
     yield Component(Kind.ADAPTER, "openai_compat", OpenAICompatAdapter, stability=Stability.STABLE)
