@@ -233,7 +233,8 @@ class Gateway:
     async def _preflight(self, exchange: Exchange) -> None:
         asked = exchange.headers.get(b"access-control-request-headers", b"")
         methods = self._methods(exchange.path)
-        await exchange.whole(204, b"", self.cors.preflight(methods, asked))
+        await exchange.start(204, self.cors.preflight(methods, asked))
+        await exchange.end()
 
     async def _refuse(self, exchange: Exchange, error: RouteError) -> None:
         if exchange.status:

@@ -81,7 +81,7 @@ class HeaderNames:
         passed = tuple(name.lower().encode() for name in config.passthrough_headers)
         read = tuple(name.lower().encode() for name in conditions)
         single = frozenset({*_SINGLE, *control.values()} - {b""})
-        wanted = frozenset({*single, *passed, *read, b"origin", b"traceparent", b"tracestate"})
+        wanted = frozenset({*single, *passed, *read, *_SEVERAL})
         return cls(**control, passed=passed, conditions=read, single=single, wanted=wanted)
 
     def read(self, headers: Iterable[tuple[bytes, bytes]]) -> Headers:
@@ -120,6 +120,7 @@ _CONTROL = {
     "region": "region_header",
     "session": "session_header",
 }
+_SEVERAL = (b"origin", b"access-control-request-headers", b"traceparent", b"tracestate")
 _SINGLE = frozenset({b"authorization", b"content-length", b"content-encoding", b"x-request-id"})
 
 

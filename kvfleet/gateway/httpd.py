@@ -27,7 +27,7 @@ _KEEP_ALIVE_S = 75
 class Server(uvicorn.Server):
     """Uvicorn's server, stopped by a call instead of a poll, and with `sweep` once a second."""
 
-    def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience) -> None:
+    def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, sweep_s: float = 1.0) -> None:
         super().__init__(
             uvicorn.Config(
                 gateway,
@@ -44,6 +44,7 @@ class Server(uvicorn.Server):
             )
         )
         self._patience = patience
+        self._sweep_s = sweep_s
         self._ready = asyncio.Event()
         self._stopping = asyncio.Event()
 
@@ -80,7 +81,7 @@ class Server(uvicorn.Server):
         while not await self.on_tick(0):
             sweep(self.server_state.connections, loop.time(), self._patience)  # type: ignore[arg-type]
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(self._sweep_s):
                     await self._stopping.wait()
 
     @contextlib.contextmanager

@@ -29,7 +29,7 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(line).decode()
 
 
-def set_up_logging(*, as_json: bool, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+def set_up_logging(*, as_json: bool, level: int | str = logging.INFO, stream: TextIO | None = None) -> None:
     """Send kvfleet's log lines, and the warnings of everything else, to a stream.
 
     Args:

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import attrs
 
-from kvfleet.config.schema import FleetConfig
+from kvfleet.config.schema import FleetConfig, TraceStoreConfig
+from kvfleet.errors import TraceError
 from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.cors import Cors
@@ -73,6 +74,7 @@ def serve(
     allow_unauthenticated: bool = False,
     unready_s: float = 0.0,
     drain_s: float = 30.0,
+    log_level: str = "INFO",
 ) -> None:
     """Serve a fleet until SIGTERM or SIGINT; returns after the last answer.
 
@@ -88,12 +90,14 @@ def serve(
         allow_unauthenticated: Listen beyond loopback without a key.
         unready_s: Seconds between not being ready and closing the door, for load balancers that poll ``/readyz``.
         drain_s: Seconds for requests in flight.
+        log_level: From which level kvfleet's own lines are logged.
 
     Raises:
         ConfigError: if the fleet cannot be served as configured.
+        TraceError: if the configured place of the trace store cannot be used.
         OSError: if the address cannot be listened on.
     """
-    set_up_logging(as_json=config.telemetry.structured_logs)
+    set_up_logging(as_json=config.telemetry.structured_logs, level=log_level.upper())
     stop = Stop(unready_s=unready_s)
     run = _serve(
         config,
@@ -165,9 +169,9 @@ async def _serve(
         await server.wait_until_started(task)
         with stop.on_signals(gateway, server):
             serving = Serving(url_of(sockets[0]), gateway)
-            _log.info("gateway listening url=%s fleet=%s", serving.url, config.fleet_name)
             if on_ready is not None:
                 on_ready(serving)
+            _log.info("gateway listening url=%s fleet=%s", serving.url, config.fleet_name)
             await task
         _log.info("gateway stopped")
 
@@ -176,9 +180,8 @@ async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncEx
     """The router with everything around it that a running gateway has: trace store, export, a metrics port."""
     telemetry = config.telemetry
     sinks: list[TraceSink] = []
-    if telemetry.trace_store.enabled:
-        store = TraceStore(telemetry.trace_store)
-        await store.aopen()
+    store = _open_store(telemetry.trace_store) if telemetry.trace_store.enabled else None
+    if store is not None:
         stack.push_async_callback(store.aclose)
         sinks.append(store)
     bridge = make_bridge(telemetry, os.environ)
@@ -199,3 +202,20 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
         return None
     factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
     return factory
+
+
+def _open_store(config: TraceStoreConfig) -> TraceStore | None:
+    """The trace store; None, with a warning, if its usual place cannot be written, as in a read-only container.
+
+    Raises:
+        TraceError: if a configured place cannot be used.
+    """
+    store = TraceStore.from_config(config, os.environ)
+    try:
+        store.open()
+    except TraceError as error:
+        if config.path:
+            raise
+        _log.warning("trace store off reason=%s remedy=set telemetry.trace_store.path or .enabled", error)
+        return None
+    return store

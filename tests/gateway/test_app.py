@@ -1,0 +1,536 @@
+"""The routes: who may call them, what they answer, and what no answer says."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from kvfleet.adapters.base import Operation, Reply
+from kvfleet.errors import AdmissionError, AttemptsExhaustedError, BackendError, Fault, NoCandidatesError
+from kvfleet.gateway.app import Access, Gateway
+from kvfleet.plugin.contract import RouteRequest
+from kvfleet.trace.spans import SpanKind
+from tests.gateway.asgi import Answer, Client, call
+from tests.gateway.fleet import (
+    CHAT,
+    ENDPOINTS,
+    MESSAGES,
+    TRACE_ID,
+    Dispatched,
+    FakeRouter,
+    events,
+    fleet,
+    gateway,
+    trace_of,
+)
+
+INFERENCE = {
+    "/v1/chat/completions": (Operation.CHAT, CHAT),
+    "/v1/completions": (Operation.COMPLETION, {"prompt": "Once"}),
+    "/v1/embeddings": (Operation.EMBEDDING, {"input": ["a", "b"]}),
+    "/v1/rerank": (Operation.RERANK, {"query": "a", "documents": ["b"]}),
+    "/v2/rerank": (Operation.RERANK, {"query": "a", "documents": ["b"]}),
+    "/rerank": (Operation.RERANK, {"query": "a", "documents": ["b"]}),
+}
+
+
+def header_names(answer: Answer) -> set[str]:
+    """The names of an answer's headers."""
+    return {name for name, _ in answer.headers}
+
+
+class TestInference:
+    @pytest.mark.parametrize("path", INFERENCE)
+    async def test_each_path_routes_its_own_operation(self, path: str) -> None:
+        """A POST to each path reaches the router as its operation, and the backend's bytes come back."""
+        operation, body = INFERENCE[path]
+        router = FakeRouter(fleet())
+        answer = await call(await gateway(router), "POST", path, body)
+        assert (answer.status, answer.body) == (200, b'{"id":"chatcmpl-1","object":"chat.completion"}')
+        assert router.requests[0].operation is operation
+        assert router.requests[0].body == body
+
+    async def test_a_whole_answer_says_who_gave_it(self) -> None:
+        """Headers name model, replica, strategy, trace and times, and nothing of where the replica is."""
+        answer = await call(await gateway(FakeRouter(fleet())), "POST", "/v1/chat/completions", CHAT)
+        assert dict(answer.headers) == {
+            "content-type": "application/json",
+            "content-length": "46",
+            "x-request-id": "req-new",
+            "x-kvfleet-model": "llama",
+            "x-kvfleet-replica": "llama#2",
+            "x-kvfleet-strategy": "hybrid_score",
+            "x-kvfleet-trace": TRACE_ID,
+            "server-timing": "route;dur=2.000, backend;dur=30.000",
+        }
+
+    async def test_a_stream_is_relayed_piece_by_piece(self) -> None:
+        """Each piece leaves as it came, under headers that keep proxies from collecting them."""
+        client = Client(await gateway(FakeRouter(fleet())))
+        answer = await client.call("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+        assert answer.pieces == [b'data: {"a":1}\n\n', b'data: {"b":2}\n\n', b"data: [DONE]\n\n"]
+        assert answer.is_complete
+        assert answer.header("content-type") == "text/event-stream; charset=utf-8"
+        assert answer.header("cache-control") == "no-cache"
+        assert answer.header("x-accel-buffering") == "no"
+        assert answer.header("x-kvfleet-replica") == "llama#2"
+
+    async def test_the_callers_request_id_comes_back(self) -> None:
+        """A harmless identifier is kept, on errors too."""
+        app = await gateway(FakeRouter(fleet()))
+        good = await call(app, "POST", "/v1/chat/completions", CHAT, headers={"X-Request-ID": "my-trace-001"})
+        bad = await call(app, "POST", "/v1/chat/completions", {}, headers={"X-Request-ID": "my-trace-001"})
+        assert good.header("x-request-id") == bad.header("x-request-id") == "my-trace-001"
+        assert bad.json["error"]["kvfleet"]["request_id"] == "my-trace-001"
+
+    @pytest.mark.parametrize("sent", ["x" * 129, "a b", "a\u00ffb", '"'])
+    async def test_a_strange_request_id_is_replaced(self, sent: str) -> None:
+        """What is long, or could mean something in a log or a header, gives way to an identifier of ours."""
+        app = await gateway(FakeRouter(fleet()))
+        answer = await call(app, "POST", "/v1/chat/completions", CHAT, headers={"X-Request-ID": sent})
+        assert answer.header("x-request-id") == "req-new"
+
+    async def test_a_short_circuit_answer_names_no_replica(self) -> None:
+        """An answer that no backend gave has no model header."""
+
+        class Cached(FakeRouter):
+            async def dispatch(self, request: RouteRequest, *, kind: SpanKind) -> Dispatched:
+                dispatched = await super().dispatch(request, kind=kind)
+                dispatched.answer.served_by = None
+                del dispatched.trace.spans[1:]
+                return dispatched
+
+        answer = await call(await gateway(Cached(fleet())), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == 200
+        assert not {"x-kvfleet-model", "x-kvfleet-replica"} & header_names(answer)
+
+
+class TestErrors:
+    async def test_excluded_models_are_named(self) -> None:
+        """An error says which stage excluded whom, and under which trace; no address gets out."""
+
+        async def nobody(request: RouteRequest) -> Reply:
+            router = FakeRouter(fleet())
+            reason = f"{ENDPOINTS[0]} is not private"
+            excluded = {"llama": {"by": "filter.policy", "rule": "pii", "reason": reason}}
+            raise NoCandidatesError(
+                f"no model may serve this request: {reason}",
+                status=403,
+                code="policy_excluded_all",
+                trace=trace_of(router.models[0]),
+                details={"excluded": excluded},
+            )
+
+        answer = await call(await gateway(FakeRouter(fleet(), nobody)), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == 403
+        assert answer.json == {
+            "error": {
+                "message": "no model may serve this request: llama#1 is not private",
+                "type": "permission_error",
+                "param": None,
+                "code": "policy_excluded_all",
+                "kvfleet": {
+                    "request_id": "req-new",
+                    "excluded": {"llama": {"by": "filter.policy", "rule": "pii", "reason": "llama#1 is not private"}},
+                    "trace": TRACE_ID,
+                },
+            }
+        }
+        assert answer.header("x-kvfleet-trace") == TRACE_ID
+        assert answer.header("x-should-retry") == "false"
+
+    async def test_a_refusal_says_when_to_come_back(self) -> None:
+        """Retry-After is in whole seconds, rounded up; the milliseconds stand beside it."""
+
+        async def full(request: RouteRequest) -> Reply:
+            raise AdmissionError("too many requests in flight", retry_after_s=1.2)
+
+        answer = await call(await gateway(FakeRouter(fleet(), full)), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == 429
+        assert (answer.header("retry-after"), answer.header("retry-after-ms")) == ("2", "1200")
+        assert answer.header("x-should-retry") is None
+        assert answer.json["error"]["type"] == "rate_limit_error"
+
+    async def test_the_backends_verdict_on_a_request_comes_back_as_it_is(self) -> None:
+        """A backend's 400 keeps its message, type, parameter and code, and gains our facts beside them."""
+
+        async def refused(request: RouteRequest) -> Reply:
+            said = {"message": "max_tokens is too large", "type": "BadRequestError", "param": "max_tokens", "code": 400}
+            details = {"backend_error": {"error": said}, "attempts": [{"model": "llama", "fault": "bad_request"}]}
+            raise AttemptsExhaustedError("llama did not answer", status=400, code="invalid_request", details=details)
+
+        answer = await call(await gateway(FakeRouter(fleet(), refused)), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == 400
+        assert answer.json["error"] == {
+            "message": "max_tokens is too large",
+            "type": "BadRequestError",
+            "param": "max_tokens",
+            "code": "invalid_request",
+            "kvfleet": {"request_id": "req-new", "attempts": [{"model": "llama", "fault": "bad_request"}]},
+        }
+
+    @pytest.mark.parametrize("status", [429, 502])
+    async def test_what_a_backend_says_of_itself_is_not_shown(self, status: int) -> None:
+        """Texts about the operator's account, or the backend's inside, stay here."""
+
+        async def refused(request: RouteRequest) -> Reply:
+            said = {"error": {"message": "org-secret-canary is over its limit"}}
+            raise AttemptsExhaustedError("llama did not answer", status=status, details={"backend_error": said})
+
+        answer = await call(await gateway(FakeRouter(fleet(), refused)), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == status
+        assert b"canary" not in answer.body
+
+    async def test_a_defect_of_ours_says_nothing(self, caplog: pytest.LogCaptureFixture) -> None:
+        """An unexpected exception is a 500 with the identifier; its text reaches neither the client nor the log."""
+
+        async def broken(request: RouteRequest) -> Reply:
+            raise KeyError("prompt-canary")
+
+        with caplog.at_level(logging.INFO):
+            answer = await call(await gateway(FakeRouter(fleet(), broken)), "POST", "/v1/chat/completions", CHAT)
+        assert answer.status == 500
+        assert answer.json["error"]["code"] == "internal_error"
+        assert "request_id=req-new error=KeyError at=test_app.py:" in caplog.text
+        assert "canary" not in caplog.text + answer.body.decode()
+
+    async def test_a_stream_that_dies_ends_in_an_error_event(self) -> None:
+        """A client sees what came, then an error, and never a clean end."""
+
+        async def dying(request: RouteRequest) -> Reply:
+            death = BackendError(Fault.DISCONNECTED, f"{ENDPOINTS[1]} closed the connection", received=True)
+            return Reply(events=events(b'data: {"a":1}\n\n', death))
+
+        client = Client(await gateway(FakeRouter(fleet(), dying)))
+        answer = await client.call("POST", "/v1/chat/completions", {**CHAT, "stream": True})
+        assert answer.status == 200
+        assert answer.is_complete
+        assert answer.pieces == [
+            b'data: {"a":1}\n\n',
+            (
+                b'data: {"error":{"message":"the answer broke off: llama#2 closed the connection","type":"server_error",'
+                b'"param":null,"code":"stream_interrupted","kvfleet":{"request_id":"req-new","fault":"disconnected"}}}\n\n'
+            ),
+        ]
+
+    async def test_a_stream_that_just_ends_is_not_whole(self) -> None:
+        """A stream without its [DONE] ends in an error event, whatever the adapter thought of it."""
+
+        async def short(request: RouteRequest) -> Reply:
+            return Reply(events=events(b'data: {"a":1}\n\n'))
+
+        answer = await call(
+            await gateway(FakeRouter(fleet(), short)), "POST", "/v1/chat/completions", {**CHAT, "stream": True}
+        )
+        assert b'"code":"stream_interrupted"' in answer.pieces[-1]
+
+    async def test_a_stream_that_dies_before_its_first_byte_is_an_http_error(self) -> None:
+        """As long as nothing was sent, the status can tell the truth."""
+
+        async def stillborn(request: RouteRequest) -> Reply:
+            return Reply(events=events(BackendError(Fault.DISCONNECTED, "gone")))
+
+        answer = await call(
+            await gateway(FakeRouter(fleet(), stillborn)), "POST", "/v1/chat/completions", {**CHAT, "stream": True}
+        )
+        assert (answer.status, answer.json["error"]["code"]) == (502, "stream_interrupted")
+
+    async def test_what_follows_the_end_of_a_stream_changes_nothing(self) -> None:
+        """After [DONE] the client has everything; a backend that then fails is the gateway's own affair."""
+
+        async def late(request: RouteRequest) -> Reply:
+            return Reply(events=events(b"data: [DONE]\n\n", BackendError(Fault.DISCONNECTED, "late")))
+
+        answer = await call(
+            await gateway(FakeRouter(fleet(), late)), "POST", "/v1/chat/completions", {**CHAT, "stream": True}
+        )
+        assert answer.pieces == [b"data: [DONE]\n\n"]
+        assert answer.is_complete
+
+
+class TestDeparture:
+    async def test_leaving_before_the_answer_cancels_the_route(self) -> None:
+        """A client that leaves while the backend thinks cancels the call at once."""
+        began, cancelled = asyncio.Event(), asyncio.Event()
+
+        async def slow(request: RouteRequest) -> Reply:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancelled.set()
+                raise
+            raise AssertionError
+
+        app = await gateway(FakeRouter(fleet(), slow))
+        client = Client(app)
+        task = asyncio.create_task(client.call("POST", "/v1/chat/completions", CHAT))
+        await began.wait()
+        client.leave.set()
+        await asyncio.wait_for(cancelled.wait(), 1)
+        assert (await task).status == 0
+        assert (app.meters.left, app.meters.in_flight) == (1, 0)
+
+    async def test_leaving_amid_a_stream_closes_the_reply(self) -> None:
+        """A client that leaves while tokens come closes the backend's call, which stops the engine."""
+        closed = asyncio.Event()
+
+        async def endless(request: RouteRequest) -> Reply:
+            async def forever() -> AsyncIterator[bytes]:
+                yield b'data: {"a":1}\n\n'
+                await asyncio.Event().wait()
+
+            async def close() -> None:
+                closed.set()
+
+            return Reply(events=forever(), close=close)
+
+        client = Client(await gateway(FakeRouter(fleet(), endless)))
+        task = asyncio.create_task(client.call("POST", "/v1/chat/completions", {**CHAT, "stream": True}))
+        await client.until(pieces=1)
+        client.leave.set()
+        await asyncio.wait_for(closed.wait(), 1)
+        assert not (await task).is_complete
+
+    async def test_leaving_after_the_end_is_no_departure(self) -> None:
+        """A client that closes right after [DONE] had its answer; the route is not cancelled."""
+        closed = asyncio.Event()
+
+        async def whole(request: RouteRequest) -> Reply:
+            async def close() -> None:
+                closed.set()
+
+            return Reply(events=events(b'data: {"a":1}\n\n', b"data: [DONE]\n\n"), close=close)
+
+        app = await gateway(FakeRouter(fleet(), whole))
+        await call(app, "POST", "/v1/chat/completions", {**CHAT, "stream": True})
+        assert app.meters.left == 0
+        assert not closed.is_set()
+
+    async def test_leaving_amid_the_body_asks_nobody(self) -> None:
+        """Half a request reaches no backend."""
+        router = FakeRouter(fleet())
+        app = await gateway(router)
+        client = Client(app)
+        client.leave.set()
+        answer = await client.call("POST", "/v1/chat/completions", CHAT)
+        assert (answer.status, router.requests, app.meters.left) == (0, [], 1)
+
+    async def test_a_stopping_server_ends_a_stream_honestly(self) -> None:
+        """A stream cut by the gateway's own end says so, and the backend's call is closed."""
+        closed = asyncio.Event()
+
+        async def endless(request: RouteRequest) -> Reply:
+            async def forever() -> AsyncIterator[bytes]:
+                yield b'data: {"a":1}\n\n'
+                await asyncio.Event().wait()
+
+            async def close() -> None:
+                closed.set()
+
+            return Reply(events=forever(), close=close)
+
+        client = Client(await gateway(FakeRouter(fleet(), endless)))
+        task = asyncio.create_task(client.call("POST", "/v1/chat/completions", {**CHAT, "stream": True}))
+        await client.until(pieces=1)
+        task.cancel()
+        answer = await task
+        assert closed.is_set()
+        assert answer.is_complete
+        assert b'"code":"shutting_down"' in answer.pieces[-1]
+
+    async def test_a_stopping_server_refuses_what_has_not_begun(self) -> None:
+        """A request cut before its answer gets a 503 and a time to come back."""
+        began = asyncio.Event()
+
+        async def slow(request: RouteRequest) -> Reply:
+            began.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        client = Client(await gateway(FakeRouter(fleet(), slow)))
+        task = asyncio.create_task(client.call("POST", "/v1/chat/completions", CHAT))
+        await began.wait()
+        task.cancel()
+        answer = await task
+        assert (answer.status, answer.header("retry-after")) == (503, "1")
+
+
+class TestBodies:
+    async def test_a_body_announced_as_too_large_is_not_read(self) -> None:
+        """Content-Length decides before a byte is taken; the connection closes, since the rest is not read."""
+        client = Client(await gateway(FakeRouter(fleet(max_body_bytes=100))))
+        answer = await client.call("POST", "/v1/chat/completions", b"x", headers={"Content-Length": "101"})
+        assert (answer.status, answer.json["error"]["code"]) == (413, "body_too_large")
+        assert answer.header("connection") == "close"
+
+    async def test_a_body_that_grows_too_large_is_stopped(self) -> None:
+        """A body that was not announced is read up to the limit only."""
+        client = Client(await gateway(FakeRouter(fleet(max_body_bytes=100))))
+        answer = await client.call("POST", "/v1/chat/completions", pieces=[b"x" * 60] * 10)
+        assert answer.status == 413
+        assert len(client._pieces) == 8
+
+    async def test_a_body_in_pieces_is_put_together(self) -> None:
+        """Pieces arrive as one body."""
+        router = FakeRouter(fleet())
+        pieces = [b'{"messages":[{"role":"us', b'er","content":"Hel', b'lo"}]}']
+        await Client(await gateway(router)).call("POST", "/v1/chat/completions", pieces=pieces)
+        assert router.requests[0].raw == b"".join(pieces)
+
+    async def test_compressed_bodies_are_refused(self) -> None:
+        """A content-encoding is a 415, so that no bomb is unpacked."""
+        answer = await call(
+            await gateway(FakeRouter(fleet())),
+            "POST",
+            "/v1/chat/completions",
+            CHAT,
+            headers={"Content-Encoding": "gzip"},
+        )
+        assert (answer.status, answer.json["error"]["code"]) == (415, "unsupported_content_encoding")
+
+
+class TestTable:
+    async def test_every_route_has_an_auth_policy(self) -> None:
+        """Without the key, every route but the two probes refuses; there is no third kind."""
+        app = await gateway(FakeRouter(fleet()), key="s3cret")
+        for route in app.routes:
+            answer = await call(app, route.method, route.path, CHAT)
+            expected = 200 if route.path in ("/livez", "/readyz") else 401
+            assert (route.access is Access.OPEN) == (expected == 200)
+            assert answer.status == expected, route.path
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/", "/v1", "//v1/chat/completions", "/v1/../v1/models", "/v1/chat/completions/", "/V1/models", "/livez/"],
+    )
+    async def test_other_spellings_of_a_path_need_the_key_too(self, path: str) -> None:
+        """What is not in the table is 401 without the key and 404 with it."""
+        app = await gateway(FakeRouter(fleet()), key="s3cret")
+        assert (await call(app, "POST", path, CHAT)).status == 401
+        assert (await call(app, "POST", path, CHAT, headers={"Authorization": "Bearer s3cret"})).status == 404
+
+    async def test_a_wrong_method_names_the_right_one(self) -> None:
+        """405 as an OpenAI error, with Allow."""
+        answer = await call(await gateway(FakeRouter(fleet())), "GET", "/v1/chat/completions")
+        assert (answer.status, answer.header("allow")) == (405, "POST")
+        assert answer.json["error"]["message"] == "/v1/chat/completions takes POST"
+
+    async def test_an_unknown_path_is_told_apart_by_its_usual_slip(self) -> None:
+        """A base URL without /v1 gets a hint."""
+        answer = await call(await gateway(FakeRouter(fleet())), "POST", "/chat/completions", CHAT)
+        assert answer.json["error"]["message"] == "there is no /chat/completions; did you mean /v1/chat/completions?"
+
+    async def test_head_is_answered_like_get(self) -> None:
+        """Load balancers that ask with HEAD are served."""
+        assert (await call(await gateway(FakeRouter(fleet())), "HEAD", "/livez")).status == 200
+
+
+class TestModels:
+    async def test_the_list_has_auto_aliases_and_models(self) -> None:
+        """Everything one may ask for, and what each can do, but not where it is."""
+        answer = await call(await gateway(FakeRouter(fleet())), "GET", "/v1/models")
+        found = answer.json
+        assert found["object"] == "list"
+        assert [model["id"] for model in found["data"]] == ["auto", "llama"]
+        llama = found["data"][1]
+        assert {key: llama[key] for key in ("object", "owned_by")} == {"object": "model", "owned_by": "kvfleet"}
+        assert llama["kvfleet"]["replicas"] == 2
+        assert b"internal" not in answer.body
+
+    async def test_one_model(self) -> None:
+        """A model by its name, also one with slashes; an unknown one is 404."""
+        app = await gateway(FakeRouter(fleet()))
+        assert (await call(app, "GET", "/v1/models/llama")).json["id"] == "llama"
+        unknown = await call(app, "GET", "/v1/models/meta/none")
+        assert (unknown.status, unknown.json["error"]["code"]) == (404, "model_not_found")
+
+
+class TestExplain:
+    @pytest.mark.parametrize(
+        ("body", "operation"),
+        [
+            ({"messages": MESSAGES}, "chat"),
+            ({"prompt": "a"}, "completion"),
+            ({"input": "a"}, "embedding"),
+            ({"query": "a", "documents": ["b"]}, "rerank"),
+        ],
+    )
+    async def test_a_dry_run_decides_like_the_operation_its_fields_belong_to(self, body: Any, operation: str) -> None:
+        """The same headers and bodies, no backend; replicas by their opaque names."""
+        router = FakeRouter(fleet())
+        answer = await call(
+            await gateway(router), "POST", "/v1/route/explain", body, headers={"X-KVFleet-Strategy": "cost_first"}
+        )
+        assert answer.json == {"selected_model": "llama", "replica": "llama#2", "operation": operation}
+        assert router.requests[0].strategy == "cost_first"
+
+
+class TestHealth:
+    async def test_a_sound_fleet_is_ok(self) -> None:
+        """200, and every replica by its opaque name."""
+        answer = await call(await gateway(FakeRouter(fleet())), "GET", "/health")
+        assert answer.status == 200
+        assert answer.json["status"] == "ok"
+        assert set(answer.json["endpoints"]) == {"llama#1", "llama#2"}
+
+    async def test_a_lost_replica_degrades_but_does_not_take_the_gateway_out(self) -> None:
+        """200 while anybody can answer, so that load balancers keep the gateway; no address in the reasons."""
+        app = await gateway(FakeRouter(fleet(), healthy=(False, True)))
+        answer = await call(app, "GET", "/health")
+        assert (answer.status, answer.json["status"]) == (200, "degraded")
+        assert answer.json["models"] == {"llama": {"replicas": 2, "usable": 1}}
+        assert answer.json["endpoints"]["llama#1"]["reason"] == "no answer from llama#1"
+        assert (await call(app, "GET", "/readyz")).status == 200
+
+    async def test_a_lost_fleet_is_unavailable(self) -> None:
+        """503 from /health and /readyz, 200 from /livez: restarting would not help."""
+        app = await gateway(FakeRouter(fleet(), healthy=(False, False)))
+        statuses = [(await call(app, "GET", path)).status for path in ("/health", "/readyz", "/livez")]
+        assert statuses == [503, 503, 200]
+
+    async def test_a_stopping_gateway_is_not_ready_but_answers(self) -> None:
+        """While it drains, readiness is 503 and requests are served, each closing its connection."""
+        app = await gateway(FakeRouter(fleet()))
+        app.drain()
+        ready = await call(app, "GET", "/readyz")
+        assert (ready.status, ready.json) == (503, {"status": "stopping"})
+        answer = await call(app, "POST", "/v1/chat/completions", CHAT)
+        assert (answer.status, answer.header("connection")) == (200, "close")
+
+
+class TestMetrics:
+    async def test_the_gateway_counts_its_answers(self) -> None:
+        """Answers by path template and status stand beside the routes' metrics; unknown paths share one label."""
+        app = await gateway(FakeRouter(fleet()))
+        await call(app, "POST", "/v1/chat/completions", CHAT)
+        await call(app, "GET", "/v1/models/llama")
+        await call(app, "GET", "/wp-login.php")
+        text = (await call(app, "GET", "/metrics")).body.decode()
+        assert 'kvfleet_gateway_responses_total{route="/v1/chat/completions",status="200"} 1.0' in text
+        assert 'kvfleet_gateway_responses_total{route="/v1/models/{id}",status="200"} 1.0' in text
+        assert 'kvfleet_gateway_responses_total{route="other",status="404"} 1.0' in text
+        assert "kvfleet_gateway_in_flight_requests 1.0" in text
+        assert "kvfleet_route_requests_total" in text
+
+
+class TestLife:
+    async def test_the_server_opens_and_closes_the_router(self) -> None:
+        """ASGI's lifespan protocol opens the router before the first request and closes it after the last."""
+        router = FakeRouter(fleet())
+        app = Gateway(router)
+        said = []
+        inbox = [{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}]
+
+        async def receive() -> dict[str, str]:
+            return inbox.pop(0)
+
+        async def send(message: dict[str, str]) -> None:
+            said.append((message["type"], router.opened, router.closed))
+
+        await app({"type": "lifespan"}, receive, send)
+        assert said == [("lifespan.startup.complete", 1, 0), ("lifespan.shutdown.complete", 1, 1)]
