@@ -1,0 +1,140 @@
+"""The policy filters: they must hold, so a pipeline cannot skip them, and what they alone exclude is a 403."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.builtin.facts import PII, PROMPT
+from kvfleet.config.fields import choice, flag, listing, mapping
+from kvfleet.config.schema import DATA_CLASSES, PolicyConfig, PolicyRule, TenantConfig
+from kvfleet.plugin.component import Component, Services, Stability
+from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.policy.engine import Action, PolicyContext, PolicyEngine
+from kvfleet.policy.residency import ResidencyEngine, ResidencyRule
+from kvfleet.policy.tenant import TenantManager
+
+__all__ = ["PolicyFilter", "ResidencyFilter", "TenantFilter"]
+
+_PII_NAMES = frozenset({"has_pii", "pii_types"})
+
+
+@attrs.define(kw_only=True)
+class PolicyFilter:
+    """Drop who may not see the request: personal data, data classes, and rules."""
+
+    default_data_class: str = choice("internal", of=DATA_CLASSES, doc="Data class of a request that names none.")
+    pii: bool = flag(doc="Keep requests with personal data on private models; needs classify.pii.")
+    rules: tuple[PolicyRule, ...] = listing((), doc="Rules, applied by priority.")
+    _engine: PolicyEngine = attrs.field(init=False, repr=False, eq=False)
+    _is_open: dict[str, frozenset[str]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Read the rules.
+
+        Raises:
+            ValueError: for a rule that cannot be read, naming it.
+            ComponentError: for an unknown action.
+        """
+
+        def find(name: str) -> Action:
+            action: Action = services.find(Kind.ACTION, name).cls()
+            return action
+
+        for rule in self.rules:
+            try:
+                PolicyEngine(PolicyConfig(rules=(rule,)), find)
+            except ValueError as error:
+                raise ValueError(f"rule {rule.name!r}: {error}") from error
+        self._engine = PolicyEngine(PolicyConfig(enabled=True, pii_detection=self.pii, rules=self.rules), find)
+        # Without rules that apply, all that is left is who is cleared for which class: precomputed, by replica.
+        self._is_open = {
+            data_class: frozenset(m.id for m in services.models if data_class in m.allowed_data_classes)
+            for data_class in DATA_CLASSES
+        }
+
+    def required_facts(self) -> tuple[Fact[Any], ...]:
+        """What the rules read beyond the request itself."""
+        words = " ".join(rule.condition for rule in self.rules)
+        needs_pii = self.pii or any(name in words for name in _PII_NAMES)
+        return (*((PII,) if needs_pii else ()), *((PROMPT,) if "tokens" in words else ()))
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """One drop for each candidate that a rule excludes."""
+        cleared = self._is_open.get(ctx.data_class, frozenset())
+        if not self.rules and not self.pii and all(c.id in cleared for c in ctx.candidates):
+            return ()
+        found = self._engine.exclusions(ctx.candidates, policy_context(ctx))
+        return [Drop(one.candidate, one.reason, one.rule) for one in found]
+
+
+def policy_context(ctx: RoutingContext) -> PolicyContext:
+    """What conditions may know, from the routing context."""
+    pii, prompt = ctx.fact_or_none(PII), ctx.fact_or_none(PROMPT)
+    return PolicyContext(
+        data_class=ctx.data_class,
+        tenant_id=ctx.tenant,
+        source_region=ctx.region,
+        tags=ctx.request.tags,
+        has_pii=pii is not None and pii.has_pii,
+        pii_types=tuple(pii.pii_types) if pii is not None else (),
+        tokens=prompt.token_estimate if prompt is not None else 0,
+        headers=ctx.request.condition_headers,
+    )
+
+
+@attrs.define(kw_only=True)
+class ResidencyFilter:
+    """Drop models that data from the request's region may not go to."""
+
+    rules: tuple[ResidencyRule, ...] = listing((), doc="Residency rules; all that speak of a region hold.", ge=1)
+    _engine: ResidencyEngine = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Sort the rules."""
+        self._engine = ResidencyEngine(self.rules)
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """One drop for each model the data may not go to."""
+        if not self._engine.rules_for(ctx.region):
+            return ()
+        return [
+            Drop(model, reason, rule.name)
+            for model in ctx.candidates
+            if (broken := self._engine.broken_rule(ctx.region, model.region, model.provider))
+            for rule, reason in (broken,)
+        ]
+
+
+@attrs.define(kw_only=True)
+class TenantFilter:
+    """Drop models the tenant may not use, or does not prefer while it prefers others."""
+
+    tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
+    unknown: str = choice(
+        "refuse", of=("refuse", "allow"), doc="What a request of an unknown tenant, or of none, gets."
+    )
+    _manager: TenantManager = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Keep the tenants."""
+        self._manager = TenantManager(self.tenants, refuses_unknown=self.unknown == "refuse")
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """One drop for each model this tenant does not get."""
+        if ctx.tenant in self.tenants and not self._manager.may_send(ctx.tenant, ctx.data_class):
+            reason = f"tenant {ctx.tenant} may not send {ctx.data_class} data"
+            return [Drop(model, reason, "tenant_data_classes") for model in ctx.candidates]
+        out = self._manager.excluded(ctx.tenant, [model.name for model in ctx.candidates])
+        return [Drop(model, *out[model.name]) for model in ctx.candidates if model.name in out]
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The policy filters."""
+    yield Component(Kind.FILTER, "policy", PolicyFilter, must_hold=True, stability=Stability.STABLE)
+    yield Component(Kind.FILTER, "residency", ResidencyFilter, must_hold=True)
+    yield Component(Kind.FILTER, "tenant", TenantFilter, must_hold=True)

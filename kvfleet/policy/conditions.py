@@ -1,0 +1,327 @@
+"""The condition language of policy rules: small, closed, parsed once.
+
+::
+
+    data_class == confidential and not tenant in [research, legal]
+    has_pii or "ssn" in pii_types
+    data_class >= confidential and tokens > 8000
+    tags.domain == medical and headers.x-purpose != 'test'
+
+Names: ``data_class`` (ordered from public to restricted), ``has_pii``, ``pii_types``, ``tenant``, ``region``,
+``tokens``, ``tags.NAME``, ``headers.NAME``, and ``always``. Words may stand without quotes. There is no arithmetic, no
+call, no attribute: a condition can read the request and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from kvfleet.config.findings import did_you_mean
+from kvfleet.config.schema import DATA_CLASSES
+from kvfleet.errors import KVFleetError
+
+__all__ = ["Condition", "ConditionError", "PolicyContext", "parse"]
+
+_MOST_CHARACTERS = 2000
+_MOST_DEPTH = 32
+
+
+@attrs.frozen(kw_only=True)
+class PolicyContext:
+    """What conditions may know of a request.
+
+    Attributes:
+        data_class, tenant_id, source_region, tags: The request's own.
+        has_pii, pii_types: What the PII classifier found.
+        tokens: About how long the prompt is.
+        headers: Those request headers that conditions may read, lower-case.
+    """
+
+    data_class: str = "internal"
+    tenant_id: str = ""
+    source_region: str = ""
+    tags: Mapping[str, str] = attrs.field(factory=dict)
+    has_pii: bool = False
+    pii_types: Sequence[str] = ()
+    tokens: int = 0
+    headers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+class ConditionError(KVFleetError, ValueError):
+    """A condition that cannot be read; `column` counts from 1 within its text."""
+
+    def __init__(self, message: str, column: int) -> None:
+        super().__init__(f"{message} (column {column})")
+        self.column = column
+
+
+Test = Callable[[PolicyContext], bool]
+
+
+@attrs.frozen
+class Condition:
+    """A parsed condition: call it with a `PolicyContext`.
+
+    Attributes:
+        text: As written.
+        names: The names it reads, so that the build knows which facts it needs.
+    """
+
+    text: str
+    names: frozenset[str]
+    _test: Test = attrs.field(repr=False, eq=False)
+
+    def __call__(self, context: PolicyContext) -> bool:
+        """True if it holds for the request."""
+        return self._test(context)
+
+
+@attrs.frozen
+class _Name:
+    """A name of the language: its type, and how it is read."""
+
+    type: str
+    read: Callable[[PolicyContext], Any]
+
+
+_RANK = {name: rank for rank, name in enumerate(DATA_CLASSES)}
+_NAMES = {
+    "data_class": _Name("class", lambda c: c.data_class),
+    "has_pii": _Name("bool", lambda c: c.has_pii),
+    "pii_types": _Name("set", lambda c: c.pii_types),
+    "tenant": _Name("text", lambda c: c.tenant_id),
+    "tenant_id": _Name("text", lambda c: c.tenant_id),
+    "region": _Name("text", lambda c: c.source_region),
+    "source_region": _Name("text", lambda c: c.source_region),
+    "tokens": _Name("number", lambda c: c.tokens),
+    "always": _Name("bool", lambda _: True),
+}
+_SHOWN = [*_NAMES, "tags.NAME", "headers.NAME"]
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<op>==|!=|<=|>=|<|>|\(|\)|\[|\]|,)
+    |"(?P<dq>[^"]*)"|'(?P<sq>[^']*)'
+    |(?P<num>-?\d+(?:\.\d+)?(?![\w.-]))
+    |(?P<word>[A-Za-z_][\w.:/-]*))""",
+    re.VERBOSE,
+)
+
+
+@attrs.frozen
+class _Token:
+    kind: str
+    value: Any
+    column: int
+
+
+def parse(text: str) -> Condition:
+    """Read a condition.
+
+    >>> parse("data_class == confidential")(PolicyContext(data_class="confidential"))
+    True
+
+    Raises:
+        ConditionError: saying what is wrong, where, and what could stand there.
+    """
+    if len(text) > _MOST_CHARACTERS:
+        raise ConditionError(f"the condition is longer than {_MOST_CHARACTERS} characters", _MOST_CHARACTERS)
+    parser = _Parser(_tokens(text), len(text) + 1)
+    test = parser.either(0)
+    parser.end()
+    return Condition(text, frozenset(parser.names), test)
+
+
+def _tokens(text: str) -> list[_Token]:
+    found = []
+    at = 0
+    while text[at:].strip():
+        match = _TOKEN.match(text, at)
+        if match is None:
+            column = at + len(text[at:]) - len(text[at:].lstrip()) + 1
+            raise ConditionError(f"unexpected {text[column - 1]!r}", column)
+        kind = str(match.lastgroup)
+        value: Any = match[kind]
+        if kind == "num":
+            value = float(value)
+        found.append(_Token("text" if kind in ("dq", "sq") else kind, value, match.start(kind) + 1))
+        at = match.end()
+    return found
+
+
+@attrs.define
+class _Parser:
+    """Recursive descent: either < both < negation < comparison."""
+
+    tokens: list[_Token]
+    last_column: int
+    at: int = 0
+    names: set[str] = attrs.field(factory=set)
+
+    def peek(self, *words: str) -> bool:
+        token = self.tokens[self.at] if self.at < len(self.tokens) else None
+        return token is not None and token.kind in ("op", "word") and str(token.value).lower() in words
+
+    def take(self, what: str) -> _Token:
+        if self.at >= len(self.tokens):
+            raise ConditionError(f"the condition ends where {what} should stand", self.last_column)
+        self.at += 1
+        return self.tokens[self.at - 1]
+
+    def expect(self, word: str) -> None:
+        if not self.peek(word):
+            column = self.tokens[self.at].column if self.at < len(self.tokens) else self.last_column
+            raise ConditionError(f"{word!r} should stand here", column)
+        self.at += 1
+
+    def end(self) -> None:
+        if self.at < len(self.tokens):
+            token = self.tokens[self.at]
+            raise ConditionError(f"unexpected {token.value!r}; join conditions with and / or", token.column)
+
+    def either(self, depth: int) -> Test:
+        tests = [self.both(depth)]
+        while self.peek("or"):
+            self.at += 1
+            tests.append(self.both(depth))
+        return tests[0] if len(tests) == 1 else lambda c: any(test(c) for test in tests)
+
+    def both(self, depth: int) -> Test:
+        tests = [self.negation(depth)]
+        while self.peek("and"):
+            self.at += 1
+            tests.append(self.negation(depth))
+        return tests[0] if len(tests) == 1 else lambda c: all(test(c) for test in tests)
+
+    def negation(self, depth: int) -> Test:
+        if depth > _MOST_DEPTH:
+            raise ConditionError(
+                f"the condition is nested more than {_MOST_DEPTH} deep", self.tokens[self.at - 1].column
+            )
+        if self.peek("not"):
+            self.at += 1
+            test = self.negation(depth + 1)
+            return lambda c: not test(c)
+        if self.peek("("):
+            self.at += 1
+            test = self.either(depth + 1)
+            self.expect(")")
+            return test
+        return self.comparison()
+
+    def comparison(self) -> Test:
+        first = self.take("a name")
+        if self.peek("in"):
+            self.at += 1
+            if self.peek("["):
+                name = self.name(first)
+                return _one_of(name, self.values(name, first))
+            return self.member(first)
+        if self.peek("not"):
+            self.at += 1
+            self.expect("in")
+            name = self.name(first)
+            test = _one_of(name, self.values(name, first))
+            return lambda c: not test(c)
+        name = self.name(first)
+        if not self.peek("==", "!=", "<", "<=", ">", ">="):
+            if name.type != "bool":
+                raise ConditionError(f"{first.value} must be compared with something", first.column)
+            return lambda c: bool(name.read(c))
+        sign = str(self.take("a comparison").value)
+        return _compare(name, sign, self.value(name, self.take("a value"), sign), first)
+
+    def member(self, first: _Token) -> Test:
+        """``'ssn' in pii_types``."""
+        place = self.take("a name")
+        name = self.name(place)
+        if name.type != "set":
+            raise ConditionError(f"{place.value} is not a list; write {place.value} in [a, b]", place.column)
+        wanted = str(first.value)
+        return lambda c: wanted in name.read(c)
+
+    def name(self, token: _Token) -> _Name:
+        word = str(token.value)
+        if token.kind != "word":
+            raise ConditionError(
+                f"{word!r} is a value; a name should stand here, as in data_class == public", token.column
+            )
+        table, _, key = word.partition(".")
+        if table in ("tags", "headers") and key:
+            self.names.add(table)
+            return _entry(table, key)
+        found = _NAMES.get(word)
+        if found is None:
+            raise ConditionError(f"unknown name {word!r}; {did_you_mean(word, _SHOWN)}", token.column)
+        self.names.add(word)
+        return found
+
+    def values(self, name: _Name, first: _Token) -> frozenset[Any]:
+        self.expect("[")
+        found = [self.value(name, self.take("a value"), "==")]
+        while self.peek(","):
+            self.at += 1
+            found.append(self.value(name, self.take("a value"), "=="))
+        self.expect("]")
+        if name.type == "bool":
+            raise ConditionError(f"{first.value} is true or false; a list makes no sense", first.column)
+        return frozenset(found)
+
+    def value(self, name: _Name, token: _Token, sign: str) -> Any:
+        """A literal, checked against the name's type: a rule that can never match is an error."""
+        word = token.value
+        if token.kind == "op":
+            raise ConditionError(f"unexpected {word!r}; a value should stand here", token.column)
+        if name.type == "bool":
+            if str(word).lower() not in ("true", "false") or sign not in ("==", "!="):
+                raise ConditionError("it can only be == or != true or false", token.column)
+            return str(word).lower() == "true"
+        if name.type == "number":
+            if token.kind != "num":
+                raise ConditionError(f"{word!r} is not a number", token.column)
+            return word
+        if name.type == "class":
+            if str(word).lower() not in _RANK:
+                raise ConditionError(f"{word!r} is no data class; {did_you_mean(str(word), _RANK)}", token.column)
+            return str(word).lower()
+        if sign not in ("==", "!="):
+            raise ConditionError("texts have no order; only data_class and tokens do", token.column)
+        return f"{word:g}" if token.kind == "num" else str(word)
+
+
+def _entry(table: str, key: str) -> _Name:
+    """``tags.NAME`` or ``headers.NAME``; header names are compared in lower case, an absent entry is empty."""
+    if table == "tags":
+        return _Name("text", lambda c: c.tags.get(key, ""))
+    lower = key.lower()
+    return _Name("text", lambda c: c.headers.get(lower, ""))
+
+
+def _one_of(name: _Name, values: frozenset[Any]) -> Test:
+    read = name.read
+    if name.type == "set":
+        return lambda c: not values.isdisjoint(read(c))
+    return lambda c: read(c) in values
+
+
+def _compare(name: _Name, sign: str, value: Any, first: _Token) -> Test:
+    read = name.read
+    if name.type == "set":
+        if sign not in ("==", "!="):
+            raise ConditionError(f"{first.value} has no order", first.column)
+        return (lambda c: value in read(c)) if sign == "==" else (lambda c: value not in read(c))
+    if sign == "==":
+        return lambda c: bool(read(c) == value)
+    if sign == "!=":
+        return lambda c: bool(read(c) != value)
+    order: Callable[[Any], Any] = _RANK.__getitem__ if name.type == "class" else float
+    limit = order(value)
+    return {
+        "<": lambda c: order(read(c)) < limit,
+        "<=": lambda c: order(read(c)) <= limit,
+        ">": lambda c: order(read(c)) > limit,
+        ">=": lambda c: order(read(c)) >= limit,
+    }[sign]
