@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import attrs
 
 from kvfleet.config.fields import listing, text
@@ -19,11 +21,15 @@ class ResidencyRule:
     blocked_providers: tuple[str, ...] = listing((), doc="Providers it may not go to, wherever they are.")
 
 
+def _as_tuple(rules: Iterable[ResidencyRule]) -> tuple[ResidencyRule, ...]:
+    return tuple(rules)
+
+
 @attrs.define
 class ResidencyEngine:
     """Applies residency rules; all that speak of a region hold."""
 
-    rules: tuple[ResidencyRule, ...] = attrs.field(default=(), converter=tuple)
+    rules: tuple[ResidencyRule, ...] = attrs.field(default=(), converter=_as_tuple)
     _by_region: dict[str, tuple[ResidencyRule, ...]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
