@@ -1,0 +1,121 @@
+"""Personal data, residency and tenants, with the page's examples."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvfleet.config.schema import TenantConfig
+from kvfleet.policy.pii import PIIDetector
+from kvfleet.policy.residency import ResidencyEngine, ResidencyRule
+from kvfleet.policy.tenant import TenantManager
+
+DETECTOR = PIIDetector()
+
+
+@pytest.mark.parametrize(
+    ("text", "types"),
+    [
+        ("Email me at user@example.com, SSN: 123-45-6789", ["email", "ssn"]),
+        ("Call (555) 123-4567 or +1 555-123-4567", ["phone_us"]),
+        ("card 4111 1111 1111 1111", ["credit_card"]),
+        ("order 4111 1111 1111 1112", []),
+        ("zeros 0000 0000 0000 0000", []),
+        ("host 10.0.0.1", ["ip_address"]),
+        ("version 1.2.3.400", []),
+        ("born 04/01/1980", ["date_of_birth"]),
+        ("on 13/45/1980", []),
+        ("Passport no: X1234567", ["passport"]),
+        ("IBAN DE89 3704 0044 0532 0130 00", ["iban"]),
+        ("IBAN GB82 WEST 1234 5698 7654 33", []),
+        ("key sk-abcdefghijklmnop1234", ["api_key"]),
+        ("SSN 000-12-3456", []),
+        ("nothing personal here", []),
+        ("", []),
+    ],
+)
+def test_detection(text: str, types: list[str]) -> None:
+    """Each type is found where it is, and not where a check digit or a range says no."""
+    assert DETECTOR.detect(text).pii_types == types
+    assert DETECTOR.has_pii(text) is bool(types)
+
+
+def test_redaction_as_on_the_page() -> None:
+    """The find is replaced and its type kept."""
+    assert DETECTOR.redact("Call (555) 123-4567 for info").redacted_text == "Call [REDACTED](phone_us) for info"
+
+
+def test_matches_say_where() -> None:
+    """A match carries type, text and place."""
+    (match,) = DETECTOR.detect("to a@b.co now").matches
+    assert match == {"type": "email", "value": "a@b.co", "start": 3, "end": 9}
+
+
+def test_the_repr_shows_no_text() -> None:
+    """A result in a log or traceback gives nothing away."""
+    assert repr(DETECTOR.redact("SSN 123-45-6789")) == "PIIDetectionResult(pii_types=['ssn'])"
+
+
+def test_the_order_of_types_is_the_detectors() -> None:
+    """Not the text's."""
+    assert DETECTOR.detect("123-45-6789 then a@b.co").pii_types == ["email", "ssn"]
+
+
+RULE = ResidencyRule(
+    name="eu-data-stays-in-eu",
+    source_regions=("eu-west-1", "eu-central-1"),
+    allowed_model_regions=("eu-west-1", "eu-central-1"),
+    blocked_providers=("openai_compat", "bedrock"),
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "region", "provider", "complies"),
+    [
+        ("eu-west-1", "eu-west-1", "vllm", True),
+        ("eu-west-1", "us-east-1", "vllm", False),
+        ("eu-west-1", "", "vllm", False),
+        ("eu-west-1", "eu-west-1", "openai_compat", False),
+        ("us-east-1", "us-east-1", "openai_compat", True),
+    ],
+)
+def test_residency(source: str, region: str, provider: str, complies: bool) -> None:
+    """Data stays in its regions and off blocked providers; a model of unknown region is not in any."""
+    assert ResidencyEngine(rules=[RULE]).is_compliant(source, region, provider) is complies
+
+
+def test_several_residency_rules_all_hold() -> None:
+    """The allowed regions are those that every rule allows."""
+    strict = ResidencyRule(name="here", source_regions=("eu-west-1",), allowed_model_regions=("eu-west-1",))
+    engine = ResidencyEngine([RULE, strict])
+    assert engine.get_allowed_regions("eu-west-1") == {"eu-west-1"}
+    assert engine.get_allowed_regions("us-east-1") is None
+    assert engine.get_blocked_providers("eu-west-1") == {"openai_compat", "bedrock"}
+
+
+MODELS = ["llama-8b", "llama-70b", "gpt-4o"]
+
+
+def test_preferred_models_exclude_the_others() -> None:
+    """The page's example."""
+    manager = TenantManager(tenants={"team-ml": TenantConfig(name="ML Team", preferred_models=("llama-70b",))})
+    assert manager.filter_models_for_tenant("team-ml", MODELS) == ["llama-70b"]
+
+
+def test_preferred_models_that_are_not_there_exclude_nobody() -> None:
+    """A preference is not a demand."""
+    manager = TenantManager({"t": TenantConfig(preferred_models=("gone",), blocked_models=("gpt-4o",))})
+    assert manager.filter_models_for_tenant("t", MODELS) == ["llama-8b", "llama-70b"]
+
+
+def test_blocked_beats_preferred() -> None:
+    """A model that is both is blocked."""
+    manager = TenantManager({"t": TenantConfig(preferred_models=("gpt-4o",), blocked_models=("gpt-4o",))})
+    assert manager.filter_models_for_tenant("t", MODELS) == ["llama-8b", "llama-70b"]
+
+
+def test_unknown_tenants() -> None:
+    """They get everything or nothing, as the configuration says."""
+    assert TenantManager({}).filter_models_for_tenant("x", MODELS) == MODELS
+    strict = TenantManager({}, refuses_unknown=True)
+    assert strict.filter_models_for_tenant("x", MODELS) == []
+    assert strict.excluded("", MODELS)["gpt-4o"] == ("the request names no tenant", "unknown_tenant")
