@@ -1,0 +1,124 @@
+"""A component on trial: fresh instances, contexts to try it on, and the breaches found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import attrs
+
+from kvfleet.plugin.component import Component, Services
+from kvfleet.plugin.contract import Fact, Kind, RoutingContext
+from kvfleet.plugin.manager import ComponentTable
+from kvfleet.testing.samples import facts_for, sample_context, sample_models, sample_requests, sample_services
+
+__all__ = ["Breaches", "Trial"]
+
+T = TypeVar("T")
+
+
+@attrs.frozen(kw_only=True)
+class Trial:
+    """One component under trial.
+
+    Attributes:
+        kind: What it is.
+        make: Makes and wires a fresh instance.
+        component: Its registration, if that is known.
+        facts: Facts the author gave.
+        table: The installed components.
+    """
+
+    kind: Kind
+    make: Callable[[Services], Any]
+    component: Component | None
+    facts: Mapping[Fact[Any], Any]
+    table: ComponentTable
+
+    def fresh(self) -> Any:
+        """A fresh, wired instance."""
+        return self.make(sample_services(table=self.table))
+
+    @property
+    def needs(self) -> tuple[Fact[Any], ...]:
+        """The facts to give it: those it declares, or all there are if its registration is not known."""
+        if self.component is not None:
+            return self.component.needs
+        return tuple(fact for one in self.table.of_kind(Kind.CLASSIFY) for fact in one.gives)
+
+    async def contexts(self, *, dry_run: bool = False) -> list[RoutingContext]:
+        """Every kind of request before all candidates, and one request before a single one."""
+        models = sample_models()
+        pairs = [(request, models) for request in sample_requests()]
+        pairs.append((pairs[0][0], models[:1]))
+        found = []
+        for request, candidates in pairs:
+            context = sample_context(request, candidates, facts=self.facts, dry_run=dry_run)
+            facts = await facts_for(self.needs, context, self.table)
+            found.append(attrs.evolve(context, facts=facts))
+        return found
+
+    async def missing(self) -> list[str]:
+        """Breaches for the facts it needs and nobody gives."""
+        context = (await self.contexts())[0]
+        return [
+            f"it needs the fact {fact.name!r}, which no installed classifier gives; pass check_component facts={{…: …}}"
+            for fact in (self.component.needs if self.component else ())
+            if fact not in context.facts
+        ]
+
+
+@attrs.define
+class Breaches:
+    """Breaches, each once, in the order they were found."""
+
+    found: dict[str, None] = attrs.field(init=False, factory=dict)
+
+    def add(self, *breaches: str) -> None:
+        """Add some."""
+        self.found.update(dict.fromkeys(breaches))
+
+    def trying(self, what: str, ctx: RoutingContext, work: Callable[..., T], *args: Any) -> T | None:
+        """The result of `work`; None, and breaches, if it fails or changes its input."""
+        before = _snapshot(ctx)
+        try:
+            result = work(*args)
+        except Exception as error:  # noqa: BLE001 - whatever a component raises is the breach
+            self.add(f"{what} fails for {_words(ctx)}: {type(error).__name__}: {error}")
+            return None
+        self._compare(what, before, ctx)
+        return result
+
+    async def awaiting(self, what: str, ctx: RoutingContext, work: Callable[..., Awaitable[T]], *args: Any) -> T | None:
+        """The same for a verb that may wait."""
+        before = _snapshot(ctx)
+        try:
+            result = await work(*args)
+        except Exception as error:  # noqa: BLE001 - whatever a component raises is the breach
+            self.add(f"{what} fails for {_words(ctx)}: {type(error).__name__}: {error}")
+            return None
+        self._compare(what, before, ctx)
+        return result
+
+    def _compare(self, what: str, before: Mapping[str, Any], ctx: RoutingContext) -> None:
+        after = _snapshot(ctx)
+        self.add(*(f"{what} changes its input: {name}" for name in before if before[name] != after[name]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.found)
+
+
+def _snapshot(ctx: RoutingContext) -> dict[str, Any]:
+    return {
+        "the request's body": copy.deepcopy(ctx.request.body),
+        "the candidates": [model.id for model in ctx.candidates],
+        "the facts": {fact.name: id(value) for fact, value in ctx.facts.items()},
+        "the affinity": dict(ctx.affinity),
+        "the columns": {name: (column.unit, tuple(column.values)) for name, column in ctx.columns.items()},
+    }
+
+
+def _words(ctx: RoutingContext) -> str:
+    count = len(ctx.candidates)
+    return f"a request for {ctx.request.operation.value} with {count} candidate{'s' if count > 1 else ''}"
