@@ -34,6 +34,7 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         is_open: False once the connection is gone.
+        is_closed_here: True if that was our own doing.
         exchanges: How many were begun.
         began_s: The loop's time at which the present one began.
         has_received: True once a byte of the present answer has arrived.
@@ -70,6 +71,7 @@ class Connection(asyncio.Protocol):
         "has_received",
         "headers",
         "idle_since_s",
+        "is_closed_here",
         "is_complete",
         "is_open",
         "status",
@@ -92,6 +94,7 @@ class Connection(asyncio.Protocol):
         self._state = _FREE
         self._is_tidy = True
         self.is_open = True
+        self.is_closed_here = False
         self.exchanges = 0
         self.began_s = 0.0
         self.idle_since_s = 0.0
@@ -186,6 +189,7 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """Close the connection at once, whatever it is doing; the backend notices. Safe twice."""
         if self._transport is not None:
+            self.is_closed_here = self.is_closed_here or self.is_usable
             self._transport.abort()
         self._lose(httpx.ReadError("the connection was closed on this side"))
 
@@ -229,7 +233,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value)
         if self._head_bytes > MAX_HEAD_BYTES:
             raise ValueError("the head is too long")
-        if self._state == _HEAD:  # trailers are left out
+        if self._state == _HEAD:  # trailers are left out, and what is behind our answer
             self.headers.append((name, value))
             size = len(name)
             if size == 14 and name.lower() == b"content-length":
@@ -238,6 +242,8 @@ class Connection(asyncio.Protocol):
                 self._framing = b"chunked"
 
     def on_headers_complete(self) -> None:
+        if self._state != _HEAD:
+            return  # an answer to nothing, behind ours: `on_message_begin` has seen to it
         status = self._parser.get_status_code()
         if status < 200:
             self._interim += 1

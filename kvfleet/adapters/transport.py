@@ -131,10 +131,11 @@ class PooledTransport(httpx.AsyncBaseTransport):
                 await _exchange(connection, request.method, head, body, limits)
                 break
             except BaseException as error:
+                is_repeat = _is_stale(connection, error)
                 connection.abort()
-                if not _is_stale(connection, error):
+                if not is_repeat:
                     raise
-                connection, is_repeat = None, True
+                connection = None
         return httpx.Response(
             connection.status, headers=connection.headers, stream=Body(connection), extensions={"is_repeat": is_repeat}
         )
@@ -229,7 +230,9 @@ async def _exchange(connection: Connection, method: str, head: bytes, body: byte
 
 def _is_stale(connection: Connection, error: BaseException) -> bool:
     """True if the request met a connection that was dead already, so that it was never seen."""
-    if connection.exchanges < 2 or connection.has_received or not isinstance(error, httpx.ReadError):
+    if connection.exchanges < 2 or connection.has_received or connection.is_closed_here:
+        return False
+    if not isinstance(error, httpx.ReadError):
         return False
     return asyncio.get_running_loop().time() - connection.began_s < STALE_WITHIN_S
 
