@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Callable
@@ -53,9 +54,12 @@ class Failure(click.ClickException):
 
 
 def _words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.filename:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
-    return str(error)
+    remedy = "; take another with --port" if error.errno == errno.EADDRINUSE else ""
+    return (error.strerror or str(error)) + remedy
 
 
 def _as_json(error: Exception) -> dict[str, Any]:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import anyio
 import click
 
 from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, prompt_options, read_fleet, reports
+from kvfleet.cli.trace import PAINT
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import Explanation
+from kvfleet.trace.render import render as render_route
 
-__all__ = ["explain", "simulate"]
+__all__ = ["decide", "explain", "simulate"]
+
+_BEST = 5
+_EVERY = 1_000_000
 
 
 @click.command()
@@ -34,15 +38,20 @@ def simulate(ctx: click.Context, /, config: Path, *, as_json: bool, **request: s
 @click.command()
 @config_argument()
 @prompt_options("Hello")
+@click.option("--all", "is_all", is_flag=True, help="Show every candidate of a ranking, not the best ones alone.")
 @click.pass_context
 @reports
-def explain(ctx: click.Context, /, config: Path, *, as_json: bool, **request: str) -> None:
+def explain(ctx: click.Context, /, config: Path, *, is_all: bool, as_json: bool, **request: str) -> None:
     """Show the whole decision about a request: every stage, candidate, drop and score.
 
     The decision is made as `kvfleet simulate` makes it. `kvfleet trace show` gives the same of a request that a gateway
     has answered. Exit status 1 if nobody may or can serve the request.
     """
-    _show(ctx, decide(config, **request), as_json=as_json, words=Explanation.summary)
+
+    def tree(explanation: Explanation) -> str:
+        return render_route(explanation, columns=render.width(), paint=PAINT, most=_EVERY if is_all else _BEST)
+
+    _show(ctx, decide(config, **request), as_json=as_json, words=tree)
 
 
 def decide(path: Path, *, prompt: str, data_class: str, tenant: str, model: str, strategy: str) -> Explanation:
@@ -64,11 +73,10 @@ def decide(path: Path, *, prompt: str, data_class: str, tenant: str, model: str,
 
 
 def _show(ctx: click.Context, explanation: Explanation, *, as_json: bool, words: Callable[[Explanation], str]) -> None:
-    shown: Any = explanation.to_dict() if as_json else words(explanation)
     if as_json:
-        render.echo_json(shown)
+        render.echo_json(explanation.to_dict())
     else:
-        render.echo(shown)
+        render.echo(words(explanation))
     if explanation.error:
         if not as_json:
             render.echo(f"{render.bad('Error:')} {explanation.error}", err=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,11 @@ def _gateway_options() -> Decorator:
         ),
         click.option("--allow-unauthenticated", is_flag=True, help="Listen beyond this machine without a key."),
         click.option(
-            "--log-level", type=click.Choice(_LEVELS), default="warning", show_default=True, help="What is logged."
+            "--log-level",
+            type=click.Choice(_LEVELS),
+            default="info",
+            show_default=True,
+            help="What is logged, on standard error.",
         ),
     ]
 
@@ -80,7 +83,6 @@ def _start(
     needs_key = bool(api_key or config.gateway.api_key or config.gateway.api_keys)
 
     def ready(serving: Serving) -> None:
-        logging.getLogger("kvfleet").setLevel(log_level.upper())
         render.echo(_welcome(serving, config, what, needs_key=needs_key))
         if path is None:
             render.echo(
@@ -88,7 +90,13 @@ def _start(
             )
 
     serve_fleet(
-        config, host=host, port=port, api_key=api_key, allow_unauthenticated=allow_unauthenticated, on_ready=ready
+        config,
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_unauthenticated=allow_unauthenticated,
+        log_level=log_level,
+        on_ready=ready,
     )
 
 

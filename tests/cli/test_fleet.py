@@ -1,0 +1,115 @@
+"""`kvfleet fleet` and `health`: what the fleet is, and how it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import anyio.to_thread
+import pytest
+from click.testing import CliRunner
+
+from kvfleet.cli.fleet import gateway_url
+from kvfleet.cli.main import cli
+from kvfleet.config.loader import load_config
+from kvfleet.config.schema import FleetConfig, GatewayConfig
+from kvfleet.gateway.server import running
+
+NOBODY = "http://127.0.0.1:9"
+"""The discard port: nobody listens there."""
+
+
+def run(*args: str | Path) -> tuple[int, str, str]:
+    """A command's exit status, standard output and standard error."""
+    result = CliRunner(env={"KVFLEET_CONFIG": ""}).invoke(cli, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture
+async def gateway(fleet: Path) -> AsyncIterator[str]:
+    """A gateway that serves the fleet file; gives its URL."""
+    config = load_config(fleet)
+    async with running(config) as serving:
+        yield serving.url
+
+
+def test_without_a_gateway_the_file_is_shown(fleet: Path) -> None:
+    """Every replica as configured, and it says so."""
+    status, out, _ = run("fleet", fleet, "--url", NOBODY)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == f"demo  cost_first  as configured; no gateway answers at {NOBODY}"
+    assert [line.split()[:3] for line in lines[3:]] == [
+        ["cheap", "mock://cheap-1", "mock"],
+        ["cheap", "mock://cheap-2", "mock"],
+        ["dear", "mock://dear", "mock"],
+    ]
+
+
+async def test_a_running_gateway_is_asked(fleet: Path, gateway: str) -> None:
+    """Its view of each replica is shown, and it says so."""
+    status, out, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", gateway)
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0] == f"demo  cost_first  live from {gateway}"
+    assert [line.split()[-1] for line in lines[3:]] == ["up", "up", "up"]
+
+
+async def test_the_live_view_as_json(fleet: Path, gateway: str) -> None:
+    """The same for programs."""
+    _, out, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", gateway, "--json")
+    shown = json.loads(out)
+    assert (shown["live"], shown["gateway"], shown["fleet"]) == (True, gateway, "demo")
+    assert [(r["endpoint"], r["state"], r["in_flight"]) for r in shown["replicas"]] == [
+        ("mock://cheap-1", "up", 0),
+        ("mock://cheap-2", "up", 0),
+        ("mock://dear", "up", 0),
+    ]
+
+
+async def test_another_fleets_gateway_is_not_taken_for_ours(write: Callable[..., Path], gateway: str) -> None:
+    """A gateway that happens to listen there does not colour our view."""
+    mine = write("fleet_name: mine\nmodels:\n  - {name: a, provider: mock}\n", "mine.yaml")
+    _, out, _ = await anyio.to_thread.run_sync(run, "fleet", mine, "--url", gateway)
+    assert f"as configured; the gateway at {gateway} runs another fleet, 'demo'" in out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80")],
+)
+def test_a_gateway_on_every_address_is_asked_on_loopback(host: str, url: str) -> None:
+    """An address to listen on is not always one to connect to."""
+    assert gateway_url(FleetConfig(gateway=GatewayConfig(host=host, port=80))) == url
+
+
+def test_health_of_a_sound_fleet(fleet: Path) -> None:
+    """Every replica is up: exit status 0."""
+    status, out, _ = run("health", fleet)
+    assert status == 0
+    assert out.splitlines()[-1] == "3 of 3 replicas up"
+
+
+def test_a_replica_that_is_down_is_named(write: Callable[..., Path]) -> None:
+    """Exit status 1 and the reason; models that are switched off are not asked."""
+    path = write(
+        "models:\n"
+        "  - {name: up, provider: mock}\n"
+        "  - {name: gone, provider: vllm, endpoint: 'http://127.0.0.1:9'}\n"
+        "  - {name: off, provider: vllm, endpoint: 'http://127.0.0.1:9/off', enabled: false}\n"
+    )
+    status, out, _ = run("health", path)
+    assert status == 1
+    rows = {line.split()[0]: line.split()[3] for line in out.splitlines()[1:3]}
+    assert rows == {"up": "up", "gone": "down"}
+    assert out.splitlines()[-1] == "1 of 2 replicas up"
+    status, out, _ = run("health", path, "--json")
+    shown = json.loads(out)
+    assert (status, shown["healthy"]) == (1, False)
+    assert [(r["model"], r["healthy"], bool(r["error"])) for r in shown["replicas"]] == [
+        ("up", True, False),
+        ("gone", False, True),
+    ]
