@@ -1,6 +1,7 @@
 """From the flat sections of a fleet file to the stages of a pipeline: one pure function.
 
-`kvfleet graph --expand` prints the result as YAML that can be pasted. Options are plain data, as if written under `with:`.
+`kvfleet graph --expand` prints the result as YAML that can be pasted. Options are plain data, as if written under
+`with:`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Any
 import attrs
 
 from kvfleet.config.convert import unstructure
+from kvfleet.config.findings import Path
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 
-__all__ = ["expand", "options_from_section", "section_for"]
+__all__ = ["expand", "options_from_section", "section_for", "section_path"]
 
 Options = dict[str, Any]
 
 
 def expand(config: FleetConfig) -> tuple[StageConfig, ...]:
-    """The default pipeline, as the sections describe it."""
+    """The default pipeline, as the sections describe it: what a file means that has no ``pipeline:``."""
     return tuple(_stage(config, use) for use in _uses(config))
 
 
@@ -62,18 +64,21 @@ def _looks_for_pii(config: FleetConfig) -> bool:
 
 
 def _stage(config: FleetConfig, use: str) -> StageConfig:
-    section = section_for(use)
-    return StageConfig(
-        use=use,
-        options=options_from_section(config, use),
-        path=(section or "strategy",) if use.startswith("select.") else (section,) if section else (),
-    )
+    options = options_from_section(config, use)
+    if use == "filter.policy" and not config.policy.enabled:  # it is here for what the models declare
+        options = {"default_data_class": config.policy.default_data_class}
+    return StageConfig(use=use, options=options)
 
 
 def section_for(use: str) -> str:
     """The section of a fleet file that a stage takes its options from when it has no `with:`; empty for none."""
+    return str(section_path(use)[0]) if section_path(use) else ""
+
+
+def section_path(use: str) -> Path:
+    """The path of what a stage takes from the file when it has no `with:`; empty for nothing."""
     found = _SECTIONS.get(use)
-    return found[0] if found else ""
+    return found[0] if found else ()
 
 
 def options_from_section(config: FleetConfig, use: str) -> Options:
@@ -85,8 +90,6 @@ def options_from_section(config: FleetConfig, use: str) -> Options:
 def _policy(config: FleetConfig) -> Options:
     policy = config.policy
     options: Options = {"default_data_class": policy.default_data_class}
-    if not policy.enabled:
-        return options
     if policy.pii_detection:
         options["pii"] = True
     if policy.rules:
@@ -127,7 +130,7 @@ def _weights(config: FleetConfig) -> Options:
 
 
 def _rules(config: FleetConfig) -> Options:
-    return {"rules": [unstructure(rule) for rule in config.route_rules]}
+    return {"rules": [unstructure(rule) for rule in config.route_rules], **_weights(config)}
 
 
 def _default_model(config: FleetConfig) -> Options:
@@ -138,13 +141,13 @@ def _concurrency(config: FleetConfig) -> Options:
     return {"max_concurrent": config.gateway.max_concurrent}
 
 
-_SECTIONS: Mapping[str, tuple[str, Callable[[FleetConfig], Options]]] = {
-    "filter.policy": ("policy", _policy),
-    "filter.tenant": ("tenants", _tenants),
-    "execute.fallback": ("fallback", _fallback),
-    "affinity.prefix": ("cache_affinity", _affinity),
-    "select.hybrid_score": ("scoring_weights", _weights),
-    "select.rules": ("route_rules", _rules),
-    "select.static": ("default_model", _default_model),
-    "admit.concurrency": ("gateway", _concurrency),
+_SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
+    "filter.policy": (("policy",), _policy),
+    "filter.tenant": (("tenants",), _tenants),
+    "execute.fallback": (("fallback",), _fallback),
+    "affinity.prefix": (("cache_affinity",), _affinity),
+    "select.hybrid_score": (("scoring_weights",), _weights),
+    "select.rules": (("route_rules",), _rules),
+    "select.static": (("default_model",), _default_model),
+    "admit.concurrency": (("gateway", "max_concurrent"), _concurrency),
 }

@@ -43,8 +43,9 @@ class FieldInfo:
         doc: One sentence: what it is.
         unit: The unit of a number, as in ``ms``, ``tokens``, ``usd``; empty for a bare number.
         ge, gt, le, lt: Bounds of a number (for a list or mapping, of its length: only ``ge``).
-        choices: The words a text may be; empty for any.
-        pattern: A regular expression a text must match in full, and `pattern_doc` the words for it.
+        choices: The words a text (or each item of a list) may be; empty for any.
+        pattern: A regular expression a text (or each item of a list) must match in full, and `pattern_doc` the words
+            for it.
         is_secret: True if values may be references (``env:NAME``, ``file:/path``) and must never be shown.
         example: A value for docs and schemas, where the default says too little.
         refers_to: ``model`` if values name a model of the fleet: checked against the fleet when it is known.
@@ -64,13 +65,12 @@ class FieldInfo:
     refers_to: str = ""
 
 
-def _field(
-    default: Any, info: FieldInfo, *, factory: Callable[[], Any] | None = None, kw_only: bool | None = None
-) -> Any:
+def _field(default: Any, info: FieldInfo, *, factory: Callable[[], Any] | None = None, is_shown: bool = True) -> Any:
     metadata = {_KEY: info}
+    is_shown = is_shown and not info.is_secret
     if factory is not None:
-        return attrs.field(factory=factory, metadata=metadata, repr=not info.is_secret, kw_only=kw_only)
-    return attrs.field(default=default, metadata=metadata, repr=not info.is_secret, kw_only=kw_only)
+        return attrs.field(factory=factory, metadata=metadata, repr=is_shown)
+    return attrs.field(default=default, metadata=metadata, repr=is_shown)
 
 
 def number(
@@ -118,18 +118,36 @@ def secret(default: str = "", *, doc: str) -> Any:
 
 
 def listing(
-    default: tuple[Any, ...] = (), *, doc: str, ge: int | None = None, refers_to: str = "", example: Any = None
+    default: tuple[Any, ...] = (),
+    *,
+    doc: str,
+    ge: int | None = None,
+    of: tuple[str, ...] = (),
+    pattern: str = "",
+    pattern_doc: str = "",
+    refers_to: str = "",
+    example: Any = None,
 ) -> Any:
-    """A list option (annotate it ``tuple[T, ...]``); `ge` is the fewest items allowed."""
-    return _field(default, FieldInfo(doc=doc, ge=ge, refers_to=refers_to, example=example))
+    """A list option (annotate it ``tuple[T, ...]``).
+
+    `ge` is the fewest items allowed; `of`, `pattern` and `refers_to` speak of each item.
+    """
+    info = FieldInfo(
+        doc=doc, ge=ge, choices=of, pattern=pattern, pattern_doc=pattern_doc, refers_to=refers_to, example=example
+    )
+    return _field(default, info)
 
 
-def mapping(*, doc: str, refers_to: str = "", example: Any = None, is_secret: bool = False) -> Any:
+def mapping(
+    *, doc: str, refers_to: str = "", example: Any = None, is_secret: bool = False, is_shown: bool = True
+) -> Any:
     """A mapping option (annotate it ``Mapping[str, T]``), empty by default.
 
-    `refers_to` speaks of its keys, `is_secret` of its values.
+    `refers_to` speaks of its keys, `is_secret` of its values. `is_shown` is False for a mapping of anything, which may
+    hold a credential that nobody declared as one: it stays out of the repr.
     """
-    return _field(None, FieldInfo(doc=doc, refers_to=refers_to, example=example, is_secret=is_secret), factory=dict)
+    info = FieldInfo(doc=doc, refers_to=refers_to, example=example, is_secret=is_secret)
+    return _field(None, info, factory=dict, is_shown=is_shown)
 
 
 def section(factory: Callable[[], Any] | None, *, doc: str) -> Any:

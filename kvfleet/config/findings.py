@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import attrs
+
+if TYPE_CHECKING:
+    from kvfleet.config.secrets import SecretReader
 
 __all__ = ["NOWHERE", "Finding", "Origin", "Path", "did_you_mean", "path_text"]
 
@@ -93,11 +97,13 @@ class Origin:
         file: The file's name as the user gave it.
         positions: For each path, the line and column (from 1) of its key, or of the item for a list.
         others: Paths set from elsewhere (``<environment> KVFLEET__STRATEGY``), by path.
+        secrets: What resolves references to secrets in this configuration; the process's own environment if None.
     """
 
     file: str = ""
     positions: Mapping[Path, tuple[int, int]] = attrs.field(factory=dict, repr=False)
     others: Mapping[Path, str] = attrs.field(factory=dict, repr=False)
+    secrets: SecretReader | None = attrs.field(default=None, repr=False)
 
     def finding(self, path: Path, message: str, remedy: str = "", *, code: str = "invalid") -> Finding:
         """A finding at `path`, placed at the nearest enclosing value whose position is known."""

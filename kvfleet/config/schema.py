@@ -83,8 +83,15 @@ class ModelConfig:
         doc="Base URL of the engine, with or without /v1; `mock://NAME` for an engine of the `mock` provider.",
         pattern=_ENDPOINT,
         pattern_doc="an http:// or https:// URL",
+        example="http://gpu-1:8000",
     )
-    replicas: tuple[str, ...] = listing((), doc="Base URLs of further replicas.", example=["http://gpu-2:8000"])
+    replicas: tuple[str, ...] = listing(
+        (),
+        doc="Base URLs of further replicas.",
+        pattern=_ENDPOINT,
+        pattern_doc="an http:// or https:// URL",
+        example=["http://gpu-2:8000"],
+    )
     provider: str = text("openai_compat", doc="Which adapter speaks to it; `kvfleet components` lists them.")
     model_id: str = text("", doc="The engine's own name of the model; `name` if absent.")
     api_key: str = secret(doc="The credential for this backend.")
@@ -101,7 +108,7 @@ class ModelConfig:
     latency_p95_ms: float = number(2000, gt=0, unit="ms", doc="Slow but usual time to an answer.")
     quality_score: float = number(0.5, ge=0, le=1, doc="How good its answers are, 0 to 1.")
     allowed_data_classes: tuple[str, ...] = listing(
-        ("public", "internal", "confidential"), doc="Data classes it may see.", example=["public"]
+        ("public", "internal", "confidential"), of=DATA_CLASSES, doc="Data classes it may see.", example=["public"]
     )
     region: str = text("", doc="Where it runs, as in `eu-west-1`; used by residency rules.")
     private: bool | None = flag(
@@ -116,7 +123,8 @@ class ModelConfig:
     custom_chat_path: str = text("/generate", doc="Path of a `custom_http` engine's chat call.")
     custom_health_path: str = text("/health", doc="Path of a `custom_http` engine's health check.")
     custom_request_template: Mapping[str, Any] = mapping(
-        doc="Body of a `custom_http` call; `{prompt}`, `{messages}`, `{model}`, `{max_tokens}`, `{temperature}` are filled in."
+        doc="Body of a `custom_http` call; `{prompt}`, `{messages}`, `{model}`, `{max_tokens}` and `{temperature}` are "
+        "filled in."
     )
     custom_content_key: str = text(
         "", doc="Where a `custom_http` answer's text stands, as in `output` or `data.0.text`."
@@ -127,7 +135,9 @@ class ModelConfig:
         1, ge=0, doc="How often a call is repeated on the same replica if nothing had been received."
     )
     stream_usage: bool = flag(True, doc="Ask the engine for token usage at the end of a stream.")
-    options: Mapping[str, Any] = mapping(doc="Options of the adapter itself; `kvfleet components` lists them.")
+    options: Mapping[str, Any] = mapping(
+        doc="Options of the adapter itself; `kvfleet components` lists them.", is_shown=False
+    )
     id: str = attrs.field(init=False, eq=False, repr=False)
 
     @id.default
@@ -221,7 +231,7 @@ class TenantConfig:
     preferred_models: tuple[str, ...] = listing((), doc="Use these if any of them is left.", refers_to="model")
     blocked_models: tuple[str, ...] = listing((), doc="Never use these.", refers_to="model")
     allowed_data_classes: tuple[str, ...] = listing(
-        ("public", "internal"), doc="Data classes this tenant may send.", example=["public", "internal"]
+        ("public", "internal"), of=DATA_CLASSES, doc="Data classes this tenant may send.", example=["public"]
     )
     region: str = text("", doc="The region its requests come from, if the request does not say.")
 
@@ -328,7 +338,7 @@ class StageConfig:
     use: str
     name: str = ""
     on_error: str = ""
-    options: Mapping[str, Any] = attrs.field(factory=dict)
+    options: Mapping[str, Any] = attrs.field(factory=dict, repr=False)
     path: tuple[str | int, ...] = ()
 
 

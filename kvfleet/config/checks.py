@@ -1,0 +1,127 @@
+"""What must hold between the parts of a fleet file; read from the plain data, so that it runs beside other findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.config.expand import section_path
+from kvfleet.config.findings import Finding, Origin, Path, path_text
+from kvfleet.config.schema import AUTO_MODEL, FleetConfig
+
+__all__ = ["check_data", "check_stages", "model_names"]
+
+
+def model_names(data: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the fleet's models."""
+    return frozenset(name for _, model in _models(data) if isinstance(name := _get(model, "name"), str))
+
+
+def check_data(data: Mapping[str, Any], origin: Origin) -> list[Finding]:
+    """Models and aliases: there are some, told apart, and each can be reached."""
+    return [*_check_fleet(data, origin), *_check_models(data, origin), *_check_aliases(data, origin)]
+
+
+def _models(data: Mapping[str, Any]) -> list[tuple[int, Any]]:
+    models = data.get("models")
+    return list(enumerate(models)) if isinstance(models, list | tuple) else []
+
+
+def _get(holder: Any, key: str) -> Any:
+    return holder.get(key) if isinstance(holder, Mapping) else getattr(holder, key, None)
+
+
+def _check_fleet(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]:
+    if "models" not in data:
+        remedy = "add at least one model" if origin.file else "give a file, or set KVFLEET_CONFIG"
+        yield origin.finding(("models",), "is missing", remedy, code="missing")
+    models = [model for _, model in _models(data)]
+    if models and all(_get(model, "enabled") is False for model in models):
+        yield origin.finding(("models",), "every model is disabled", "enable one", code="no-models")
+
+
+def _check_models(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]:
+    seen: dict[str, int] = {}
+    for index, model in _models(data):
+        path: Path = ("models", index)
+        name = _get(model, "name")
+        if isinstance(name, str):
+            if name == AUTO_MODEL:
+                remedy = "with it, clients leave the choice open; rename the model"
+                yield origin.finding((*path, "name"), f"{AUTO_MODEL!r} is a reserved name", remedy, code="reserved")
+            elif name in seen:
+                first = _at(("models", seen[name], "name"), origin)
+                remedy = f"{first} has it too; rename one, or list the endpoints of one model under `replicas`"
+                yield origin.finding((*path, "name"), f"duplicate model {name!r}", remedy, code="duplicate-model")
+            seen.setdefault(name, index)
+        yield from _check_endpoints(model, path, origin)
+
+
+def _check_endpoints(model: Any, path: Path, origin: Origin) -> Iterator[Finding]:
+    if not isinstance(model, Mapping) and not attrs.has(type(model)):
+        return
+    endpoint, replicas = _get(model, "endpoint"), _get(model, "replicas")
+    written: list[tuple[Path, Any]] = [((*path, "endpoint"), endpoint)] if endpoint else []
+    if isinstance(replicas, list | tuple):
+        written += [((*path, "replicas", index), replica) for index, replica in enumerate(replicas)]
+    if not written and _get(model, "provider") != "mock":
+        yield origin.finding(path, "has neither `endpoint` nor `replicas`", "add `endpoint:`", code="missing")
+    seen: dict[str, Path] = {}
+    for place, url in written:
+        if not isinstance(url, str):
+            continue
+        bare = url.rstrip("/").removesuffix("/v1").rstrip("/")  # an endpoint may be written with or without /v1
+        if bare in seen:
+            remedy = f"{_at(seen[bare], origin)} is the same; remove one of them"
+            yield origin.finding(place, "duplicate endpoint", remedy, code="duplicate-endpoint")
+        seen.setdefault(bare, place)
+
+
+def _check_aliases(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]:
+    aliases = data.get("aliases")
+    names = model_names(data) | {AUTO_MODEL}
+    for alias in aliases if isinstance(aliases, Mapping) else ():
+        if alias in names:
+            remedy = "rename the alias: a request for that name could mean either"
+            yield origin.finding(("aliases", alias), "hides the model of the same name", remedy, code="alias")
+
+
+def check_stages(config: FleetConfig) -> list[Finding]:
+    """A stage's options stand in one place, and a section that guards something is used by a stage."""
+    return [*_check_options(config), *_check_guards(config)]
+
+
+def _check_options(config: FleetConfig) -> Iterator[Finding]:
+    for stage in config.pipeline:
+        section = section_path(stage.use)
+        if not stage.options or not section or not _is_written(section, config.origin):
+            continue
+        what = f"{stage.use} has options here and in `{path_text(section)}`"
+        where = _at(section, config.origin)
+        remedy = f"remove one of them, these or {where}"
+        yield config.origin.finding((*stage.path, "with"), what, remedy, code="two-places")
+
+
+def _check_guards(config: FleetConfig) -> Iterator[Finding]:
+    """A policy that is written but not part of the pipeline would let everything through, silently."""
+    used = {stage.use for stage in config.pipeline}
+    guards = (("filter.policy", "policy", config.policy.enabled), ("filter.tenant", "tenants", bool(config.tenants)))
+    for use, section, is_on in guards:
+        if config.pipeline and is_on and use not in used:
+            remedy = f"add `- {use}`, or remove the section"
+            yield config.origin.finding(
+                (section,), "no stage of `pipeline:` applies this section", remedy, code="unused-section"
+            )
+
+
+def _is_written(path: Path, origin: Origin) -> bool:
+    return path in origin.positions or any(place[: len(path)] == path for place in origin.others)
+
+
+def _at(path: Path, origin: Origin) -> str:
+    """A place as a remedy names it."""
+    if path in origin.positions:
+        return f"line {origin.positions[path][0]}"
+    return origin.others.get(path) or path_text(path)
