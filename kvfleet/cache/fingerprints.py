@@ -28,8 +28,8 @@ _SYSTEM_ROLES = frozenset({"system", "developer"})
 
 _hash = xxhash.xxh3_64_intdigest
 
-Mark = tuple[int, int]
-"""A beginning of a prompt: its hash, and about how many tokens it has."""
+Mark = tuple[int, int, bool]
+"""A beginning of a prompt: its hash, about how many tokens it has, and whether it ends within an answer."""
 
 Message = ChatMessage | Mapping[str, Any]
 
@@ -74,6 +74,11 @@ class PromptFingerprint:
         """The same for prompts that begin alike."""
         return f"{self.system_hash}:{self.prefix_hash}"
 
+    @property
+    def beginning(self) -> int:
+        """What prompts of one kind share: the hash of the system messages, or else of the first tokens."""
+        return int(self.system_hash if self.system_tokens else self.prefix_hash, 16)
+
     def similarity(self, other: PromptFingerprint) -> float:
         """1 for the same prompt; else 0.5 for the same system messages, 0.3 for the same first tokens, 0.2 for the
         same opening of the user, added up.
@@ -94,6 +99,7 @@ class _Chain:
     value: int
     stop: int
     size: int = 0
+    is_answer: bool = False
     marks: list[Mark] = attrs.field(factory=list)
 
     def add(self, text: bytes) -> None:
@@ -116,7 +122,7 @@ class _Chain:
     def mark(self) -> None:
         """Set a mark here, unless there is one."""
         if not self.marks or self.marks[-1][0] != self.value:
-            self.marks.append((self.value, self.tokens))
+            self.marks.append((self.value, self.tokens, self.is_answer))
 
     @property
     def tokens(self) -> int:
@@ -142,11 +148,12 @@ class PromptFingerprinter:
             tools: The request's tools; chat templates put them at the prompt's start.
         """
         chain = self._begin(tools)
-        system, is_leading, opening = (chain.value, 0), True, b""
+        system, is_leading, opening = (chain.value, 0, False), True, b""
         for message in messages:
             role, content, calls = _parts_of(message)
             is_leading = is_leading and role in _SYSTEM_ROLES
             chain.mix(role.encode())
+            chain.is_answer = role == "assistant"
             text = _add_content(chain, content)
             if calls:
                 chain.mix(_plain(calls))
@@ -160,7 +167,7 @@ class PromptFingerprinter:
     def fingerprint_text(self, text: str) -> PromptFingerprint:
         """The fingerprint of a plain prompt."""
         chain = self._begin(None)
-        system, opening = (chain.value, 0), text.encode()
+        system, opening = (chain.value, 0, False), text.encode("utf-8", "surrogatepass")
         chain.add(opening)
         chain.mark()
         return self._done(chain, system, opening)
@@ -170,7 +177,7 @@ class PromptFingerprinter:
 
     def _done(self, chain: _Chain, system: Mark, opening: bytes) -> PromptFingerprint:
         first = self.prefix_tokens
-        prefix = next((value for value, tokens in chain.marks if tokens >= first), chain.value)
+        prefix = next((value for value, tokens, _ in chain.marks if tokens >= first), chain.value)
         return PromptFingerprint(
             full_hash=f"{chain.value:016x}",
             system_hash=f"{system[0]:016x}",

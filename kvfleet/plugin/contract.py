@@ -249,6 +249,8 @@ class Outcome:
         cost_usd: What it cost; None if a price is unknown.
         ttfb_s, duration_s: From the start to the first byte, and to the end.
         trace: The finished record.
+        content: The whole answer as the caller got it, if a component of the pipeline has ``wants_content = True``; for
+            a stream its events, one after the other. Empty otherwise, and where any of it was not kept.
     """
 
     context: RoutingContext
@@ -260,6 +262,7 @@ class Outcome:
     cost_usd: float | None = None
     ttfb_s: float | None = None
     duration_s: float = 0.0
+    content: bytes = attrs.field(default=b"", repr=False)
 
     @property
     def is_success(self) -> bool:

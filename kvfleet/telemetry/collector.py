@@ -19,6 +19,7 @@ __all__ = ["Collector"]
 _log = logging.getLogger(__name__)
 _MOST_READINGS_PER_S = 100
 _JITTER = 0.2
+_AFTER_FAILURE = 5
 _SILENT = EngineLoad()
 
 
@@ -68,10 +69,12 @@ class Collector:
 
     async def run(self) -> None:
         """Poll until cancelled. Start it in a task group that somebody owns."""
+        origins = self.origins()
+        pause_s = max(self.load_interval_s, len(origins) / _MOST_READINGS_PER_S)
         async with anyio.create_task_group() as group:
-            for endpoint, adapter in self.origins().items():
+            for endpoint, adapter in origins.items():
                 group.start_soon(self._keep_checking, endpoint, adapter)
-                group.start_soon(self._keep_reading, endpoint, adapter)
+                group.start_soon(self._keep_reading, endpoint, adapter, pause_s)
 
     async def collect_once(self) -> None:
         """Ask every engine once for its health and load, all at the same time."""
@@ -92,19 +95,18 @@ class Collector:
         self.health.update_health(found)
         return found
 
-    async def read_load(self, endpoint: str, adapter: InferenceAdapter) -> bool:
-        """Read one engine's load, now; True if it said anything."""
+    async def read_load(self, endpoint: str, adapter: InferenceAdapter) -> EngineLoad | None:
+        """Read one engine's load, now; None if it could not be read."""
         try:
             with anyio.fail_after(self.deadline_s):
                 said = await adapter.get_load()
         except Exception as error:  # noqa: BLE001 - an adapter may be a plugin's; a reading must not end the polling
             self.failed_readings += 1
             _log.debug("load reading failed endpoint=%s error=%s", endpoint, type(error).__name__)
-            return False
-        if said == _SILENT:
-            return False
-        self.load.report(endpoint, said, self.clock.now_s())
-        return True
+            return None
+        if said != _SILENT:
+            self.load.report(endpoint, said, self.clock.now_s())
+        return said
 
     async def _find_health(self, endpoint: str, adapter: InferenceAdapter) -> EndpointHealth:
         try:
@@ -123,11 +125,13 @@ class Collector:
             await self.check(endpoint, adapter)
             await self._pause(self.health_interval_s)
 
-    async def _keep_reading(self, endpoint: str, adapter: InferenceAdapter) -> None:
-        usual_s = max(self.load_interval_s, len(self.origins()) / _MOST_READINGS_PER_S)
+    async def _keep_reading(self, endpoint: str, adapter: InferenceAdapter, pause_s: float) -> None:
         while True:
-            said_something = await self.read_load(endpoint, adapter)
-            await self._pause(usual_s if said_something else max(usual_s, self.health_interval_s))
+            said = await self.read_load(endpoint, adapter)
+            if said == _SILENT:
+                await self._pause(max(pause_s, self.health_interval_s))
+            else:
+                await self._pause(pause_s if said is not None else pause_s * _AFTER_FAILURE)
 
     async def _pause(self, seconds: float) -> None:
         await self.sleep(seconds * (1 + _JITTER * (2 * self._random.random() - 1)))

@@ -1,0 +1,201 @@
+"""Filters by what replicas can do, and by whether they may be used now."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from kvfleet.adapters.base import Operation
+from kvfleet.builtin.facts import MODALITY, PROMPT
+from kvfleet.config.fields import number
+from kvfleet.config.schema import ModelConfig
+from kvfleet.plugin.component import Component, Services, Stability
+from kvfleet.plugin.contract import Drop, Kind, RoutingContext
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.registry.models import serves
+from kvfleet.router.multimodal import accepts_audio, accepts_images, accepts_video
+from kvfleet.telemetry.health import HealthManager
+
+__all__ = ["CapabilityFilter", "HealthFilter"]
+
+_NO_LIMIT = 1 << 62
+_JSON_FORMATS = frozenset({"json_object", "json_schema"})
+
+
+class _Need(enum.IntFlag):
+    """What a request may need of a model."""
+
+    CHAT = enum.auto()
+    COMPLETION = enum.auto()
+    EMBEDDING = enum.auto()
+    RERANK = enum.auto()
+    TOOLS = enum.auto()
+    JSON_MODE = enum.auto()
+    STREAMING = enum.auto()
+    VISION = enum.auto()
+    AUDIO = enum.auto()
+    VIDEO = enum.auto()
+
+
+_OPERATIONS = {
+    Operation.CHAT: _Need.CHAT,
+    Operation.COMPLETION: _Need.COMPLETION,
+    Operation.EMBEDDING: _Need.EMBEDDING,
+    Operation.RERANK: _Need.RERANK,
+}
+# In the order in which they are told, the most telling first.
+_REASONS = (
+    *((need, "model_type", f"does not serve {operation} requests") for operation, need in _OPERATIONS.items()),
+    (_Need.TOOLS, "tools", "does not support tools"),
+    (_Need.JSON_MODE, "json_mode", "does not support JSON mode"),
+    (_Need.VISION, "vision", "does not accept images"),
+    (_Need.AUDIO, "audio", "does not accept audio"),
+    (_Need.VIDEO, "video", "does not accept video"),
+    (_Need.STREAMING, "streaming", "does not stream"),
+)
+
+
+@attrs.define
+class CapabilityFilter:
+    """Drop models that cannot do what the request needs.
+
+    Looked at are: the type of model, tools, JSON mode, pictures, sound, video, streaming, and whether prompt and answer
+    fit into the context window. If nobody is capable, nobody is left, and the error says why.
+    """
+
+    window_share: float = number(
+        0.8,
+        ge=0,
+        le=2,
+        doc="Share of the estimated prompt that must fit into the window beside `max_tokens`; below 1 because the "
+        "estimate may be too high, and the engine counts exactly.",
+    )
+    _lacks: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _windows: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _smallest: int = attrs.field(init=False, default=0)
+    _texts: dict[int, tuple[str, str]] = attrs.field(init=False, factory=dict, repr=False)
+
+    def provision(self, services: Services) -> None:
+        """Note what each replica cannot do."""
+        self._lacks = {model.id: _lacks(model) for model in services.models}
+        self._windows = {model.id: _window(model) for model in services.models}
+        self._smallest = min(self._windows.values(), default=0)
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """The drops."""
+        need = int(_needs(ctx))
+        lacks = self._lacks
+        drops = []
+        for model in ctx.candidates:
+            lacking = lacks.get(model.id, -1)
+            if lacking < 0:
+                lacking = _lacks(model)
+            if lacking & need:
+                rule, reason = self._text(lacking & need)
+                drops.append(Drop(model, reason, rule))
+        return drops + self._too_long(ctx, {drop.candidate.id for drop in drops})
+
+    def _too_long(self, ctx: RoutingContext, dropped: set[str]) -> list[Drop]:
+        """Those of the rest whose window is too small."""
+        prompt = ctx.fact(PROMPT).token_estimate + ctx.fact(MODALITY).estimated_image_tokens
+        answer = _answer_tokens(ctx.request.body)
+        needed = prompt * self.window_share + answer
+        if self._windows and needed <= self._smallest:
+            return []
+        windows = self._windows
+        found = [(m, windows[m.id] if m.id in windows else _window(m)) for m in ctx.candidates if m.id not in dropped]
+        asked = f"about {prompt} tokens" + (f" and {answer} for the answer" if answer else "")
+        return [
+            Drop(model, f"a context window of {window} tokens is too small for {asked}", "context_window")
+            for model, window in found
+            if window < needed
+        ]
+
+    def _text(self, lacking: int) -> tuple[str, str]:
+        """Rule and reason for what is lacking; made once for each combination, of which there are few."""
+        found = self._texts.get(lacking)
+        if found is None:
+            told = [(rule, reason) for need, rule, reason in _REASONS if need & lacking]
+            found = self._texts[lacking] = (told[0][0], "; ".join(reason for _, reason in told))
+        return found
+
+
+def _lacks(model: ModelConfig) -> int:
+    """What a model cannot do."""
+    can = model.capabilities
+    checks = {
+        _Need.TOOLS: can.supports_tools,
+        _Need.JSON_MODE: can.supports_json_mode,
+        _Need.STREAMING: can.supports_streaming,
+        _Need.VISION: accepts_images(model),
+        _Need.AUDIO: accepts_audio(model),
+        _Need.VIDEO: accepts_video(model),
+        **{need: serves(model, operation) for operation, need in _OPERATIONS.items()},
+    }
+    return sum(need for need, is_there in checks.items() if not is_there)
+
+
+def _window(model: ModelConfig) -> int:
+    return model.capabilities.max_context_window or _NO_LIMIT
+
+
+def _needs(ctx: RoutingContext) -> int:
+    """What a request needs."""
+    request = ctx.request
+    body = request.body
+    need = _OPERATION_BITS[request.operation]
+    if request.stream:
+        need |= _STREAMING
+    if body.get("tools") or body.get("functions"):
+        need |= _TOOLS
+    wanted = body.get("response_format")
+    if isinstance(wanted, Mapping) and wanted.get("type") in _JSON_FORMATS:
+        need |= _JSON_MODE
+    modality = ctx.fact(MODALITY)
+    if modality.is_multimodal:
+        need |= modality.has_images * _VISION | modality.has_audio * _AUDIO | modality.has_video * _VIDEO
+    return need
+
+
+# Plain numbers, because an operation on an enum's members takes a microsecond.
+_OPERATION_BITS = {operation: need.value for operation, need in _OPERATIONS.items()}
+_TOOLS, _JSON_MODE, _STREAMING = _Need.TOOLS.value, _Need.JSON_MODE.value, _Need.STREAMING.value
+_VISION, _AUDIO, _VIDEO = _Need.VISION.value, _Need.AUDIO.value, _Need.VIDEO.value
+
+
+def _answer_tokens(body: Mapping[str, Any]) -> int:
+    """The longest answer the request allows; 0 if it does not say."""
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    return asked if isinstance(asked, int) and asked > 0 else 0
+
+
+@attrs.define
+class HealthFilter:
+    """Drop replicas whose circuit breaker is open. If that is everybody, nobody is left: an error, not a gamble."""
+
+    _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's health."""
+        self._health = services.health
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """The drops."""
+        unavailable = self._health.unavailable(ctx.now_s)
+        if not unavailable:
+            return ()
+        return [Drop(model, unavailable[model.endpoint]) for model in ctx.candidates if model.endpoint in unavailable]
+
+    def state(self) -> Mapping[str, int]:
+        """Counts of endpoints by health."""
+        return self._health.summary()
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The filters."""
+    yield Component(Kind.FILTER, "capabilities", CapabilityFilter, needs=(PROMPT, MODALITY), stability=Stability.STABLE)
+    yield Component(Kind.FILTER, "health", HealthFilter, stability=Stability.STABLE)

@@ -1,0 +1,161 @@
+"""Observers: what is counted and logged of a route once its answer has left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+
+from kvfleet.config.fields import choice
+from kvfleet.plugin.component import Component, Services, Stability
+from kvfleet.plugin.contract import Kind, Outcome
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
+from kvfleet.trace.spans import AttributeValue, Span, Status
+
+__all__ = ["LogObserver", "MetricsObserver"]
+
+_log = logging.getLogger("kvfleet.routes")
+_STATUSES = {"answered": "success", "cached": "success", "failed": "error"}
+_PLAIN = re.compile(r"[\w.:/@+-]+")
+
+
+def _is_attempt(span: Span) -> bool:
+    return names.ATTEMPT in span.attributes
+
+
+def _texts(value: AttributeValue | None) -> Sequence[str]:
+    """A list of texts, as an attribute has it."""
+    return [str(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+
+@attrs.define
+class MetricsObserver:
+    """Count routes, attempts, drops and tokens for Prometheus, all read from the route's record."""
+
+    _metrics: MetricsExporter = attrs.field(
+        init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
+    )
+
+    def provision(self, services: Services) -> None:
+        """Write to the fleet's metrics, and let them show the fleet's state."""
+        self._metrics = services.metrics
+        services.metrics.watch(services.models, services.health, services.load)
+
+    async def observe(self, outcome: Outcome) -> None:
+        """Count one route."""
+        if not self._metrics.enabled:
+            return
+        self._count_route(outcome)
+        attempts = []
+        for span in outcome.trace.stages:
+            if _is_attempt(span):
+                attempts.append(span)
+            else:
+                self._count_stage(span)
+        self._count_attempts(attempts)
+
+    def _count_route(self, outcome: Outcome) -> None:
+        metrics, attributes = self._metrics, outcome.trace.route.attributes
+        word = str(attributes.get(names.OUTCOME, "failed"))
+        chosen = str(attributes.get(names.MODEL_SELECTED, ""))
+        strategy = str(attributes.get(names.STRATEGY, ""))
+        metrics.record_route(strategy, chosen, outcome.duration_s, outcome.is_success, status=_STATUSES.get(word, word))
+        served, usage = outcome.served_by, outcome.usage
+        if served is None:
+            return
+        if outcome.ttfb_s is not None:
+            metrics.observe("kvfleet_time_to_first_byte_seconds", outcome.ttfb_s, served.name)
+        if usage is not None:
+            metrics.record_tokens(served.name, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        if outcome.cost_usd is not None:
+            metrics.count("kvfleet_cost_usd_total", served.name, by=outcome.cost_usd)
+
+    def _count_attempts(self, attempts: Sequence[Span]) -> None:
+        metrics = self._metrics
+        before = None
+        for span in attempts:
+            attributes = span.attributes
+            model = str(attributes.get(names.MODEL, ""))
+            metrics.record_attempt(model, str(attributes.get(names.ERROR_TYPE, "ok")))
+            if before is not None:
+                metrics.record_fallback(before, model)
+            before = model
+
+    def _count_stage(self, span: Span) -> None:
+        metrics, attributes = self._metrics, span.attributes
+        kind = attributes.get(names.STAGE_KIND)
+        key = f"{kind}.{attributes.get(names.STAGE_NAME)}"
+        if kind == Kind.FILTER:
+            for rule in _texts(attributes.get(names.DROPPED_RULES)):
+                metrics.count("kvfleet_drops_total", key, rule)
+                if attributes.get(names.STAGE_POLICY):
+                    metrics.record_policy_block(rule or key)
+        elif kind == Kind.ANSWER:
+            metrics.count("kvfleet_answers_total", key, "true" if attributes.get(names.ANSWERED) else "false")
+        elif kind == Kind.ADMIT and attributes.get(names.ADMITTED) is False:
+            metrics.count("kvfleet_admissions_refused_total", key)
+        if span.status is Status.ERROR and names.ERROR_TYPE in attributes:
+            metrics.count(
+                "kvfleet_stage_failures_total", key, "true" if attributes.get(names.STAGE_SKIPPED) else "false"
+            )
+
+
+@attrs.frozen
+class LogObserver:
+    """Log one line for each route: who asked, who answered, how it went. Never what was asked or answered."""
+
+    format: str = choice(
+        "plain", of=("plain", "json"), doc="key=value pairs, or one JSON object a line for log collectors."
+    )
+
+    async def observe(self, outcome: Outcome) -> None:
+        """Log one route."""
+        if not _log.isEnabledFor(logging.INFO):
+            return
+        facts = _facts(outcome)
+        if self.format == "json":
+            _log.info("%s", json.dumps({"event": "route", **facts}))
+        else:
+            _log.info("route %s", " ".join(f"{key}={_quoted(value)}" for key, value in facts.items()))
+
+
+def _facts(outcome: Outcome) -> Mapping[str, Any]:
+    """What the line says; what is not known is left out."""
+    attributes, usage = outcome.trace.route.attributes, outcome.usage
+    found = {
+        "request_id": attributes.get(names.REQUEST_ID),
+        "trace_id": outcome.trace.trace_id,
+        "tenant": outcome.context.tenant,
+        "outcome": attributes.get(names.OUTCOME),
+        "error": outcome.error.code if outcome.error is not None else None,
+        "strategy": attributes.get(names.STRATEGY),
+        "selected": attributes.get(names.REPLICA_SELECTED),
+        "served_by": outcome.served_by.id if outcome.served_by is not None else None,
+        "attempts": sum(map(_is_attempt, outcome.trace.stages)),
+        "ttfb_ms": None if outcome.ttfb_s is None else round(outcome.ttfb_s * 1000, 1),
+        "duration_ms": round(outcome.duration_s * 1000, 1),
+        "prompt_tokens": usage.prompt_tokens if usage is not None else None,
+        "completion_tokens": usage.completion_tokens if usage is not None else None,
+        "cached_tokens": usage.cached_tokens if usage is not None else None,
+        "cost_usd": outcome.cost_usd,
+    }
+    return {key: value for key, value in found.items() if value not in (None, "")}
+
+
+def _quoted(value: object) -> str:
+    """A value that cannot end its pair or its line: request ids and tenants come from outside."""
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The observers."""
+    yield Component(Kind.OBSERVE, "metrics", MetricsObserver, stability=Stability.STABLE)
+    yield Component(Kind.OBSERVE, "log", LogObserver, stability=Stability.STABLE)

@@ -1,0 +1,158 @@
+"""Scorers: one column each, in a unit of its own. What does not change is looked up by replica."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import attrs
+
+from kvfleet.adapters.base import Operation
+from kvfleet.builtin.facts import MODALITY, prompt_of
+from kvfleet.config.fields import number
+from kvfleet.config.schema import ModelConfig
+from kvfleet.plugin.component import Component, Services, Stability
+from kvfleet.plugin.contract import Kind, RoutingContext
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.router.scoring import Column, Unit
+from kvfleet.telemetry.load import FleetLoad
+
+__all__ = [
+    "CacheAffinityScorer",
+    "ComplianceScorer",
+    "CostScorer",
+    "HardwareLoadScorer",
+    "LatencyScorer",
+    "QualityScorer",
+]
+
+Prices = tuple[float, float] | None
+
+
+def _prices(model: ModelConfig) -> Prices:
+    """US dollars for a token of the prompt and one of the answer; None if the first is not known."""
+    price_in, price_out = model.cost_per_1k_input_tokens, model.cost_per_1k_output_tokens
+    if price_in is None:
+        return None
+    # A price list with one price means it for all tokens; a real bill is made from known prices only.
+    return price_in / 1000, (price_in if price_out is None else price_out) / 1000
+
+
+@attrs.define
+class CostScorer:
+    """What the request would cost, in US dollars: its prompt, and an answer of `max_tokens` or the usual length.
+
+    A model without any price is unknown, not free; one with a price for prompts alone is taken to ask it for answers
+    too.
+    """
+
+    answer_tokens: int = number(
+        256, ge=0, unit="tokens", doc="Length of an answer where the request sets no `max_tokens`."
+    )
+    _by_id: dict[str, Prices] = attrs.field(init=False, factory=dict, repr=False)
+
+    def provision(self, services: Services) -> None:
+        """Note the prices."""
+        self._by_id = {model.id: _prices(model) for model in services.models}
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, in US dollars."""
+        prompt, answer = self._tokens(ctx)
+        known = self._by_id
+        prices = [known[m.id] if m.id in known else _prices(m) for m in ctx.candidates]
+        return Column(Unit.USD, [None if p is None else prompt * p[0] + answer * p[1] for p in prices])
+
+    def _tokens(self, ctx: RoutingContext) -> tuple[int, int]:
+        modality = ctx.fact_or_none(MODALITY)
+        prompt = prompt_of(ctx).token_estimate + (modality.estimated_image_tokens if modality else 0)
+        if ctx.request.operation in (Operation.EMBEDDING, Operation.RERANK):
+            return prompt, 0
+        asked = ctx.request.body.get("max_completion_tokens") or ctx.request.body.get("max_tokens")
+        return prompt, asked if isinstance(asked, int) and asked > 0 else self.answer_tokens
+
+
+@attrs.define
+class LatencyScorer:
+    """How long until the answer begins, in seconds: as measured under the present load, or as declared.
+
+    What the replica is expected to have of the prompt in its KV cache shortens the time.
+    """
+
+    cached_saving: float = number(
+        0.3, ge=0, le=1, doc="Share of the time that is saved if the whole prompt is in the replica's KV cache."
+    )
+    _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's load."""
+        self._load = services.load
+        services.load.register(services.models)
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, in seconds."""
+        times = self._load.times(ctx.now_s)
+        seconds = [times[m.id] if m.id in times else m.latency_p50_ms / 1000 for m in ctx.candidates]
+        if any(ctx.affinity.values()):
+            seconds = self._with_cache(ctx, seconds)
+        return Column(Unit.SECONDS, seconds)
+
+    def _with_cache(self, ctx: RoutingContext, seconds: list[float]) -> list[float]:
+        cached = ctx.affinity
+        saved_by_token = self.cached_saving / max(prompt_of(ctx).token_estimate, *cached.values(), 1)
+        return [s * (1 - saved_by_token * cached.get(m.id, 0.0)) for s, m in zip(seconds, ctx.candidates, strict=True)]
+
+
+@attrs.frozen
+class QualityScorer:
+    """How good the model's answers are, as declared, 0 to 1."""
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, a utility."""
+        return Column(Unit.UTILITY, [model.quality_score for model in ctx.candidates])
+
+
+@attrs.frozen
+class CacheAffinityScorer:
+    """How many tokens of the prompt the replica is expected to have in its KV cache."""
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, in tokens."""
+        cached = ctx.affinity
+        return Column(Unit.TOKENS, [cached.get(model.id, 0.0) for model in ctx.candidates])
+
+
+@attrs.define
+class HardwareLoadScorer:
+    """How free the replica is, 1 idle to 0 full: by its requests, ours and others', and by its KV cache's filling."""
+
+    _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's load."""
+        self._load = services.load
+        services.load.register(services.models)
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, a utility; not known of a replica that nobody has registered."""
+        free = self._load.free(ctx.now_s)
+        return Column(Unit.UTILITY, [free.get(model.id) for model in ctx.candidates])
+
+
+@attrs.frozen
+class ComplianceScorer:
+    """Whether the model is cleared for the request's data class: 1 or 0."""
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, a utility."""
+        data_class = ctx.data_class
+        return Column(Unit.UTILITY, [float(data_class in model.allowed_data_classes) for model in ctx.candidates])
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The scorers."""
+    yield Component(Kind.SCORE, "cost", CostScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "latency", LatencyScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "quality", QualityScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "cache_affinity", CacheAffinityScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "hardware_load", HardwareLoadScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "compliance", ComplianceScorer, stability=Stability.STABLE)

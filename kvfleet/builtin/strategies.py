@@ -1,0 +1,43 @@
+"""The strategies, which need no glue, as components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvfleet.plugin.component import Component, Stability
+from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, RoundRobinStrategy
+from kvfleet.router.strategies import (
+    CheapCascadeStrategy,
+    CostFirstStrategy,
+    HybridScoreStrategy,
+    LatencyFirstStrategy,
+    QualityFirstStrategy,
+    RulesStrategy,
+    StaticStrategy,
+    WeightedStrategy,
+)
+
+__all__ = ["kvfleet_components"]
+
+_STRATEGIES: dict[str, type] = {
+    "hybrid_score": HybridScoreStrategy,
+    "cost_first": CostFirstStrategy,
+    "latency_first": LatencyFirstStrategy,
+    "quality_first": QualityFirstStrategy,
+    "cheap_cascade": CheapCascadeStrategy,
+    "static": StaticStrategy,
+    "rules": RulesStrategy,
+    "weighted": WeightedStrategy,
+    "round_robin": RoundRobinStrategy,
+    "random": RandomStrategy,
+    "least_requests": LeastRequestsStrategy,
+}
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The strategies."""
+    for name, cls in _STRATEGIES.items():
+        yield Component(Kind.SELECT, name, cls, stability=Stability.STABLE)
