@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.config.convert import structure, unstructure
-from kvfleet.config.expand import expand, options_from_section, section_for
+from kvfleet.config.expand import expand, options_from_section, section_path
 from kvfleet.config.fields import info_of, options_of
 from kvfleet.config.findings import Finding, Path
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
@@ -104,7 +103,7 @@ def _read_stage(
     config: FleetConfig, table: ComponentTable, stage: StageConfig, findings: list[Finding]
 ) -> Built | None:
     use = f"{Kind.SELECT}.{config.strategy}" if stage.use == Kind.SELECT else stage.use
-    place: Path = stage.path or ("strategy",)
+    place: Path = stage.path or (("strategy",) if use.startswith("select.") else section_path(use))
     try:
         component = table.find_stage(use)
     except ComponentError as error:
@@ -117,17 +116,19 @@ def _read_stage(
             )
         )
     options, path = _options(config, use, stage)
-    instance, wrong = structure(component.cls, options, path=path, origin=config.origin)
+    instance, wrong = structure(
+        component.cls, options, path=path, origin=config.origin, models=[model.name for model in config.models]
+    )
     findings += wrong
     return None if instance is None else Built(stage, component, instance)
 
 
 def _options(config: FleetConfig, use: str, stage: StageConfig) -> tuple[Mapping[str, Any], Path]:
     """A stage's options and where they stand: its own `with:`, or the section that speaks of it."""
+    section = section_path(use)
     if stage.options:
-        return stage.options, (*stage.path, "with") if stage.path else (section_for(use),)
-    section = section_for(use)
-    return options_from_section(config, use) if section else {}, (section,) if section else stage.path
+        return stage.options, (*stage.path, "with") if stage.path else section
+    return options_from_section(config, use), section or stage.path
 
 
 def _bind(entry: Built) -> BoundStage:
@@ -149,9 +150,7 @@ def _other_strategies(config: FleetConfig, table: ComponentTable, built: Sequenc
     for component in table.of_kind(Kind.SELECT):
         if component.name in own:
             continue
-        use = component.key
-        options = options_from_section(config, use) if section_for(use) else {}
-        instance, wrong = structure(component.cls, options)
+        instance, wrong = structure(component.cls, options_from_section(config, component.key))
         if instance is not None and not wrong:
             found[component.name] = BoundStage.bind(
                 Kind.SELECT, component.name, instance, distribution=component.distribution
@@ -190,8 +189,8 @@ def build_adapters(
     adapters: dict[str, InferenceAdapter] = {}
     for model in models:
         cls = table.get(Kind.ADAPTER, model.provider).cls
-        options, _ = structure(adapter_options(cls), model.options)
-        chosen = {} if options is None else attrs.asdict(options, recurse=False)
+        options, _ = structure(adapter_options(cls), model.options)  # `_check_adapters` found nothing wrong
+        chosen: dict[str, Any] = attrs.asdict(options, recurse=False) if options is not None else {}
         adapters[model.id] = cls.from_config(model, **chosen, **shared)
     return adapters
 
@@ -211,14 +210,21 @@ def _check_adapters(config: FleetConfig, table: ComponentTable) -> list[Finding]
     return findings
 
 
-@functools.cache
-def adapter_options(cls: type) -> type:
+def adapter_options(cls: type) -> type[Any]:
     """The options of an adapter alone, as a class: its described fields, without those every adapter has."""
-    described = {name: a for name, a in options_of(cls).items() if info_of(a) is not None}
-    fields = {
-        name: attrs.field(default=a.default, metadata=dict(a.metadata), type=a.type) for name, a in described.items()
-    }
-    return attrs.make_class(f"{cls.__name__}Options", fields, kw_only=True, frozen=True)
+    found = _ADAPTER_OPTIONS.get(cls)
+    if found is None:
+        described = {name: a for name, a in options_of(cls).items() if info_of(a) is not None}
+        fields = {
+            name: attrs.field(default=a.default, metadata=dict(a.metadata), type=a.type)
+            for name, a in described.items()
+        }
+        found = attrs.make_class(f"{cls.__name__}Options", fields, kw_only=True, frozen=True)
+        _ADAPTER_OPTIONS[cls] = found
+    return found
+
+
+_ADAPTER_OPTIONS: dict[type, type[Any]] = {}  # making a class takes a millisecond, and a fleet may have 500 models
 
 
 def _hash(config: FleetConfig) -> str:

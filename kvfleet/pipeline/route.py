@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import attrs
 import orjson
@@ -19,7 +19,7 @@ from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Outcome, RoutingContext
 from kvfleet.trace import names
 from kvfleet.trace.otel import Bridge, RouteHandle
-from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+from kvfleet.trace.spans import AttributeValue, Span, SpanKind, Status, Trace
 
 __all__ = ["Route"]
 
@@ -120,10 +120,10 @@ class Route:
             on_end=self._attempt_ended,
             keeps_content=self.keeps_content,
         )
-        answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
+        given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
         if self._ttfb_s is None:
             self._ttfb_s = self.clock.now_s() - self._started_s
-        return answer
+        return given
 
     def _short_circuit(self, answer: Answer) -> Answer:
         self._ttfb_s = self.clock.now_s() - self._started_s
@@ -133,7 +133,7 @@ class Route:
             return answer
         events = reply.events
 
-        async def relay():  # type: ignore[no-untyped-def]  # noqa: ANN202
+        async def relay() -> AsyncIterator[bytes]:
             async for piece in events:
                 yield piece
             self._close("cached", None, reply.tally, None)
@@ -229,10 +229,10 @@ def _client_left() -> RouteError:
 
 def route_attributes(
     ctx: RoutingContext, fleet: str, pipeline: Pipeline, select: BoundStage
-) -> dict[str, str | bool | int | float | tuple[str, ...]]:
+) -> dict[str, AttributeValue]:
     """What the route's span says from the start."""
     request = ctx.request
-    attributes: dict[str, str | bool | int | float | tuple[str, ...]] = {
+    attributes: dict[str, AttributeValue] = {
         names.REQUEST_ID: request.request_id,
         names.OPERATION: request.operation.value,
         names.MODEL_REQUESTED: request.model,
