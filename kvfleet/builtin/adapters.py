@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvfleet.adapters.llama_cpp import LlamaCppAdapter
+from kvfleet.adapters.mock import MockAdapter
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.adapters.sglang import SGLangAdapter
 from kvfleet.adapters.vllm import VLLMAdapter
@@ -22,3 +23,4 @@ def kvfleet_components() -> Iterable[Component]:
     yield Component(Kind.ADAPTER, "sglang", SGLangAdapter)
     yield Component(Kind.ADAPTER, "llama_cpp", LlamaCppAdapter)
     yield Component(Kind.ADAPTER, "openai_compat", OpenAICompatAdapter, stability=Stability.STABLE)
+    yield Component(Kind.ADAPTER, "mock", MockAdapter)
