@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import Reply
-from kvfleet.config.schema import ModelConfig
+from kvfleet.config.schema import ModelConfig, PolicyRule
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.pipeline.engine import scoring_context
 from kvfleet.plugin.component import Component
@@ -26,6 +26,7 @@ from kvfleet.plugin.contract import (
     Refusal,
     RoutingContext,
 )
+from kvfleet.policy.engine import PolicyContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.testing.adapters import check_adapter
 from kvfleet.testing.samples import sample_models, sample_outcome
@@ -345,9 +346,30 @@ def _outcomes(ctx: RoutingContext) -> list[Outcome]:
 
 
 async def check_action(trial: Trial) -> list[str]:
-    """An action is tried by the policy filter that uses it; here only that it can be made."""
-    trial.fresh()
-    return []
+    """Excludes candidates, each with a reason; the same each time."""
+    out = Breaches()
+    for ctx in await trial.contexts():
+        for targets in ((), (ctx.candidates[0].name,)):
+            rule = PolicyRule(name="sample", condition="always", action="sample", target_models=targets)
+            context = PolicyContext(data_class=ctx.data_class, tenant_id=ctx.tenant, tags=ctx.request.tags)
+            action = trial.fresh()
+            first, second = (
+                out.trying("apply()", ctx, _listed, action.apply, ctx.candidates, rule, context) for _ in range(2)
+            )
+            if first is not None:
+                out.add(*_wrong_exclusions(first, ctx))
+                out.add(*(["apply() is not pure: it excludes others the second time"] if first != second else []))
+    return list(out)
+
+
+def _wrong_exclusions(found: Sequence[Any], ctx: RoutingContext) -> Iterable[str]:
+    for pair in found:
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            yield "apply() must give pairs of a candidate and a reason"
+        elif pair[0] not in ctx.candidates:
+            yield "apply() excludes somebody who is not a candidate"
+        elif not str(pair[1] or "").strip():
+            yield "apply() excludes without a reason"
 
 
 def _also_observing(check: Callable[[Trial], Awaitable[list[str]]]) -> Callable[[Trial], Awaitable[list[str]]]:

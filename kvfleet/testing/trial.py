@@ -44,8 +44,15 @@ class Trial:
     def needs(self) -> tuple[Fact[Any], ...]:
         """The facts to give it: those it declares, or all there are if its registration is not known."""
         if self.component is not None:
-            return self.component.needs
+            return self.declared
         return tuple(fact for one in self.table.of_kind(Kind.CLASSIFY) for fact in one.gives)
+
+    @property
+    def declared(self) -> tuple[Fact[Any], ...]:
+        """The facts it declares to need: in its registration, and with the options it has here."""
+        own = getattr(self.fresh(), "required_facts", None)
+        registered = self.component.needs if self.component is not None else ()
+        return (*registered, *(own() if callable(own) else ()))
 
     async def contexts(self, *, dry_run: bool = False) -> list[RoutingContext]:
         """Every kind of request before all candidates, and one request before a single one."""
@@ -64,7 +71,7 @@ class Trial:
         context = (await self.contexts())[0]
         return [
             f"it needs the fact {fact.name!r}, which no installed classifier gives; pass check_component facts={{…: …}}"
-            for fact in (self.component.needs if self.component else ())
+            for fact in self.declared
             if fact not in context.facts
         ]
 

@@ -17,6 +17,7 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AttemptsExhaustedError
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Affinity, Answer, CacheMode, Drop, Fact, Kind, Outcome, Refusal, RoutingContext
+from kvfleet.plugin.manager import discover
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit, rank
 from kvfleet.testing.conformance import ConformanceError, check_component, kind_of
 
@@ -29,6 +30,9 @@ def breaches(component: Component | type, **sample: Any) -> tuple[str, ...]:
     with pytest.raises(ConformanceError) as caught:
         check_component(component, **sample)
     return caught.value.breaches
+
+
+BUILT_IN = [component for kind in Kind for component in discover().of_kind(kind) if component.distribution == "kvfleet"]
 
 
 @attrs.frozen(kw_only=True)
@@ -89,6 +93,11 @@ class TestSound:
         assert breaches(component) == (
             "it needs the fact 'words', which no installed classifier gives; pass check_component facts={…: …}",
         )
+
+    @pytest.mark.parametrize("component", BUILT_IN, ids=lambda component: component.key)
+    def test_every_built_in_component_is_sound(self, component: Component) -> None:
+        """What is asked of a third party holds for what comes with kvfleet."""
+        check_component(component)
 
     async def test_it_may_be_called_in_an_async_test(self) -> None:
         """A running event loop does not disturb the kit."""
@@ -612,6 +621,26 @@ class TestTheOthers:
             "execute() tries somebody who is not in the ranking",
         )
         assert breaches(_stage("execute", lazy)) == ("execute() raises a RouteError although the first attempt worked",)
+
+    @pytest.mark.parametrize(
+        ("found", "breach"),
+        [
+            (lambda models: models, "apply() must give pairs of a candidate and a reason"),
+            (lambda models: [(models[0], "")], "apply() excludes without a reason"),
+            (
+                lambda models: [(ModelConfig(name="stranger"), "x")],
+                "apply() excludes somebody who is not a candidate",
+            ),
+            (
+                lambda models: [(models[0], f"{random.random()}")],
+                "apply() is not pure: it excludes others the second time",
+            ),
+        ],
+    )
+    def test_an_action_excludes_candidates_with_reasons(self, found: Any, breach: str) -> None:
+        """Bare candidates, no reason, strangers, and chance are named; an action that excludes nobody is sound."""
+        assert breach in breaches(_stage("apply", lambda self, models, rule, context: found(models)))
+        check_component(_stage("apply", lambda self, models, rule, context: []))
 
     def test_an_observer_takes_every_outcome(self) -> None:
         """One that takes a served request for granted is named, with the kind of request."""
