@@ -56,9 +56,9 @@ def _encoded(call: Call, model: str, *, add_usage: bool) -> bytes:
     body: dict[str, Any] = {**call.body, "model": model}
     if bool(body.get("stream")) != call.stream:
         body["stream"] = call.stream
+        if not call.stream:
+            body.pop("stream_options", None)  # engines refuse it without `stream`
     if add_usage:
         options = body.get("stream_options")
         body["stream_options"] = {**(options if isinstance(options, Mapping) else {}), "include_usage": True}
-    if not call.stream:
-        body.pop("stream_options", None)  # refused without `stream`
     return orjson.dumps(body)

@@ -20,6 +20,7 @@ from kvfleet.errors import BackendError, Fault
 __all__ = ["DONE", "EventRelay"]
 
 DONE = b"data: [DONE]\n\n"
+_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 _END = re.compile(rb"\n\r?\n")
 
 ErrorMaker = Callable[[bytes], BackendError]
@@ -105,8 +106,8 @@ class EventRelay:
     def _at_end(self) -> bytes:
         """The body ended without ``[DONE]``: that is an end only if everything was said."""
         cut = self._splitter.rest.strip()
-        if cut and not self._tally.events:
-            self._read_bare(cut)
+        if not self._tally.events and not _may_begin(cut):
+            raise BackendError(Fault.PROTOCOL, "the backend sent something that is no event stream")
         if cut or len(self._finished) < self._choices:
             raise BackendError(Fault.DISCONNECTED, "the backend's stream ended before its answer did", received=True)
         self._end()
@@ -169,7 +170,7 @@ class EventRelay:
             line = line.strip()  # noqa: PLW2901 - the line, without its end
             if line.startswith(b"error:"):  # older llama.cpp
                 raise self._error_of(line[6:])
-            if line and not line.startswith((b":", b"event:", b"id:", b"retry:", b"data:")):
+            if not _may_begin(line):
                 raise BackendError(Fault.PROTOCOL, "the backend sent something that is no event stream")
         return False
 
@@ -189,6 +190,11 @@ class EventRelay:
         if usage is not None:
             tally.usage = usage
         return self._hide_usage and usage is not None and not choices
+
+
+def _may_begin(line: bytes) -> bool:
+    """True if a line, which may be cut off, can be one of this format."""
+    return not line or any(field.startswith(line[: len(field)]) for field in _FIELDS)
 
 
 def _all_null(piece: bytes, key: bytes) -> bool:
