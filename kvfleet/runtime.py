@@ -132,7 +132,9 @@ class Router:
         self._polls = polls
         self._random = random.Random(seed)  # noqa: S311 - seeds of decisions, not secrets
         self._names = Names(config, self.registry, self.pipeline)
-        self._observing = Observing(observers=self.pipeline.observers, finished=self._finished)
+        self._observing = Observing(
+            observers=(*self.pipeline.observe, *self.pipeline.listeners), finished=self._finished
+        )
         self._background: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._is_closed = False

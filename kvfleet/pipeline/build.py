@@ -76,7 +76,8 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         select=select,
         strategies=strategies,
         execute=execute,
-        observers=(*watching, *also),
+        observe=tuple(watching),
+        listeners=tuple(also),
         hash=_hash(config),
     )
     findings = _provision(config, pipeline.components, services)

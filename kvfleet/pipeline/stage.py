@@ -82,7 +82,8 @@ class Pipeline:
         select: The choice.
         strategies: What a request may ask for instead, by name; the pipeline's own is among them.
         execute: Gets the answer.
-        observers: Told of every outcome: the observe stages, then any other component with an `observe`.
+        observe: The observe stages.
+        listeners: Other components with an `observe`: they are told of every outcome too, after the observe stages.
         hash: Tells one configuration from another.
     """
 
@@ -90,14 +91,14 @@ class Pipeline:
     select: BoundStage
     strategies: Mapping[str, BoundStage]
     execute: BoundStage
-    observers: tuple[BoundStage, ...] = ()
+    observe: tuple[BoundStage, ...] = ()
+    listeners: tuple[BoundStage, ...] = ()
     hash: str = ""
 
     @property
     def all_stages(self) -> tuple[BoundStage, ...]:
         """Every stage of the pipeline once, in order."""
-        own = tuple(stage for stage in self.observers if stage.kind is Kind.OBSERVE)
-        return (*self.stages, self.select, self.execute, *own)
+        return (*self.stages, self.select, self.execute, *self.observe)
 
     @property
     def components(self) -> tuple[Any, ...]:
