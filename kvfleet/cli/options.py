@@ -78,6 +78,8 @@ def reports(function: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
+        except BrokenPipeError:
+            raise  # whoever read the output has seen enough; click ends quietly
         except (KVFleetError, OSError) as error:
             raise Failure(error, as_json=bool(kwargs.get("as_json"))) from error
 
