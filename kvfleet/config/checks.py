@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from kvfleet.config.expand import section_path
-from kvfleet.config.findings import Finding, Origin, Path, path_text
+from kvfleet.config.findings import Finding, Origin, Path
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig
 
 __all__ = ["check_data", "check_stages", "model_names"]
@@ -52,7 +52,7 @@ def _check_models(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]:
                 remedy = "with it, clients leave the choice open; rename the model"
                 yield origin.finding((*path, "name"), f"{AUTO_MODEL!r} is a reserved name", remedy, code="reserved")
             elif name in seen:
-                first = _at(("models", seen[name], "name"), origin)
+                first = origin.place_of(("models", seen[name], "name"))
                 remedy = f"{first} has it too; rename one, or list the endpoints of one model under `replicas`"
                 yield origin.finding((*path, "name"), f"duplicate model {name!r}", remedy, code="duplicate-model")
             seen.setdefault(name, index)
@@ -74,7 +74,7 @@ def _check_endpoints(model: Any, path: Path, origin: Origin) -> Iterator[Finding
             continue
         bare = url.rstrip("/").removesuffix("/v1").rstrip("/")  # an endpoint may be written with or without /v1
         if bare in seen:
-            remedy = f"{_at(seen[bare], origin)} is the same; remove one of them"
+            remedy = f"{origin.place_of(seen[bare])} is the same; remove one of them"
             yield origin.finding(place, "duplicate endpoint", remedy, code="duplicate-endpoint")
         seen.setdefault(bare, place)
 
@@ -90,17 +90,17 @@ def _check_aliases(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]
 
 def check_stages(config: FleetConfig) -> list[Finding]:
     """A stage's options stand in one place, and a section that guards something is used by a stage."""
-    return [*_check_options(config), *_check_guards(config)]
+    return [*_check_options(config), *_check_guards(config), *_check_switch(config)]
 
 
 def _check_options(config: FleetConfig) -> Iterator[Finding]:
     for stage in config.pipeline:
-        section = section_path(stage.use)
-        if not stage.options or not section or not _is_written(section, config.origin):
+        use = f"{stage.use}.{config.strategy}" if stage.use == "select" else stage.use
+        section = section_path(use)
+        if not stage.options or not section or not config.origin.sets(section):
             continue
-        what = f"{stage.use} has options here and in `{path_text(section)}`"
-        where = _at(section, config.origin)
-        remedy = f"remove one of them, these or {where}"
+        what = f"{use} has options here and in the section on {config.origin.place_of(section)}"
+        remedy = "keep them in one place"
         yield config.origin.finding((*stage.path, "with"), what, remedy, code="two-places")
 
 
@@ -116,12 +116,9 @@ def _check_guards(config: FleetConfig) -> Iterator[Finding]:
             )
 
 
-def _is_written(path: Path, origin: Origin) -> bool:
-    return path in origin.positions or any(place[: len(path)] == path for place in origin.others)
-
-
-def _at(path: Path, origin: Origin) -> str:
-    """A place as a remedy names it."""
-    if path in origin.positions:
-        return f"line {origin.positions[path][0]}"
-    return origin.others.get(path) or path_text(path)
+def _check_switch(config: FleetConfig) -> Iterator[Finding]:
+    """Rules that nobody switched on look as if they held."""
+    policy, path = config.policy, ("policy", "enabled")
+    if (policy.rules or policy.pii_detection) and not policy.enabled and not config.origin.sets(path):
+        remedy = "add `enabled: true`, or `enabled: false` to keep them off"
+        yield config.origin.finding(("policy",), "has rules, and is not enabled", remedy, code="policy-off")

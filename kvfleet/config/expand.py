@@ -21,7 +21,11 @@ Options = dict[str, Any]
 
 
 def expand(config: FleetConfig) -> tuple[StageConfig, ...]:
-    """The default pipeline, as the sections describe it: what a file means that has no ``pipeline:``."""
+    """The default pipeline, as the sections describe it: what a file means that has no ``pipeline:``.
+
+    A stage whose section is written in the file carries no options, because it takes that section: so the result can be
+    pasted into the same file, and nothing is said twice.
+    """
     return tuple(_stage(config, use) for use in _uses(config))
 
 
@@ -64,10 +68,9 @@ def _looks_for_pii(config: FleetConfig) -> bool:
 
 
 def _stage(config: FleetConfig, use: str) -> StageConfig:
-    options = options_from_section(config, use)
-    if use == "filter.policy" and not config.policy.enabled:  # it is here for what the models declare
-        options = {"default_data_class": config.policy.default_data_class}
-    return StageConfig(use=use, options=options)
+    section = section_path(use)
+    is_written = bool(section) and config.origin.sets(section)
+    return StageConfig(use=use, options={} if is_written else options_from_section(config, use))
 
 
 def section_for(use: str) -> str:
@@ -90,6 +93,8 @@ def options_from_section(config: FleetConfig, use: str) -> Options:
 def _policy(config: FleetConfig) -> Options:
     policy = config.policy
     options: Options = {"default_data_class": policy.default_data_class}
+    if not policy.enabled:  # the stage is there for what the models declare
+        return options
     if policy.pii_detection:
         options["pii"] = True
     if policy.rules:

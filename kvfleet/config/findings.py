@@ -105,6 +105,16 @@ class Origin:
     others: Mapping[Path, str] = attrs.field(factory=dict, repr=False)
     secrets: SecretReader | None = attrs.field(default=None, repr=False)
 
+    def sets(self, path: Path) -> bool:
+        """True if the file, or another source, says something about a value or what is below it."""
+        return path in self.positions or any(place[: len(path)] == path for place in self.others)
+
+    def place_of(self, path: Path) -> str:
+        """Where a value stands, as a remedy names it: its line, its other source, or at least its path."""
+        if path in self.positions:
+            return f"line {self.positions[path][0]}"
+        return self.others.get(path) or path_text(path)
+
     def finding(self, path: Path, message: str, remedy: str = "", *, code: str = "invalid") -> Finding:
         """A finding at `path`, placed at the nearest enclosing value whose position is known."""
         for end in range(len(path), -1, -1):
