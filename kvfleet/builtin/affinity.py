@@ -23,7 +23,7 @@ from kvfleet.telemetry.metrics import MetricsExporter
 __all__ = ["PrefixAffinity"]
 
 _HOME_TOKENS = 1.0
-"""What the home of an unknown beginning is expected to have: enough to break ties, and no more."""
+"""What the home of an unknown beginning is given: enough to break ties, and no more. Its mode is `NONE`."""
 _ENOUGH_TOKENS = 64
 """Shorter expectations say nothing of an engine, whose cache has blocks."""
 _WEIGHT_OF_NEW = 0.2
@@ -58,8 +58,8 @@ class PrefixAffinity:
 
     Known are conversations that name themselves (a session header, or ``prompt_cache_key``), and beginnings of prompts:
     the turns of a conversation, system prompts, the first tokens. A replica whose engine reports fewer cached tokens
-    than expected is believed less. A beginning nobody has answered yet has a home on a consistent hash, so that many
-    gateways begin at the same replica. What is remembered is bounded, in number and in time.
+    than expected is believed less. A long beginning nobody has answered yet has a home on a consistent hash, so that a
+    burst of requests, or many gateways, begin at the same replica. What is remembered is bounded, in number and time.
     """
 
     session_ttl_s: float = number(3600.0, gt=0, unit="s", doc="How long a conversation or a beginning is remembered.")
@@ -99,7 +99,7 @@ class PrefixAffinity:
         """The expectations."""
         prompt = prompt_of(ctx)
         held = self._held(ctx, prompt)
-        tokens = [held.get(model.id, 0.0) for model in ctx.candidates]
+        tokens = [held.get(model.id, 0.0) for model in ctx.candidates] if held else ()
         if not any(tokens):
             return self._homes(ctx, prompt)
         modes = [self._mode(model.id) if held.get(model.id) else CacheMode.NONE for model in ctx.candidates]
@@ -154,16 +154,16 @@ class PrefixAffinity:
     def _homes(self, ctx: RoutingContext, prompt: PromptFacts) -> Affinity:
         """Nobody has the prompt: the replica of each model on which its beginning falls."""
         candidates = ctx.candidates
-        tokens, modes = [0.0] * len(candidates), [CacheMode.NONE] * len(candidates)
-        if self._rings:
+        tokens = [0.0] * len(candidates)
+        fingerprint = prompt.fingerprint_by(self._fingerprinter)
+        if self._rings and fingerprint.token_estimate >= self.prefix_tokens:
             place = {model.id: i for i, model in enumerate(candidates)}
-            beginning = prompt.fingerprint_by(self._fingerprinter).beginning
-            for name in dict.fromkeys([model.name for model in candidates]):
-                ring = self._rings.get(name)
-                home = None if ring is None else ring.get_node(beginning, place)
+            beginning = fingerprint.beginning
+            for ring in self._rings.values():
+                home = ring.get_node(beginning, place)
                 if home is not None:
-                    tokens[place[home]], modes[place[home]] = _HOME_TOKENS, CacheMode.APPROXIMATE
-        return Affinity(tokens, modes)
+                    tokens[place[home]] = _HOME_TOKENS
+        return Affinity(tokens, [CacheMode.NONE] * len(candidates))
 
     def _session(self, ctx: RoutingContext, prompt: PromptFacts) -> _Session | None:
         if not prompt.session:

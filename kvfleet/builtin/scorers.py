@@ -37,6 +37,10 @@ def _prices(model: ModelConfig) -> Prices:
     return price_in / 1000, (price_in if price_out is None else price_out) / 1000
 
 
+def _cost(price: Prices, tokens: tuple[int, int]) -> float | None:
+    return None if price is None else tokens[0] * price[0] + tokens[1] * price[1]
+
+
 @attrs.define
 class CostScorer:
     """What the request would cost, in US dollars: its prompt, and an answer of `max_tokens` or the usual length.
@@ -48,18 +52,25 @@ class CostScorer:
     answer_tokens: int = number(
         256, ge=0, unit="tokens", doc="Length of an answer where the request sets no `max_tokens`."
     )
-    _by_id: dict[str, Prices] = attrs.field(init=False, factory=dict, repr=False)
+    _prices: tuple[Prices, ...] = attrs.field(init=False, default=(), repr=False)
+    _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
 
     def provision(self, services: Services) -> None:
-        """Note the prices."""
-        self._by_id = {model.id: _prices(model) for model in services.models}
+        """Note the prices; there are far fewer than replicas."""
+        prices = {model.id: _prices(model) for model in services.models}
+        self._prices = tuple(dict.fromkeys(prices.values()))
+        place = {price: i for i, price in enumerate(self._prices)}
+        self._by_id = {replica: place[price] for replica, price in prices.items()}
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in US dollars."""
-        prompt, answer = self._tokens(ctx)
+        tokens = self._tokens(ctx)
+        costs = [_cost(price, tokens) for price in self._prices]
         known = self._by_id
-        prices = [known[m.id] if m.id in known else _prices(m) for m in ctx.candidates]
-        return Column(Unit.USD, [None if p is None else prompt * p[0] + answer * p[1] for p in prices])
+        try:
+            return Column(Unit.USD, [costs[known[model.id]] for model in ctx.candidates])
+        except KeyError:  # a model that is not of the fleet, as in a test
+            return Column(Unit.USD, [_cost(_prices(model), tokens) for model in ctx.candidates])
 
     def _tokens(self, ctx: RoutingContext) -> tuple[int, int]:
         modality = ctx.fact_or_none(MODALITY)
@@ -90,7 +101,10 @@ class LatencyScorer:
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in seconds."""
         times = self._load.times(ctx.now_s)
-        seconds = [times[m.id] if m.id in times else m.latency_p50_ms / 1000 for m in ctx.candidates]
+        try:
+            seconds = [times[model.id] for model in ctx.candidates]
+        except KeyError:  # a model that is not of the fleet, as in a test
+            seconds = [times.get(m.id, m.latency_p50_ms / 1000) for m in ctx.candidates]
         if any(ctx.affinity.values()):
             seconds = self._with_cache(ctx, seconds)
         return Column(Unit.SECONDS, seconds)

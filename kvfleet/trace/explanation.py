@@ -209,8 +209,9 @@ class Explanation:
         found: dict[str, float] = {}
         for stage in self.stages:
             if stage.kind == "affinity":
+                unknown = {r for r, mode in zip(stage.scored, stage.modes, strict=False) if mode == "none"}
                 for replica, tokens in stage.by_replica.items():
-                    found[replica] = max(tokens, found.get(replica, 0.0))
+                    found[replica] = max(0.0 if replica in unknown else tokens, found.get(replica, 0.0))
         return found
 
     @cached_property

@@ -142,7 +142,7 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
 def _affinity(explanation: Explanation, stage: StageRecord) -> Iterator[str]:
     """Who has a part of the prompt, and how that is known."""
     modes = dict(zip(stage.scored, stage.modes, strict=False))
-    having = {replica: tokens for replica, tokens in stage.by_replica.items() if tokens}
+    having = {replica: n for replica, n in stage.by_replica.items() if n and modes.get(replica) != "none"}
     if not having:
         yield "nothing cached"
         return
