@@ -7,24 +7,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, Operation
+from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, Operation
+from kvfleet.adapters.exposition import Reader, Samples
+from kvfleet.adapters.gauged import GaugedAdapter
 from kvfleet.adapters.prompting import TEMPLATES, template_of
 from kvfleet.adapters.refusals import one_prompt, refuse
 from kvfleet.adapters.tgi_wire import ENGINE, GenerateCall, MessagesCall, tgi_error
-from kvfleet.adapters.translated import TranslatedAdapter
 from kvfleet.adapters.translation import Translation
 from kvfleet.config.fields import choice, text
 from kvfleet.errors import BackendError
 
 __all__ = ["TGIAdapter"]
 
+_WAITING = "tgi_queue_size"
+_RUNNING = "tgi_batch_current_size"
+
 
 @attrs.define(kw_only=True)
-class TGIAdapter(TranslatedAdapter):
+class TGIAdapter(GaugedAdapter):
     """Speaks to Text Generation Inference."""
+
+    prefix: ClassVar[str] = "tgi_"
+    reader: ClassVar[Reader] = Reader([_WAITING, _RUNNING])
 
     chat_route: str = choice(
         "messages",
@@ -58,8 +66,12 @@ class TGIAdapter(TranslatedAdapter):
         return tgi_error(status, headers, body, received=received)
 
     async def health_check(self) -> EndpointHealth:
-        """Whether TGI answers; its ``/health`` makes the model generate a token if it has been idle."""
-        return await self.probe("/health")
+        """Whether TGI answers, and its load; its ``/health`` makes the model say a token if it has been idle."""
+        return await self.with_load(await self.probe("/health"))
+
+    def load_of(self, samples: Samples) -> EngineLoad:
+        """Batch and queue; TGI shows nothing of its cache."""
+        return EngineLoad(running=samples.count(_RUNNING), waiting=samples.count(_WAITING))
 
     async def list_models(self) -> tuple[str, ...]:
         """The one model it serves."""

@@ -75,10 +75,12 @@ async def _translated(incoming: Incoming, told: Translation) -> AsyncIterator[by
     try:
         async for event in events_of(incoming, told.framing):
             piece = told.done() if event == b"[DONE]" else told.read_event(event)
+            is_over = told.chunks.tally.is_complete
+            if is_over:
+                incoming.finish()
             if piece:
                 yield piece
-            if told.chunks.tally.is_complete:
-                incoming.finish()
+            if is_over:
                 return
         told.is_whole = incoming.is_complete
         yield told.end()

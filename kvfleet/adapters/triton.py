@@ -8,24 +8,34 @@ refused, because the extension has no place for them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 from urllib.parse import quote
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, Operation
+from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, Operation
+from kvfleet.adapters.exposition import Reader, Samples
+from kvfleet.adapters.gauged import GaugedAdapter
 from kvfleet.adapters.prompting import TEMPLATES, template_of
 from kvfleet.adapters.refusals import one_prompt, refuse
-from kvfleet.adapters.translated import TranslatedAdapter
 from kvfleet.adapters.translation import Translation
 from kvfleet.adapters.triton_wire import DIALECTS, ENGINE, Dialect, GenerateCall
 from kvfleet.config.fields import choice, mapping, text
 
 __all__ = ["TritonAdapter"]
 
+_PENDING = "nv_inference_pending_request_count"
+# of the TensorRT-LLM backend alone
+_REQUESTS = "nv_trt_llm_request_metrics"
+_BLOCKS = "nv_trt_llm_kv_cache_block_metrics"
+
 
 @attrs.define(kw_only=True)
-class TritonAdapter(TranslatedAdapter):
+class TritonAdapter(GaugedAdapter):
     """Speaks to a text model on Triton Inference Server."""
+
+    prefix: ClassVar[str] = "nv_"
+    reader: ClassVar[Reader] = Reader([_PENDING, _REQUESTS, _BLOCKS])
 
     dialect: str = choice("plain", of=tuple(DIALECTS), doc="How the model names its inputs and outputs.")
     parameter_names: Mapping[str, str] = mapping(
@@ -77,9 +87,43 @@ class TritonAdapter(TranslatedAdapter):
         health = await self.probe("/v2/health/ready")
         if not health.healthy:
             return health
-        return await self.probe(f"{self._model_path()}/ready")
+        return await self.with_load(await self.probe(f"{self._model_path()}/ready"))
+
+    def page_url(self) -> str:
+        """Triton serves its metrics on a port of their own."""
+        return self.metrics_url
+
+    async def get_load(self) -> EngineLoad:
+        """Requests that wait for the model; with the TensorRT-LLM backend, its batch and its KV cache too."""
+        return await super().get_load() if self.metrics_url else EngineLoad()
+
+    async def get_metrics(self) -> Mapping[str, float]:
+        """Triton's own figures, summed over models; empty without a `metrics_url`."""
+        return await super().get_metrics() if self.metrics_url else {}
+
+    def load_of(self, samples: Samples) -> EngineLoad:
+        """See `get_load`."""
+        pending = _labelled(samples, _PENDING, "model", self.model_id)
+        running = _labelled(samples, _REQUESTS, "request_type", "scheduled")
+        queued = _labelled(samples, _REQUESTS, "request_type", "waiting")
+        blocks = _labelled(samples, _BLOCKS, "kv_cache_block_type", "max")
+        tokens = _labelled(samples, _BLOCKS, "kv_cache_block_type", "tokens_per")
+        waiting = [count for count in (pending, queued) if count is not None]
+        return EngineLoad(
+            running=None if running is None else round(running),
+            waiting=round(sum(waiting)) if waiting else None,
+            kv_usage=_labelled(samples, _BLOCKS, "kv_cache_block_type", "fraction"),
+            cache_blocks=None if blocks is None else round(blocks),
+            block_tokens=None if tokens is None else round(tokens),
+        )
 
     async def list_models(self) -> tuple[str, ...]:
         """Names of the models that are ready; models that are not loaded are left out."""
         index = await self.control_json("POST", "/v2/repository/index", {"ready": True})
         return tuple(str(model["name"]) for model in index if model.get("state", "READY") == "READY")
+
+
+def _labelled(samples: Samples, name: str, label: str, value: str) -> float | None:
+    """The sum of a metric's lines with this label; None if there is none."""
+    found = [sample.value for sample in samples.all(name) if sample.labels.get(label) == value]
+    return sum(found) if found else None
