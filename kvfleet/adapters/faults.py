@@ -16,11 +16,11 @@ from kvfleet.errors import BackendError, Fault
 __all__ = ["error_object", "from_answer", "from_exception", "retry_after_s"]
 
 # Engines say "too long" in many ways; the code is the sure sign, the texts are those of vLLM, SGLang, TGI, llama.cpp,
-# Anthropic, Mistral and Bedrock.
+# Ollama, Anthropic, Mistral and Bedrock.
 _TOO_LONG = re.compile(
     r"(?:maximum|available|model's|maximum model|exceeds? the) (?:allowed )?(?:context|model) (?:length|size|window)"
     r"|context[_ ]length[_ ]exceeded|exceed_context_size|max_model_len"
-    r"|prompt is too long|input is too long|too many (?:input )?tokens"
+    r"|longer than the context length|prompt is too long|input is too long|too many (?:input )?tokens"
     r"|inputs` (?:tokens|must have less than)|maximum number of tokens allowed",
     re.IGNORECASE,
 )
