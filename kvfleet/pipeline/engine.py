@@ -154,9 +154,10 @@ class Decision:
         if tokens and min(tokens) < 0:
             raise ContractError(f"{stage.key} expects a negative number of tokens")
         known: dict[str, float] = self.ctx.affinity  # type: ignore[assignment]
-        for one, count in zip(ids, tokens, strict=True):
-            if count > known.get(one, 0.0):
-                known[one] = count
+        if any(tokens):
+            for one, count in zip(ids, tokens, strict=True):
+                if count > known.get(one, 0.0):
+                    known[one] = count
         span.attributes[names.SCORED] = ids
         span.attributes[names.SCORE_VALUES] = tuple(map(float, tokens))
         span.attributes[names.SCORE_MODES] = tuple([mode._value_ for mode in found.modes])

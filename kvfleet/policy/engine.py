@@ -193,11 +193,13 @@ class PolicyEngine:
     def exclusions(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
         """Who may not see the request, why, and by which rule; each candidate at most once."""
         found: list[Exclusion] = []
-        left = list(candidates)
+        left = candidates
         for exclude in (self._by_pii, self._by_data_class, self._by_rules):
-            for one in exclude(left, context):
-                found.append(one)
-                left = [m for m in left if m is not one.candidate]
+            more = exclude(left, context)
+            if more:
+                gone = {one.candidate.id for one in more}
+                left = [model for model in left if model.id not in gone]
+                found += more
         return found
 
     def _by_pii(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
