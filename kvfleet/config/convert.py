@@ -125,7 +125,7 @@ class _Reader:
 
     def _scalar(self, raw: Any, kind: type, info: FieldInfo, path: Path, default: Any) -> Any:
         if kind is str:
-            return self._text(raw, info, path)
+            return raw if raw == default == "" else self._text(raw, info, path)
         if kind is bool:
             return raw if isinstance(raw, bool) else self._not(raw, kind, info, path, default)
         is_number = isinstance(raw, int | float if kind is float else int) and not isinstance(raw, bool)
@@ -149,7 +149,7 @@ class _Reader:
         if info.choices and raw not in info.choices:
             remedy = did_you_mean(raw, info.choices)
             return self.complain(path, f"{named(raw, info)} is not allowed here", remedy, code="choice")
-        if info.pattern and raw and not re.fullmatch(info.pattern, raw):
+        if info.pattern and not re.fullmatch(info.pattern, raw):
             remedy = f"write it as in {info.example}" if isinstance(info.example, str) else "correct it"
             return self.complain(
                 path, f"must be {info.pattern_doc or info.pattern}, not {named(raw, info)}", remedy, code="pattern"
