@@ -1,0 +1,251 @@
+"""Writes the reference pages from the code: ``python docs/generate.py``; with ``--check`` it only compares.
+
+Nothing on these pages is written by hand, so nothing on them can be out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections.abc
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import attrs
+import click
+
+from kvfleet.cli.main import cli
+from kvfleet.config.jsonschema import schema
+from kvfleet.config.options import Option, options
+from kvfleet.config.schema import FleetConfig
+from kvfleet.plugin import spec
+from kvfleet.plugin.component import Component
+from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.manager import ComponentTable, discover
+from kvfleet.telemetry.metrics import METRICS
+from kvfleet.trace.reference import names_markdown
+
+HERE = Path(__file__).parent / "reference"
+WRITTEN_BY = "<!-- Written by docs/generate.py; edit the code it describes. -->\n"
+
+KINDS = {
+    Kind.CLASSIFY: "Find facts about the request, for later stages to use.",
+    Kind.ADMIT: "Let the request in, or refuse it early.",
+    Kind.FILTER: "Drop candidates, each with a reason.",
+    Kind.ANSWER: "Answer without a backend.",
+    Kind.AFFINITY: "Expect what each candidate has of the prompt in its KV cache.",
+    Kind.SCORE: "Give each candidate a number, in a unit.",
+    Kind.SELECT: "Rank the candidates: the strategies.",
+    Kind.EXECUTE: "Get the answer from the ranked candidates.",
+    Kind.OBSERVE: "Learn how routes ended.",
+    Kind.ADAPTER: "Speak to an engine; a model's `provider` names one, its `options` are set under `options:`.",
+    Kind.ACTION: "What a policy rule does; its `action` names one.",
+}
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a table."""
+    return " ".join(text.split()).replace("|", r"\|") or " "
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *([cell(c) for c in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def type_text(option: Option) -> str:
+    """A type in the words of the page."""
+    if option.info.choices:
+        return ", ".join(f"`{word}`" for word in option.info.choices)
+    return words_for(option.type)
+
+
+WORDS = {str: "text", bool: "yes or no", int: "whole number", float: "number", type(None): "nothing", Any: "anything"}
+
+
+def words_for(hint: Any) -> str:
+    """A type hint in plain words."""
+    if hint in WORDS:
+        return WORDS[hint]
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(words_for(part) for part in inner if part is not type(None))
+    if origin in (tuple, list, collections.abc.Sequence):
+        return f"list of {words_for(inner[0])}"
+    if origin in (dict, collections.abc.Mapping):
+        return f"mapping of names to {words_for(inner[1])}"
+    return f"`{getattr(hint, '__name__', hint)}`"
+
+
+def default_text(option: Option) -> str:
+    """A default as YAML has it."""
+    default = option.attribute.default
+    if default is attrs.NOTHING:
+        return "**required**"
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+        return " "
+    if default in (None, "", ()):
+        return " "
+    return f"`{json.dumps(default)}`"
+
+
+def range_text(option: Option) -> str:
+    """Bounds and unit."""
+    info = option.info
+    bounds = [
+        f"{sign} {value:g}"
+        for sign, value in ((">=", info.ge), (">", info.gt), ("<=", info.le), ("<", info.lt))
+        if value is not None
+    ]
+    return " ".join([", ".join(bounds), info.unit]).strip()
+
+
+def option_table(found: Iterable[Option]) -> str:
+    """The options of a class."""
+    rows = [(f"`{o.name}`", type_text(o), default_text(o), range_text(o), o.info.doc) for o in found]
+    return table(("Key", "Type", "Default", "Range, unit", "What it is"), rows) if rows else "No options.\n"
+
+
+def described(cls: type) -> list[Option]:
+    """The described options of a class; an adapter's common fields are not options."""
+    return [option for option in options(cls).values() if option.info.doc]
+
+
+def configuration(_: ComponentTable) -> str:
+    """The fleet file."""
+    parts = ["# Fleet file\n", "Every key, from the same descriptions that check a file. Unknown keys are findings.\n"]
+    seen: list[type] = []
+
+    def walk(cls: type, title: str) -> None:
+        seen.append(cls)
+        parts.append(f"## {title}\n\n{inspect.getdoc(cls)}\n\n{option_table(described(cls))}")
+        for option in options(cls).values():
+            for inner in sections_in(option.type):
+                if inner not in seen:
+                    walk(inner, f"`{option.name}`")
+
+    walk(FleetConfig, "The file")
+    return "\n".join(parts)
+
+
+def sections_in(hint: Any) -> list[type]:
+    """The attrs classes in a type."""
+    if isinstance(hint, type) and attrs.has(hint):
+        return [hint] if hint.__name__ != "StageConfig" else []
+    return [inner for part in getattr(hint, "__args__", ()) for inner in sections_in(part)]
+
+
+def components(found: ComponentTable) -> str:
+    """The built-in components."""
+    parts = ["# Components\n", "What comes with kvfleet. `kvfleet components` also lists what your plugins bring.\n"]
+    for kind in Kind:
+        own = [c for c in found.of_kind(kind) if c.distribution == "kvfleet"]
+        if own:
+            parts.append(f"## {kind}\n\n{KINDS[kind]}\n")
+            parts += [component(c) for c in own]
+    return "\n".join(parts)
+
+
+def component(c: Component) -> str:
+    """One component."""
+    name = c.key if c.kind.is_stage else c.name
+    lines = [f"### {name}\n", f"{inspect.getdoc(c.cls)}\n".replace("\n    ", "\n")]
+    facts = []
+    if c.needs:
+        facts.append("needs " + ", ".join(f"`{fact.name}`" for fact in c.needs))
+    if c.gives:
+        facts.append("gives " + ", ".join(f"`{fact.name}`" for fact in c.gives))
+    if c.must_hold:
+        facts.append("must hold: it cannot be skipped")
+    facts.append(c.stability.value)
+    lines += [f"*{'; '.join(facts)}*\n", option_table(described(c.cls))]
+    return "\n".join(lines)
+
+
+def command_line(_: ComponentTable) -> str:
+    """Every command's help."""
+    parts = ["# Command line\n"]
+
+    def walk(command: click.Command, path: str, parent: click.Context | None) -> None:
+        context = click.Context(command, info_name=path.rpartition(" ")[2], parent=parent, max_content_width=100)
+        parts.append(f"## `{path}`\n\n```text\n{command.get_help(context)}\n```\n")
+        if isinstance(command, click.Group):
+            for name in command.list_commands(context):
+                inner = command.get_command(context, name)
+                if inner is not None and not inner.hidden:
+                    walk(inner, f"{path} {name}", context)
+
+    walk(cli, "kvfleet", None)
+    return "\n".join(parts)
+
+
+def metrics(_: ComponentTable) -> str:
+    """The metrics table."""
+    rows = [(f"`{m.name}`", m.type, ", ".join(f"`{label}`" for label in m.labels), m.doc) for m in METRICS]
+    head = "# Metrics\n\nServed on `/metrics`, and on `telemetry.prometheus_port` if that is set.\n\n"
+    return head + table(("Metric", "Type", "Labels", "What it counts"), rows)
+
+
+def traces(_: ComponentTable) -> str:
+    """Span and attribute names."""
+    return f"# Traces\n\nThe record of a decision, and what is exported over OTLP.\n\n{names_markdown()}"
+
+
+def hooks(_: ComponentTable) -> str:
+    """The hookspecs."""
+    parts = [f"# Hooks\n\nPlugins implement these, under the entry-point group `{spec.ENTRY_POINT_GROUP}`.\n"]
+    for name in spec.__all__:
+        if name.startswith("kvfleet_"):
+            hook = getattr(spec, name)
+            parts.append(
+                f"## {name}\n\n```python\ndef {name}{inspect.signature(hook)}\n```\n\n{inspect.getdoc(hook)}\n"
+            )
+    return "\n".join(parts)
+
+
+def json_schema(found: ComponentTable) -> str:
+    """The JSON Schema that the pipelines' modelines name."""
+    own = [c for c in found.components if c.distribution == "kvfleet"]
+    return json.dumps(schema(own), indent=1) + "\n"
+
+
+PAGES: dict[str, Callable[[ComponentTable], str]] = {
+    "configuration.md": configuration,
+    "components.md": components,
+    "cli.md": command_line,
+    "metrics.md": metrics,
+    "traces.md": traces,
+    "hooks.md": hooks,
+    "fleet.schema.json": json_schema,
+}
+
+
+def main() -> int:
+    """Write or compare; 1 if a page is out of date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    found = discover()
+    stale = []
+    for name, make in PAGES.items():
+        text = make(found)
+        if name.endswith(".md"):
+            text = WRITTEN_BY + text
+        path = HERE / name
+        if check:
+            if not path.exists() or path.read_text() != text:
+                stale.append(name)
+        else:
+            path.write_text(text)
+    if stale:
+        print(f"out of date: {', '.join(stale)}; run python docs/generate.py")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
