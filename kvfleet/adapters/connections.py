@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import urllib.request
 import weakref
 from collections.abc import Awaitable, Callable, Hashable
@@ -151,11 +152,11 @@ class Connections:
         proxy = _proxy_for(route)
         if not proxy and not route.http2:
             return PooledTransport(idle_s=self.idle_s)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=self.idle_s)
-        try:
-            return httpx.AsyncHTTPTransport(http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False)
-        except ImportError as error:
-            raise ComponentError("HTTP/2 needs another package: pip install 'kvfleet[http2]'") from error
+        if route.http2 and importlib.util.find_spec("h2") is None:
+            raise ComponentError("HTTP/2 needs another package: pip install 'kvfleet[http2]'")
+        # httpx looks through all its idle connections at each request: keep few of them
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=50, keepalive_expiry=self.idle_s)
+        return httpx.AsyncHTTPTransport(http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False)
 
 
 def _proxy_for(route: Route) -> str:

@@ -205,7 +205,7 @@ class HTTPAdapter(InferenceAdapter):
         sent = list(self._fixed)
         for name, value in headers:
             if name.lower() not in self._fixed_names:
-                sent.append((name.encode("ascii"), value.encode("latin-1")))
+                sent.append((name.encode("ascii", "replace"), value.encode("latin-1", "replace")))
         sent.append((b"content-length", b"%d" % len(body)))
         timeout = {"connect": limits.connect_s, "first_byte": limits.first_byte_s, "read": limits.idle_s}
         return httpx.Request(
