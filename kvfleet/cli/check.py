@@ -12,7 +12,8 @@ import click
 import ruamel.yaml
 
 from kvfleet.cli import render
-from kvfleet.cli.options import CONFIG_VARIABLE, config_argument, default_config, json_option, read_fleet, reports
+from kvfleet.cli.options import config_argument, json_option, named_files, read_fleet, reports
+from kvfleet.config import jsonschema
 from kvfleet.config.expand import expand as expand_sections
 from kvfleet.config.findings import Finding
 from kvfleet.config.loader import check_config
@@ -22,7 +23,7 @@ from kvfleet.pipeline.graph import StageView, as_dot, as_mermaid, as_text, descr
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 
-__all__ = ["Checked", "check_file", "graph", "pipeline_yaml", "validate"]
+__all__ = ["Checked", "check_file", "graph", "pipeline_yaml", "schema", "validate"]
 
 
 @attrs.frozen
@@ -68,7 +69,7 @@ def validate(ctx: click.Context, files: Sequence[Path], *, online: bool, form: s
     Checked are the syntax, the vocabulary, the components and their options, the order of the stages, the facts they
     need, and every reference. Nothing is connected to, unless --online. Exit status 1 if there are findings.
     """
-    paths = _files(ctx, files)
+    paths = named_files(ctx, files)
     table = discover()
     checked = [check_file(path, table) for path in paths]
     if online:
@@ -84,13 +85,6 @@ def validate(ctx: click.Context, files: Sequence[Path], *, online: bool, form: s
             _print(one)
     if any(one.findings for one in checked):
         ctx.exit(1)
-
-
-def _files(ctx: click.Context, files: Sequence[Path]) -> Sequence[Path]:
-    found = list(files) or [Path(path) for path in [default_config()] if path]
-    if not found:
-        raise click.UsageError(f"no fleet file: name one, or set {CONFIG_VARIABLE}", ctx)
-    return found
 
 
 def _print(one: Checked) -> None:
@@ -222,3 +216,16 @@ def pipeline_yaml(stages: Sequence[StageConfig]) -> str:
     stream = io.StringIO()
     yaml.dump({"pipeline": _entries(stages)}, stream)
     return stream.getvalue()
+
+
+@click.command()
+@reports
+def schema() -> None:
+    r"""Print the JSON Schema of fleet files, with the options of every installed component.
+
+    \b
+    kvfleet schema > fleet.schema.json
+
+    and a first line `# yaml-language-server: $schema=fleet.schema.json` make an editor check and complete a file.
+    """
+    render.echo_json(jsonschema.schema(discover().components))

@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("Run", "kvfleet.cli.serve:serve", "Start the gateway, as `run` does."),
     "init": ("Run", "kvfleet.cli.serve:init", "Write a commented fleet file to begin with."),
     "validate": ("Check", "kvfleet.cli.check:validate", "Check fleet files; all findings at once."),
-    "test": ("Check", "kvfleet.cli.check:test", "Run the tests that stand in fleet files."),
+    "test": ("Check", "kvfleet.cli.tests:test", "Run the tests that stand in fleet files."),
     "graph": ("Check", "kvfleet.cli.check:graph", "Draw the pipeline."),
     "simulate": ("Decide", "kvfleet.cli.route:simulate", "Say where a request would go; asks no backend."),
     "explain": ("Decide", "kvfleet.cli.route:explain", "Show the whole decision about a request; asks no backend."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -23,6 +23,7 @@ __all__ = [
     "config_argument",
     "default_config",
     "json_option",
+    "named_files",
     "prompt_options",
     "read_fleet",
     "reports",
@@ -33,6 +34,7 @@ R = TypeVar("R")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 CONFIG_VARIABLE = "KVFLEET_CONFIG"
+_NO_FILE = f"no fleet file: name one, or set {CONFIG_VARIABLE}; `kvfleet init` writes a first one"
 
 
 class Failure(click.ClickException):
@@ -101,12 +103,22 @@ def config_argument(*, required: bool = True) -> Decorator:
     def fill(ctx: click.Context, _: click.Parameter, value: str | None) -> Path | None:
         found = value or default_config()
         if not found and required and not ctx.resilient_parsing:
-            raise click.UsageError(
-                f"no fleet file: name one, or set {CONFIG_VARIABLE}; `kvfleet init` writes a first one", ctx
-            )
+            raise click.UsageError(_NO_FILE, ctx)
         return Path(found) if found else None
 
     return click.argument("config", required=False, metavar="[FILE]", callback=fill, type=click.Path())
+
+
+def named_files(ctx: click.Context, files: Sequence[Path]) -> Sequence[Path]:
+    """The files named on the command line, or the one that `CONFIG_VARIABLE` names.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    found = list(files) or [Path(path) for path in [default_config()] if path]
+    if not found:
+        raise click.UsageError(_NO_FILE, ctx)
+    return found
 
 
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
