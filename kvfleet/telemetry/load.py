@@ -1,7 +1,10 @@
 """What is in flight where, what the engines say of themselves, and how long answers take to begin.
 
 The estimate here is simple on purpose: a learned time to the first byte, scaled by how busy the replica is now against
-how busy it was when that time was learned. Every reading is a dictionary lookup; the work is done when a fact arrives.
+how busy it was when that time was learned. A replica that was not measured yet is taken to be like its model's others,
+and a model without any measurement to be as much faster or slower than declared as the fleet is. So measured and
+declared times can be compared, and nobody is shunned for a careless declaration. Every reading is a dictionary lookup;
+the work is done when a fact arrives.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which the expected time doubles, until measurements at that load say otherwise."""
 _DEFAULT_S = 0.5
+_PACE_STEP = 0.1
 
 
 @attrs.define
@@ -29,6 +33,7 @@ class ReplicaLoad:
     """What is known of one replica.
 
     Attributes:
+        model: The name of its model.
         endpoint: Where it runs.
         declared_s: Its configured time to an answer, used until there is a measurement.
         in_flight: Our own requests there.
@@ -41,6 +46,7 @@ class ReplicaLoad:
         reported: What its engine last said, and `reported_in_flight` what we had there then.
     """
 
+    model: str = ""
     endpoint: str = ""
     declared_s: float = _DEFAULT_S
     in_flight: int = 0
@@ -79,6 +85,10 @@ class FleetLoad:
     _replicas: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
     _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
     _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
+    _models: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _unmeasured: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
+    _pace: float | None = attrs.field(init=False, default=None, repr=False)
+    _pace_used: float = attrs.field(init=False, default=1.0, repr=False)
     _times: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
     _free: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
     _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
@@ -86,13 +96,16 @@ class FleetLoad:
     def register(self, replicas: Iterable[ModelConfig]) -> None:
         """Know these replicas, and forget all others; what was learned of those that stay is kept."""
         before, self._replicas = self._replicas, {}
-        self._at, self._times, self._free = {}, {}, {}
+        self._at, self._times, self._free, self._unmeasured = {}, {}, {}, {}
         for model in replicas:
             known = before.get(model.id) or ReplicaLoad()
-            known.endpoint, known.declared_s = model.endpoint, model.latency_p50_ms / 1000
+            known.model, known.endpoint = model.name, model.endpoint
+            known.declared_s = model.latency_p50_ms / 1000
             self._replicas[model.id] = known
             self._at.setdefault(model.endpoint, []).append(model.id)
             self._refresh(model.id, known)
+        names = {known.model for known in self._replicas.values()}
+        self._models = {name: learned for name, learned in self._models.items() if name in names}
         self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
 
     # Our own requests
@@ -111,6 +124,8 @@ class FleetLoad:
         known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
         known.measured_s = self.clock.now_s()
         self._refresh(replica_id, known)
+        if known.model:
+            self._learn_of_model(known, ttfb_s)
 
     def finished(self, replica_id: str, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
         """The call ended, `duration_s` seconds after it began."""
@@ -191,18 +206,34 @@ class FleetLoad:
         if known is None:
             if len(self._replicas) >= _MOST_REPLICAS:
                 oldest = next(iter(self._replicas))
-                for table in (self._replicas, self._times, self._free):
+                for table in (self._replicas, self._times, self._free, self._unmeasured):
                     table.pop(oldest, None)
             known = self._replicas[replica_id] = ReplicaLoad()
         return known
 
+    def _learn_of_model(self, known: ReplicaLoad, ttfb_s: float) -> None:
+        """Let those that were not measured yet profit: the model's other replicas, and, by pace, everybody else."""
+        self._models[known.model] = _mix(self._models.get(known.model), ttfb_s)
+        self._pace = _mix(self._pace, ttfb_s / known.declared_s)
+        if not self._unmeasured:
+            return
+        has_moved = abs(self._pace - self._pace_used) > _PACE_STEP * self._pace_used
+        if has_moved:
+            self._pace_used = self._pace
+        for replica_id, other in tuple(self._unmeasured.items()):
+            if has_moved or other.model == known.model:
+                self._refresh(replica_id, other)
+
     def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
         pending = known.pending
-        learned = known.ttfb_s
-        if learned is None:
-            self._times[replica_id] = known.declared_s * (1 + pending / _KNEE)
+        if known.ttfb_s is None:
+            self._unmeasured[replica_id] = known
+            likely = self._models.get(known.model)
+            likely = known.declared_s * self._pace_used if likely is None else likely
+            self._times[replica_id] = likely * (1 + pending / _KNEE)
         else:
-            self._times[replica_id] = learned * (_KNEE + pending) / (_KNEE + known.busy)
+            self._unmeasured.pop(replica_id, None)
+            self._times[replica_id] = known.ttfb_s * (_KNEE + pending) / (_KNEE + known.busy)
         free = _KNEE / (_KNEE + pending)
         if known.reported is not None and known.reported.kv_usage is not None:
             free = min(free, max(1.0 - known.reported.kv_usage, 0.0))
