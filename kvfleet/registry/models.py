@@ -96,7 +96,7 @@ class ModelRegistry:
         del self._models[name]
         self._changed()
 
-    def update(self, name: str, **fields: Any) -> ModelConfig:
+    def update(self, name: str, /, **fields: Any) -> ModelConfig:
         """Change some fields of a model; the model as it is then.
 
         Raises:
