@@ -66,6 +66,10 @@ class _Checker:
                     path, f"unknown {what} {word!r}", did_you_mean(word, known), code="unknown-name"
                 )
 
+    def _items(self, path: Path, what: str, words: Iterable[str], known: Collection[str]) -> Iterator[Finding]:
+        for index, word in enumerate(words):
+            yield from self._known((*path, index), what, [word], known)
+
     def _keys(self, path: Path, what: str, words: Iterable[str], known: Collection[str]) -> Iterator[Finding]:
         for word in words:
             yield from self._known((*path, word), what, [word], known)
@@ -78,16 +82,16 @@ class _Checker:
             yield self.origin.finding(path, f"the request {what}", "give one of them", code="request")
         names = self.names
         yield from self._known((*path, "model"), "model", [request.model], names.asked)
-        yield from self._known((*path, "models"), "model", request.models, names.models)
+        yield from self._items((*path, "models"), "model", request.models, names.models)
         yield from self._known((*path, "strategy"), "strategy", [request.strategy], names.strategies)
 
     def given(self, path: Path, given: Given) -> Iterator[Finding]:
         """The world's state speaks of those who exist."""
         for key in ("backends", "health", "load"):
             yield from self._keys((*path, key), "model", getattr(given, key), self.names.targets)
+            for target, state in given.health.items() if key == "health" else ():
+                yield from self._known((*path, key, target), "state", [state], ("up", "down"))
         yield from self._known((*path, "select"), "model", [given.select], self.names.targets)
-        for target, state in given.health.items():
-            yield from self._known((*path, "health", target), "state", [state], ("up", "down"))
 
     def expected(self, path: Path, expect: Expected, repeat: int) -> Iterator[Finding]:
         """What is expected speaks of those who exist, and can be."""
@@ -97,7 +101,7 @@ class _Checker:
         for key in ("selected", "served_by"):
             yield from self._known((*path, key), "model", [getattr(expect, key)], targets)
         for key in ("attempts", "ranking", "kept"):
-            yield from self._known((*path, key), "model", getattr(expect, key) or (), targets)
+            yield from self._items((*path, key), "model", getattr(expect, key) or (), targets)
         for key in ("dropped", "scores", "cached", "share"):
             yield from self._keys((*path, key), "model", getattr(expect, key), targets)
         yield from self._known((*path, "answered_by"), "stage", [expect.answered_by], names.stages)
@@ -119,11 +123,12 @@ class _Checker:
 def check_case(case: Case, path: Path, names: Names, origin: Origin) -> list[Finding]:
     """Everything wrong with one case."""
     checker = _Checker(names, origin)
-    findings = list(checker.given((*path, "given"), case.given))
     if not case.turns:
-        findings += checker.request((*path, "request"), case.request)
+        findings = list(checker.request((*path, "request"), case.request))
+        findings += checker.given((*path, "given"), case.given)
         findings += checker.expected((*path, "expect"), case.expect, case.repeat)
         return findings
+    findings = list(checker.given((*path, "given"), case.given))
     if case.request != CaseRequest() or case.expect != Expected():
         what = "a case with turns has its requests and expectations there"
         findings.append(origin.finding(path, what, "move `request` and `expect` into a turn", code="request"))

@@ -78,7 +78,7 @@ def mismatches(expect: Expected, seen: Seen) -> Iterator[Mismatch]:
     yield from _drops(expect.dropped, seen)
     for target in expect.kept:
         if not any(is_meant(target, replica) for replica in _left(seen)):
-            yield Mismatch(("kept",), f"{target} to be kept", _fate(target, seen))
+            yield Mismatch(("kept",), f"{target} to be kept", f"it {_fate(target, seen)}")
     yield from _ranges("scores", expect.scores, _totals(seen))
     yield from _ranges("cached", expect.cached, _cached(seen))
     yield from _facts(expect.facts, seen)
@@ -153,10 +153,10 @@ def _fate(target: str, seen: Seen) -> str:
     drops = [drop for drop in (seen.explanation.drops if seen.explanation else ()) if is_meant(target, drop.candidate)]
     if drops:
         rule = f" [{drops[0].rule}]" if drops[0].rule else ""
-        return f"it dropped by {drops[0].stage}{rule}: {drops[0].reason}"
+        return f"dropped by {drops[0].stage}{rule}: {drops[0].reason}"
     if any(is_meant(target, replica) for replica in seen.candidates):
-        return "it kept"
-    return "no such candidate in this request"
+        return "kept"
+    return "left out: it was no candidate for this request"
 
 
 def _drops(expected: Mapping[str, DropExpected], seen: Seen) -> Iterator[Mismatch]:
@@ -172,7 +172,7 @@ def _drops(expected: Mapping[str, DropExpected], seen: Seen) -> Iterator[Mismatc
             left = next((replica for replica in meant if replica not in fitting), target)
             by = f" by {wanted.by}" if wanted.by else ""
             rule = f" [{wanted.rule}]" if wanted.rule else ""
-            yield Mismatch(("dropped", target), f"it to be dropped{by}{rule}", _fate(left, seen))
+            yield Mismatch(("dropped", target), f"it to be dropped{by}{rule}", f"it {_fate(left, seen)}")
 
 
 def _totals(seen: Seen) -> dict[str, float]:

@@ -13,11 +13,11 @@ from kvfleet.clock import FrozenClock
 from kvfleet.config.findings import Path
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import BackendError, Fault, RouteError
-from kvfleet.pipeline.stage import BoundStage
-from kvfleet.plugin.contract import RouteRequest
+from kvfleet.plugin.component import Component
+from kvfleet.plugin.contract import Kind, RouteRequest
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.router.scoring import Ranking, ScoringContext
+from kvfleet.router.scoring import ModelScore, Ranking, ScoringContext
 from kvfleet.runtime import Router
 from kvfleet.testing.expecting import Mismatch, Seen, is_meant, mismatches
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
@@ -51,6 +51,8 @@ async def run_case(config: FleetConfig, case: Case, table: ComponentTable) -> Fa
         ConfigError: if the pipeline cannot be built.
     """
     world = _World(ModelRegistry.from_configs(config.models).replicas)
+    if case.given.select or any(turn.given.select for turn in case.turns):
+        table = world.steering.table(table)
     router = Router(config, table=table, clock=world.clock, adapters=world.adapters, polls=False, seed=case.seed)
     async with router:
         world.give(router, case.given)
@@ -160,6 +162,7 @@ class _World:
 
     def __init__(self, replicas: Sequence[ModelConfig]) -> None:
         self.clock = FrozenClock()
+        self.steering = _Steering()
         self.replicas = replicas
         self.adapters = {model.id: self._adapter(model) for model in replicas}
         self._given: dict[str, BackendGiven] = {}
@@ -177,8 +180,7 @@ class _World:
             said = EngineLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
             for model in self._meant(target):
                 router.services.load.report(model.endpoint, said, self.clock.now_s())
-        if given.select:
-            _force(router, given.select)
+        self.steering.wanted = given.select or self.steering.wanted
 
     def _meant(self, target: str) -> list[ModelConfig]:
         return [model for model in self.replicas if is_meant(target, model.id)]
@@ -209,26 +211,34 @@ class _World:
         )
 
 
-def _force(router: Router, wanted: str) -> None:
-    """Put somebody first in every ranking to come; the components stay the pipeline's own."""
+@attrs.define
+class _Steering:
+    """Who is to be first in every ranking; nobody in particular if empty."""
 
-    def forced(stage: BoundStage) -> BoundStage:
-        def select(models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
-            return _first(wanted, Ranking.of(models, stage.run(models, context)))
+    wanted: str = ""
 
-        return attrs.evolve(stage, run=select)
+    def table(self, table: ComponentTable) -> ComponentTable:
+        """The components, with every strategy obeying."""
+        found: dict[tuple[Kind, str], tuple[Component, ...]] = {(c.kind, c.name): (c,) for c in table.components}
+        found |= {(one[0].kind, one[0].name): one for one in table.conflicts}
+        found |= {(one.kind, one.name): (self._steered(one),) for one in table.of_kind(Kind.SELECT)}
+        return attrs.evolve(table, by_key=found)
 
-    pipeline = router.pipeline
-    strategies = {name: forced(stage) for name, stage in pipeline.strategies.items()}
-    router.pipeline = attrs.evolve(pipeline, select=strategies[pipeline.select.name], strategies=strategies)
+    def _steered(self, component: Component) -> Component:
+        def select(
+            strategy: Any, models: Sequence[ModelConfig], context: ScoringContext | None = None
+        ) -> Sequence[ModelScore]:
+            ranking: Sequence[ModelScore] = component.cls.select(strategy, models, context)
+            return self._first(Ranking.of(models, ranking)) if self.wanted else ranking
 
+        return attrs.evolve(component, cls=type(component.cls.__name__, (component.cls,), {"select": select}))
 
-def _first(wanted: str, ranking: Ranking) -> Ranking:
-    order = sorted(range(len(ranking.models)), key=lambda i: not is_meant(wanted, ranking.models[i].id))
-    return Ranking(
-        [ranking.models[i] for i in order],
-        [ranking.totals[i] for i in order],
-        unit=ranking.unit,
-        terms={name: [values[i] for i in order] for name, values in ranking.terms.items()},
-        mode="forced",
-    )
+    def _first(self, ranking: Ranking) -> Ranking:
+        order = sorted(range(len(ranking.models)), key=lambda i: not is_meant(self.wanted, ranking.models[i].id))
+        return Ranking(
+            [ranking.models[i] for i in order],
+            [ranking.totals[i] for i in order],
+            unit=ranking.unit,
+            terms={name: [values[i] for i in order] for name, values in ranking.terms.items()},
+            mode="forced",
+        )
