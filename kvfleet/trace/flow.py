@@ -60,15 +60,23 @@ class Flow:
             then: What stands before its continuations; blanks as wide as `margin` if None.
         """
         then = " " * len(margin) if then is None else then
-        line, used, gap = margin, len(margin), 0
-        for word, style, before in _words(pieces):
-            if used + gap + len(word) > (self.columns or used + gap + len(word)) and used > len(then):
-                self.lines.append(line.rstrip())
-                line, used, gap = then, len(then), 0
-            line += " " * gap + style(word)
+        runs: list[tuple[str, Style]] = [(margin, _plain)]
+        used, gap = len(margin), 0
+        for word, style, after in _words(pieces):
+            is_too_wide = self.columns is not None and used + gap + len(word) > self.columns
+            if is_too_wide and used > len(then):
+                self._end(runs)
+                runs, used, gap = [(then, _plain)], len(then), 0
+            if gap == 1 and runs[-1][1] is style:
+                runs[-1] = (f"{runs[-1][0]} {word}", style)  # one run of colour, not one a word
+            else:
+                runs += [(" " * gap, _plain), (word, style)]
             used += gap + len(word)
-            gap = before
-        self.lines.append(line.rstrip())
+            gap = after
+        self._end(runs)
+
+    def _end(self, runs: list[tuple[str, Style]]) -> None:
+        self.lines.append("".join(style(run) for run, style in runs if run).rstrip())
 
     def text(self) -> str:
         """Everything so far."""

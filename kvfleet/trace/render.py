@@ -122,9 +122,8 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
     pieces += [(f"{fact} {_shown(value)}", _bare) for fact, value in stage.facts.items()]
     if stage.candidates_in is not None:
         is_same = stage.candidates_out == stage.candidates_in
-        pieces.append(
-            (f"{stage.candidates_in}" if is_same else f"{stage.candidates_in} → {stage.candidates_out}", _bare)
-        )
+        told = f"{stage.candidates_in} stay" if is_same else f"{stage.candidates_in} → {stage.candidates_out}"
+        pieces.append((told, _bare))
     if stage.kind == "affinity" and stage.scored:
         pieces += [(piece, _bare) for piece in _affinity(explanation, stage)]
     elif stage.kind == "score" and stage.scored:
