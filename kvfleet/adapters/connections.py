@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import ssl
 import urllib.request
 import weakref
 from collections.abc import Awaitable, Callable, Hashable
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import attrs
 import httpx
 
-from kvfleet.adapters.transport import PooledTransport
+from kvfleet.adapters.transport import PooledTransport, trusting
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import ComponentError
 
@@ -104,7 +105,11 @@ class Connections:
             if self.transport is not None:
                 options["transport"] = self.transport
             else:
-                options |= {"trust_env": False, "proxy": _proxy_for(route) or None}
+                options |= {
+                    "trust_env": False,
+                    "proxy": _proxy_for(route) or None,
+                    "verify": _tls_of(route, "http/1.1"),
+                }
             found = clients[route] = httpx.AsyncClient(base_url=route.origin, **options)
         return found
 
@@ -156,7 +161,17 @@ class Connections:
             raise ComponentError("HTTP/2 needs another package: pip install 'kvfleet[http2]'")
         # httpx looks through all its idle connections at each request: keep few of them
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=50, keepalive_expiry=self.idle_s)
-        return httpx.AsyncHTTPTransport(http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False)
+        tls = _tls_of(route, "http/1.1", *(["h2"] if route.http2 else []))
+        return httpx.AsyncHTTPTransport(
+            http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False, verify=tls
+        )
+
+
+def _tls_of(route: Route, *protocols: str) -> ssl.SSLContext:
+    """A context for each choice of protocols, because httpx writes that into the one it is given."""
+    if httpx.URL(route.origin).scheme != "https":
+        return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, trusts nobody, costs nothing
+    return trusting(*protocols)
 
 
 def _proxy_for(route: Route) -> str:
