@@ -1,4 +1,4 @@
-"""What several commands share: the fleet file, ``--json``, the options of a request, and how failures are told."""
+"""What several commands share: the fleet file, ``--json``, and how failures are told."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ __all__ = [
     "default_config",
     "json_option",
     "named_files",
-    "prompt_options",
     "read_fleet",
     "reports",
 ]
@@ -124,25 +123,6 @@ def named_files(ctx: click.Context, files: Sequence[Path]) -> Sequence[Path]:
 def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
-
-
-def prompt_options(default: str) -> Decorator:
-    """The options that describe a request to decide about."""
-    made: list[Decorator] = [
-        click.option("-p", "--prompt", default=default, show_default=True, help="The user's message."),
-        click.option("-d", "--data-class", default="", help="Data class; the policy's default if not given."),
-        click.option("-t", "--tenant", default="", help="The tenant that asks."),
-        click.option("-m", "--model", default="auto", show_default=True, help="The model asked for."),
-        click.option("-s", "--strategy", default="", help="Strategy for this request; the file's if not given."),
-        json_option,
-    ]
-
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(made):
-            function = option(function)
-        return function
-
-    return add
 
 
 def read_fleet(path: Path | None) -> FleetConfig:

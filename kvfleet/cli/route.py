@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import click
 
 from kvfleet.cli import render
-from kvfleet.cli.options import config_argument, prompt_options, read_fleet, reports
+from kvfleet.cli.options import Decorator, config_argument, json_option, read_fleet, reports
 from kvfleet.cli.trace import PAINT
+from kvfleet.config.schema import AUTO_MODEL, DATA_CLASSES
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.render import render as render_route
@@ -21,12 +23,37 @@ _BEST = 5
 _EVERY = 1_000_000
 
 
+def _request_options(prompt: str) -> Decorator:
+    """The options that describe a request to decide about."""
+    made: list[Decorator] = [
+        click.option("-p", "--prompt", default=prompt, show_default=True, help="The user's message."),
+        click.option(
+            "-d",
+            "--data-class",
+            type=click.Choice(DATA_CLASSES),
+            default=None,
+            help="The request's data class; the policy's default if not given.",
+        ),
+        click.option("-t", "--tenant", default="", help="The tenant that asks."),
+        click.option("-m", "--model", default=AUTO_MODEL, show_default=True, help="The model or alias asked for."),
+        click.option("-s", "--strategy", default="", help="Strategy for this request; the file's if not given."),
+        json_option,
+    ]
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(made):
+            function = option(function)
+        return function
+
+    return add
+
+
 @click.command()
 @config_argument()
-@prompt_options("Hello, what can you help me with?")
+@_request_options("Hello, what can you help me with?")
 @click.pass_context
 @reports
-def simulate(ctx: click.Context, /, config: Path, *, as_json: bool, **request: str) -> None:
+def simulate(ctx: click.Context, /, config: Path, *, as_json: bool, **request: Any) -> None:
     """Say where a request would go, and why not elsewhere.
 
     The decision is made by the code that makes live ones, with every replica idle and none known to be down. No backend
@@ -37,11 +64,11 @@ def simulate(ctx: click.Context, /, config: Path, *, as_json: bool, **request: s
 
 @click.command()
 @config_argument()
-@prompt_options("Hello")
+@_request_options("Hello")
 @click.option("--all", "is_all", is_flag=True, help="Show every candidate of a ranking, not the best ones alone.")
 @click.pass_context
 @reports
-def explain(ctx: click.Context, /, config: Path, *, is_all: bool, as_json: bool, **request: str) -> None:
+def explain(ctx: click.Context, /, config: Path, *, is_all: bool, as_json: bool, **request: Any) -> None:
     """Show the whole decision about a request: every stage, candidate, drop and score.
 
     The decision is made as `kvfleet simulate` makes it. `kvfleet trace show` gives the same of a request that a gateway
@@ -54,7 +81,7 @@ def explain(ctx: click.Context, /, config: Path, *, is_all: bool, as_json: bool,
     _show(ctx, decide(config, **request), as_json=as_json, words=tree)
 
 
-def decide(path: Path, *, prompt: str, data_class: str, tenant: str, model: str, strategy: str) -> Explanation:
+def decide(path: Path, *, prompt: str, data_class: str | None, tenant: str, model: str, strategy: str) -> Explanation:
     """Decide about one request.
 
     Raises:
@@ -66,7 +93,7 @@ def decide(path: Path, *, prompt: str, data_class: str, tenant: str, model: str,
     async def run() -> Explanation:
         async with Router(config, polls=False) as router:
             return await router.simulate(
-                prompt=prompt, model=model, data_class=data_class, tenant_id=tenant, strategy_override=strategy
+                prompt=prompt, model=model, data_class=data_class or "", tenant_id=tenant, strategy_override=strategy
             )
 
     return anyio.run(run)

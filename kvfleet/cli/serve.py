@@ -79,7 +79,7 @@ def _start(
     log_level: str,
 ) -> None:
     config = read_quickstart() if path is None else read_fleet(path)
-    what = "the quickstart: three mock engines inside this process, no GPU needed" if path is None else str(path)
+    what = "three mock engines inside this process, no GPU needed" if path is None else str(path)
     needs_key = bool(api_key or config.gateway.api_key or config.gateway.api_keys)
 
     def ready(serving: Serving) -> None:
@@ -115,7 +115,7 @@ def _welcome(serving: Serving, config: FleetConfig, what: str, *, needs_key: boo
     body = f'{{"model": "{AUTO_MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return "\n".join(
         [
-            f"{render.bold('kvfleet')} serves {render.bold(config.fleet_name)} ({what})",
+            f"{render.bold('kvfleet')} serves {render.bold(config.fleet_name)}: {what}",
             f"listening on {render.good(serving.url)}, OpenAI base URL {serving.url}/v1",
             "",
             graph,

@@ -24,7 +24,8 @@ def test(ctx: click.Context, paths: Sequence[Path], *, quiet: bool, as_json: boo
     """Run the tests that stand under `tests:` in fleet files, or in *.test.yaml files beside them.
 
     They run through the real engine, with backends that do as told, a frozen clock and a fixed seed. Nothing is
-    connected to. Exit status 1 if a test fails or a file has findings.
+    connected to. Exit status 1 if a test fails, a file has findings,
+    or there are no tests.
     """
     paths = named_files(ctx, paths)
     if as_json:
@@ -39,7 +40,7 @@ def test(ctx: click.Context, paths: Sequence[Path], *, quiet: bool, as_json: boo
 
         report = run_files(paths, on_case=tell)
         _summarise(report)
-    if not report.is_ok:
+    if not report.is_ok or not report.results:
         ctx.exit(1)
 
 
@@ -51,13 +52,18 @@ def _tell(result: CaseResult, seen: list[str]) -> None:
     if result.passed:
         render.echo(f"  {render.good('✓')} {result.name}  {render.dim(f'{result.duration_s * 1000:.0f} ms')}")
         return
-    render.echo(f"  {render.bad('✗')} {result.name}")
-    render.echo("\n".join(f"    {line}" for line in result.text().splitlines()))
+    note = f" ({result.note})" if result.note else ""
+    render.echo(f"  {render.bad('✗')} {result.name}{note}")
+    for line in result.text().splitlines()[1:]:  # the first one repeats the name
+        render.echo(f"  {line}")
 
 
 def _summarise(report: Report) -> None:
     if report.findings:
         render.findings(report.findings)
+    if not report.results and not report.findings:
+        render.echo(f"{render.bad('Error:')} no tests there; they stand under `tests:` in a fleet file", err=True)
+        return
     told = render.count(report.passed, "test") + " passed"
     failed = render.bad(f", {report.failed} failed") if report.failed else ""
     render.echo((render.good(told) if report.is_ok else told) + failed)
