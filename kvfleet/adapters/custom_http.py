@@ -135,7 +135,7 @@ class CustomHTTPAdapter(TranslatedAdapter):
         if not call.stream or self.stream_format != _WHOLE:
             return await super().send(call)
         reply = await super().send(attrs.evolve(call, stream=False))
-        told = as_stream(orjson.loads(reply.body), include_usage=wants_usage(call.body))
+        told = as_stream(call.operation, orjson.loads(reply.body), include_usage=wants_usage(call.body))
         return Reply(status=reply.status, headers=reply.headers, events=_once(told), tally=reply.tally)
 
     async def health_check(self) -> EndpointHealth:

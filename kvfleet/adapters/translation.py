@@ -232,28 +232,35 @@ class Translation(abc.ABC):
             ) from error
 
 
-def as_stream(answer: Mapping[str, Any], *, include_usage: bool) -> bytes:
-    """A whole OpenAI answer told as a stream: one event for what was said, one for the finish, and ``[DONE]``."""
-    is_chat = answer["object"] == "chat.completion"
+def as_stream(operation: Operation, answer: Mapping[str, Any], *, include_usage: bool) -> bytes:
+    """A whole OpenAI answer told as a stream: for each choice what was said and its finish, then ``[DONE]``.
+
+    Raises:
+        BackendError: (`Fault.PROTOCOL`) if it has not OpenAI's shape.
+    """
     head = {key: value for key, value in answer.items() if key not in ("choices", "usage")}
-    head["object"] = "chat.completion.chunk" if is_chat else "text_completion"
-    events = [event for choice in answer["choices"] for event in _told(choice, is_chat=is_chat)]
+    head["object"] = _OBJECT[operation, True]
+    try:
+        choices = [event for place, choice in enumerate(answer["choices"]) for event in _told(operation, choice, place)]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BackendError(Fault.PROTOCOL, f"the backend's answer has not the shape it should: {error!r}") from error
     rest = {"usage": None} if include_usage else {}
-    said: list[dict[str, Any]] = [{**head, "choices": [event], **rest} for event in events]
+    said: list[dict[str, Any]] = [{**head, "choices": [choice], **rest} for choice in choices]
     if include_usage and answer.get("usage"):
         said.append({**head, "choices": [], "usage": answer["usage"]})
     return b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in said) + b"data: [DONE]\n\n"
 
 
-def _told(choice: Mapping[str, Any], *, is_chat: bool) -> list[dict[str, Any]]:
-    last = {"index": choice["index"], "logprobs": None, "finish_reason": choice["finish_reason"]}
-    open_ = {**last, "logprobs": choice.get("logprobs"), "finish_reason": None}
-    if not is_chat:
-        return [{**open_, "text": choice["text"]}, {**last, "text": ""}]
+def _told(operation: Operation, choice: Mapping[str, Any], place: int) -> list[dict[str, Any]]:
+    head = {"index": choice.get("index", place)}
+    said = {**head, "logprobs": choice.get("logprobs"), "finish_reason": None}
+    last = {**head, "logprobs": None, "finish_reason": choice.get("finish_reason") or "stop"}
+    if operation is not Operation.CHAT:
+        return [{**said, "text": choice["text"]}, {**last, "text": ""}]
     delta = dict(choice["message"])
     if delta.get("tool_calls"):
         delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(delta["tool_calls"])]
-    return [{**open_, "delta": delta}, {**last, "delta": {}}]
+    return [{**said, "delta": delta}, {**last, "delta": {}}]
 
 
 def tool_calls(calls: Sequence[Mapping[str, Any]], *, is_delta: bool, first: int = 0) -> list[dict[str, Any]]:
