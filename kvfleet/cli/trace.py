@@ -28,7 +28,7 @@ from kvfleet.trace.spans import Trace
 from kvfleet.trace.whynot import Verdict, why_not
 from kvfleet.trace.wording import duration
 
-__all__ = ["follow", "trace"]
+__all__ = ["PAINT", "follow", "trace"]
 
 PAINT = Paint(good=render.good, bad=render.bad, warn=render.warn, bold=render.bold, dim=render.dim)
 

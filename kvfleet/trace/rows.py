@@ -128,7 +128,7 @@ def _count(attributes: Attributes, name: str) -> int | None:
 def pack(trace: Trace) -> bytes:
     """A trace in few bytes: JSON, deflated.
 
-    Not OTLP's JSON, which takes six times the CPU time (`benchmarks/trace.py`).
+    Not OTLP's JSON, which takes several times the CPU time and space (`benchmarks/trace.py`).
     """
     plain = [
         trace.trace_id,

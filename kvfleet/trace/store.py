@@ -92,6 +92,7 @@ class TraceStore:
             return
         with _as_trace_error(self.path):
             connection = self._prepare()
+        self._stop.clear()
         self._thread = threading.Thread(target=self._run, args=(connection,), name="kvfleet-trace-store", daemon=True)
         self._thread.start()
 

@@ -282,6 +282,19 @@ def test_closing_writes_what_waits(tmp_path: Path) -> None:
         assert len(reader.list(100)) == 50
 
 
+def test_opening_again(tmp_path: Path) -> None:
+    """A store that was closed can be opened again, and goes on where it was."""
+    store = TraceStore(tmp_path / "traces.sqlite", clock=young())
+    for number in range(3):
+        store.open()
+        store.open()
+        store.write(numbered(number))
+        assert store.flush()
+        store.close()
+    with TraceReader(store.path) as reader:
+        assert [row.id for row in reader.list()] == [3, 2, 1]
+
+
 async def test_closing_from_a_loop(tmp_path: Path) -> None:
     """A store closes from an event loop too, twice."""
     store = TraceStore(tmp_path / "traces.sqlite", clock=young())
