@@ -10,10 +10,12 @@ from kvfleet.registry.models import ModelRegistry, replicas_of
 
 
 def model(name: str, **known: object) -> ModelConfig:
+    """A model at an address of its own."""
     return ModelConfig(name=name, endpoint=f"http://{name}", **known)  # type: ignore[arg-type]
 
 
 def typed(name: str, model_type: str) -> ModelConfig:
+    """A model of some type."""
     return model(name, capabilities=ModelCapabilities(model_type=model_type))
 
 

@@ -61,6 +61,7 @@ class Sleeps:
 
 
 def collector(adapters: dict[str, InferenceAdapter], **options: object) -> Collector:
+    """A collector on a frozen clock."""
     clock = FrozenClock()
     return Collector(adapters, HealthManager(clock=clock), FleetLoad(clock), clock=clock, **options)  # type: ignore[arg-type]
 

@@ -15,20 +15,24 @@ GPU = "http://gpu-1:8000"
 
 
 def check(healthy: bool, **known: object) -> EndpointHealth:
+    """What a health check found."""
     return EndpointHealth(endpoint=GPU, healthy=healthy, **known)  # type: ignore[arg-type]
 
 
 @pytest.fixture
 def clock() -> FrozenClock:
+    """A clock that stands still."""
     return FrozenClock()
 
 
 @pytest.fixture
 def health(clock: FrozenClock) -> HealthManager:
+    """A manager with the page's thresholds."""
     return HealthManager(failure_threshold=3, recovery_timeout_seconds=60, clock=clock)
 
 
 def fail(health: HealthManager, times: int, fault: Fault = Fault.CONNECT) -> None:
+    """Some failed calls in a row."""
     for _ in range(times):
         health.record_failure(GPU, fault)
 

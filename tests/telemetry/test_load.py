@@ -11,6 +11,7 @@ from kvfleet.telemetry.load import FleetLoad
 
 
 def replica(name: str, endpoint: str, p50_ms: float = 500) -> ModelConfig:
+    """One replica with a declared time."""
     return ModelConfig(name=name, endpoint=endpoint, latency_p50_ms=p50_ms)
 
 
@@ -19,23 +20,27 @@ A1, A2, B = replica("a", "http://a1"), replica("a", "http://a2"), replica("b", "
 
 @pytest.fixture
 def clock() -> FrozenClock:
+    """A clock that stands still."""
     return FrozenClock()
 
 
 @pytest.fixture
 def load(clock: FrozenClock) -> FleetLoad:
+    """The load of three replicas of two models."""
     load = FleetLoad(clock)
     load.register([A1, A2, B])
     return load
 
 
 def answered(load: FleetLoad, model: ModelConfig, ttfb_s: float) -> None:
+    """One request, answered after some seconds."""
     load.started(model.id)
     load.first_byte(model.id, ttfb_s)
     load.finished(model.id, ttfb_s * 2, True, 10)
 
 
 def times(load: FleetLoad, clock: FrozenClock) -> dict[str, float]:
+    """The expected times, to be compared approximately."""
     return {key: pytest.approx(value) for key, value in load.times(clock.now_s()).items()}
 
 

@@ -18,6 +18,7 @@ from kvfleet.telemetry.metrics import METRICS, MetricsExporter
 
 
 def value(metrics: MetricsExporter, name: str, **labels: str) -> float | None:
+    """One sample, or None."""
     return metrics.registry.get_sample_value(name, labels)
 
 
