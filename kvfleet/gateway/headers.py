@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import attrs
 
@@ -12,13 +13,14 @@ from kvfleet.config.findings import Finding
 from kvfleet.config.schema import DATA_CLASSES, GatewayConfig
 from kvfleet.errors import BadRequestError, ConfigError
 
-__all__ = ["HeaderNames", "Headers", "new_request_id", "request_id"]
+__all__ = ["HeaderNames", "Headers", "new_request_id", "read_by_conditions", "request_id"]
 
 Headers = Mapping[bytes, bytes]
 """The headers of a request that the gateway looks at, by lower-case name."""
 
 _PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@,-]{1,128}")
+_IN_CONDITION = re.compile(r"\bheaders\.([A-Za-z0-9_-]+)", re.IGNORECASE)
 _TIMEOUT = re.compile(rb"[0-9]{1,8}")
 _FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
@@ -109,6 +111,18 @@ class HeaderNames:
     def for_conditions(self, headers: Headers) -> Mapping[str, str]:
         """The headers that policy conditions read."""
         return {n.decode(): headers[n].decode("latin-1") for n in self.conditions if n in headers}
+
+
+def read_by_conditions(components: Iterable[Any]) -> tuple[str, ...]:
+    """The request headers that the conditions of a pipeline's rules read; never a credential.
+
+    Args:
+        components: The pipeline's; those with ``rules`` that have a ``condition`` count.
+    """
+    rules = [rule for component in components for rule in getattr(component, "rules", ())]
+    texts = [rule.condition for rule in rules if isinstance(getattr(rule, "condition", None), str)]
+    found = {name.lower() for text in texts for name in _IN_CONDITION.findall(text)}
+    return tuple(sorted(found - _NEVER_PASSED))
 
 
 _CONTROL = {

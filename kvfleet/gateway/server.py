@@ -16,6 +16,7 @@ from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.guard import Patience
+from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.httpd import Server, Stop
 from kvfleet.gateway.listening import bind, check_exposure, url_of
 from kvfleet.gateway.logs import set_up_logging
@@ -42,7 +43,8 @@ def create_gateway_app(router: Router, api_key: str = "", cors_origins: Sequence
     """
     config = router.config.gateway
     cors = Cors.of(config.cors_origins if cors_origins is None else cors_origins)
-    return Gateway(router, keys=Keys.of(config, api_key), cors=cors)
+    conditions = read_by_conditions(stage.component for stage in router.pipeline.all_stages)
+    return Gateway(router, keys=Keys.of(config, api_key), cors=cors, condition_headers=conditions)
 
 
 @attrs.frozen

@@ -237,6 +237,16 @@ class TestErrors:
         assert body["kvfleet"]["excluded"]["llama"]["by"] == "filter.policy"
         assert body["kvfleet"]["excluded"]["llama"]["rule"] == "stay"
 
+    async def test_a_condition_may_read_a_header(self) -> None:
+        """A rule that speaks of a request header sees it, whatever its case."""
+        rule = PolicyRule(name="tests", condition="headers.x-purpose == test", action="require_private")
+        config = attrs.evolve(FLEET, policy=PolicyConfig(enabled=True, rules=(rule,)))
+        async with staged(config) as stage:
+            create = stage.client.chat.completions.create
+            await create(**ASK, extra_headers={"X-Purpose": "work"})
+            with pytest.raises(openai.PermissionDeniedError):
+                await create(**ASK, extra_headers={"X-Purpose": "test"})
+
     async def test_a_backends_verdict_is_not_retried_and_comes_back(self) -> None:
         """A 400 of the backend is the client's BadRequestError after one attempt."""
         async with staged(scripts={"llama": FakeReply(fail=Fault.BAD_REQUEST)}) as stage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -11,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfleet.adapters.base import Operation
-from kvfleet.config.schema import GatewayConfig
+from kvfleet.config.schema import GatewayConfig, PolicyRule
 from kvfleet.errors import BadRequestError
-from kvfleet.gateway.headers import HeaderNames
+from kvfleet.gateway.headers import HeaderNames, read_by_conditions
 from kvfleet.gateway.wire import RequestReader, parse
 from kvfleet.plugin.contract import RouteRequest
 
@@ -215,6 +216,16 @@ def test_credentials_and_framing_are_never_passed_through(name: str) -> None:
     """A configuration that would let clients set a backend's credential or framing is a finding."""
     with pytest.raises(ValueError, match=rf"gateway.passthrough_headers\[0\]: {name} cannot be passed through"):
         HeaderNames.of(GatewayConfig(passthrough_headers=(name,)))
+
+
+def test_headers_that_conditions_read_are_found() -> None:
+    """Rules of any stage count; credentials are never read, and stages without rules are passed over."""
+    rules = (
+        PolicyRule(name="a", condition="headers.X-Env == prod or Headers.x-team == ml", action="allow"),
+        PolicyRule(name="b", condition="headers.authorization == secret", action="allow"),
+    )
+    found = read_by_conditions([SimpleNamespace(rules=rules), SimpleNamespace(), SimpleNamespace(rules=(object(),))])
+    assert found == ("x-env", "x-team")
 
 
 JSON = st.recursive(
