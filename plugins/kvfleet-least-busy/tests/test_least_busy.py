@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from kvfleet_least_busy import LeastBusy
+from kvfleet_least_busy import LeastBusy, kvfleet_components
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import FrozenClock
@@ -12,6 +12,7 @@ from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import discover
 from kvfleet.telemetry.load import FleetLoad
+from kvfleet.testing.conformance import check_component
 
 A, B, C = (ModelConfig(name=name, endpoint=f"http://{name}:8000", provider="vllm") for name in "abc")
 
@@ -31,6 +32,11 @@ def strategy(load: FleetLoad, **options: float) -> LeastBusy:
     return made
 
 
+def test_it_keeps_its_contract() -> None:
+    """Options, lifecycle, and what a strategy returns are as the engine needs them."""
+    check_component(*kvfleet_components())
+
+
 def test_idle_replicas_keep_their_order(load: FleetLoad) -> None:
     """Without any load the first of the file is chosen, and all score 1."""
     ranking = strategy(load).select([A, B, C])
@@ -44,7 +50,7 @@ def test_the_one_with_the_fewest_requests_is_first(load: FleetLoad) -> None:
         load.started(busy.id)
     ranking = strategy(load).select([A, B, C])
     assert [model.name for model in ranking.models] == ["c", "b", "a"]
-    assert ranking.terms == {"requests": [0, 1, 2]}
+    assert list(ranking.terms["requests"]) == [0, 1, 2]
 
 
 def test_a_queue_counts_more_than_a_batch(load: FleetLoad) -> None:

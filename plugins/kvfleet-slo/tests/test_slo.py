@@ -6,15 +6,16 @@ import asyncio
 from typing import Any
 
 import pytest
-from kvfleet_slo import LATENCY_TARGET, LatencyTarget, TargetClassifier, TargetFilter
+from kvfleet_slo import LATENCY_TARGET, LatencyTarget, TargetClassifier, TargetFilter, kvfleet_components
 
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BadRequestError
-from kvfleet.plugin.component import Services
+from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Kind, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import discover
 from kvfleet.telemetry.load import FleetLoad
+from kvfleet.testing.conformance import check_component
 
 FAST = ModelConfig(name="fast", endpoint="http://fast:8000", provider="vllm", latency_p50_ms=100)
 SLOW = ModelConfig(name="slow", endpoint="http://slow:8000", provider="vllm", latency_p50_ms=900)
@@ -36,6 +37,12 @@ def drops(stage: TargetFilter, seconds: float | None, load: FleetLoad | None = N
     ctx = context()
     ctx.facts[LATENCY_TARGET] = LatencyTarget(seconds, "tag")  # type: ignore[index]
     return {drop.candidate.name: drop.reason for drop in stage.filter(ctx)}
+
+
+@pytest.mark.parametrize("component", list(kvfleet_components()), ids=lambda component: component.key)
+def test_each_keeps_its_contract(component: Component) -> None:
+    """Options, lifecycle, and what a stage returns are as the engine needs them."""
+    check_component(component)
 
 
 def test_a_tag_names_the_target() -> None:
