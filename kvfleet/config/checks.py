@@ -99,7 +99,7 @@ def _check_options(config: FleetConfig) -> Iterator[Finding]:
         section = section_path(use)
         if not stage.options or not section or not config.origin.sets(section):
             continue
-        what = f"{use} has options here and in the section on {config.origin.place_of(section)}"
+        what = f"{use} has options here and in its section ({config.origin.place_of(section)})"
         remedy = "keep them in one place"
         yield config.origin.finding((*stage.path, "with"), what, remedy, code="two-places")
 

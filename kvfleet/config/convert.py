@@ -177,7 +177,7 @@ class _Reader:
             return self.wrong(raw, "a list", info, path, remedy_for(list, raw, attrs.NOTHING))
         limits, fits = bounds(info, len(raw))
         if not fits:
-            return self.complain(path, f"must have {limits} items, not {len(raw)}", code="range")
+            return self.complain(path, f"must have {_plural(limits, 'item')}, not {len(raw)}", code="range")
         args = typing.get_args(kind)
         if outer is tuple and args[-1:] != (...,):
             return self._fixed(raw, args, info, path)
@@ -196,7 +196,7 @@ class _Reader:
             return self.wrong(raw, "a mapping", info, path, remedy_for(dict, raw, attrs.NOTHING))
         limits, fits = bounds(info, len(raw))
         if not fits:
-            return self.complain(path, f"must have {limits} entries, not {len(raw)}", code="range")
+            return self.complain(path, f"must have {_plural(limits, 'key')}, not {len(raw)}", code="range")
         made = {}
         values = attrs.evolve(_items(info), refers_to="") if info.refers_to else _items(info)
         for key, item in raw.items():
@@ -299,9 +299,8 @@ class _Reader:
             return self._word(raw, words, info, path)
         try:
             return _CONVERTER.structure(raw, kind)
-        except Exception as error:  # noqa: BLE001 - cattrs raises what the type's own constructor raises
-            remedy = f"{type(error).__name__} in reading it"
-            return self.complain(path, f"must be {wanted(kind)}, not {named(raw, info)}", remedy, code="type")
+        except Exception:  # noqa: BLE001 - cattrs raises what the type's own constructor raises
+            return self.wrong(raw, wanted(kind), info, path, "write it as text")
 
     def _word(self, raw: Any, words: Mapping[Any, Any], info: FieldInfo, path: Path) -> Any:
         """One of an enumeration's or a literal's values."""
@@ -326,6 +325,10 @@ _MAPPINGS = frozenset({dict, collections.abc.Mapping, collections.abc.MutableMap
 _CONVERTER = cattrs.Converter()
 _USE = FieldInfo(doc="", pattern=_STAGE.pattern, pattern_doc="a stage's `kind.name`", example="filter.health")
 _ON_ERROR = FieldInfo(doc="", choices=("fail", "skip"))
+
+
+def _plural(limits: str, noun: str) -> str:
+    return f"{limits} {noun}" if limits.endswith(" 1") else f"{limits} {noun}s"
 
 
 def _items(info: FieldInfo) -> FieldInfo:

@@ -80,7 +80,7 @@ class _Writer:
     def _option(self, cls: type, option: Option) -> Schema:
         out: Schema = {"description": _described(option.info)} if option.info.doc else {}
         default = to_plain(option.default()) if option.default() is not attrs.NOTHING else None
-        if default not in (None, "", {}, []):
+        if default not in (None, "", {}, []) and not option.info.is_secret:
             out["default"] = default
         if option.info.example is not None:
             out["examples"] = [to_plain(option.info.example)]

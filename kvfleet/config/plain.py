@@ -39,6 +39,8 @@ def _object(obj: Any) -> dict[str, Any]:
         if value == option.default():
             continue
         plain = _value(option, value)
+        if plain == {} and option.default() is not None:  # all that was said was a secret
+            plain = _DROPPED
         if plain is not _DROPPED:
             out[name] = plain
     return out

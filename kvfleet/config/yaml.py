@@ -96,6 +96,8 @@ def parse_yaml(text: str, *, file: str = "") -> Parsed:
         return Parsed(None, Origin(file), (*builder.findings, error.finding), is_yaml=False)
     except YAMLError as error:
         return Parsed(None, Origin(file), (*builder.findings, _syntax(error, text, file)), is_yaml=False)
+    if file:
+        builder.positions.setdefault((), (1, 1))  # of an empty text
     origin = Origin(file, builder.positions)
     return Parsed(builder.root[0] if builder.root else None, origin, tuple(builder.findings))
 
