@@ -241,8 +241,8 @@ def utilities(column: Column) -> Sequence[float]:
         return [0.0 if unit is Unit.TOKENS else 1.0] * len(values)
     if unit is Unit.TOKENS:
         return [v / high for v in values]  # type: ignore[operator]
-    best = 1 + min(values) / high  # type: ignore[type-var, operator]
-    return [best - v / high for v in values]  # type: ignore[operator]
+    low = min(values)  # type: ignore[type-var]
+    return [1 - (v - low) / high for v in values]  # type: ignore[operator]
 
 
 def _utilities_of_some(unit: Unit, values: Sequence[float | None]) -> list[float]:

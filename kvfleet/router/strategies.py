@@ -64,13 +64,16 @@ class _DimensionFirst:
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
         """Rank by one dimension."""
         context = context or _NEUTRAL
-        values = utilities(column_of(self.dimension, models, context))
+        column = column_of(self.dimension, models, context)
+        values = utilities(column)
         order = list(range(len(models)))
         has_ties = len(set(values)) < len(values)
         ties = self._engine.totals(models, context)[1] if has_ties else ()
         if has_ties:
             order.sort(key=ties.__getitem__, reverse=True)
         order.sort(key=values.__getitem__, reverse=True)  # stable, so the ties stay sorted
+        if None in column.values:
+            order.sort(key=lambda i: column.values[i] is None)
         if has_ties:
             take_turns(order, context.seed, values, ties, [model.name for model in models])
         return arranged(models, order, values, terms={self.dimension: values})
@@ -104,9 +107,11 @@ class CheapCascadeStrategy:
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
         """Rank models from cheap to dear; of two at one price the better is first, and an unknown price is last."""
         context = context or _NEUTRAL
-        cost = utilities(column_of("cost", models, context))
+        column = column_of("cost", models, context)
+        cost = utilities(column)
         replicas = Replicas.of(models, context)
-        keys = list(zip(cost, [model.quality_score for model in models], strict=True))
+        is_known = [value is not None for value in column.values]
+        keys = list(zip(is_known, cost, [model.quality_score for model in models], strict=True))
         best = {name: max([keys[i] for i in at]) for name, at in replicas.groups.items()}
         names = sorted(best, key=best.__getitem__, reverse=True)
         return arranged(models, replicas.order(names), cost, terms={"cost": cost}, mode="cascade")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.base import EndpointHealth
@@ -249,6 +249,7 @@ steps = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(steps)
 def test_an_endpoint_always_comes_back(history: list[object]) -> None:
     """Whatever happened, an endpoint left alone is tried again after two waits at the most."""
