@@ -175,6 +175,15 @@ def test_cache_affinity_is_not_mentioned_where_nobody_looked() -> None:
         assert "Cache" not in e.summary()
 
 
+def test_a_hint_is_no_cache_hit() -> None:
+    """Tokens that an affinity stage gives without knowing of any cached (mode none) do not read as cached."""
+    trace = page()
+    trace.stages[0].attributes[names.SCORE_VALUES] = (512.0, 0.0, 0.0)
+    assert not Explanation(trace).cache_hit
+    trace.stages[0].attributes[names.SCORE_MODES] = ("approximate", "none", "none")
+    assert Explanation(trace).cache_hit
+
+
 def test_the_dictionary() -> None:
     """The dictionary has the documented keys and more, of plain JSON types; content is not in it."""
     trace = fallback()
