@@ -30,7 +30,7 @@ from kvfleet.policy.engine import PolicyContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.testing.adapters import check_adapter
 from kvfleet.testing.samples import sample_models, sample_outcome
-from kvfleet.testing.trial import Breaches, Trial
+from kvfleet.testing.trial import FAILED, Breaches, Trial
 
 __all__ = ["CHECKS"]
 
@@ -41,7 +41,7 @@ async def check_filter(trial: Trial) -> list[str]:
     for ctx in await trial.contexts():
         stage = trial.fresh()
         first, second = (out.trying("filter()", ctx, _listed, stage.filter, ctx) for _ in range(2))
-        if first is None or second is None:
+        if first is FAILED or second is FAILED:
             continue
         wrong = list(_wrong_drops(first, ctx))
         out.add(*wrong)
@@ -49,7 +49,7 @@ async def check_filter(trial: Trial) -> list[str]:
             (d.candidate.id, d.reason, d.rule) for d in second
         ]:
             out.add("filter() is not pure: the same context gives other drops the second time")
-    return list(out)
+    return out.all()
 
 
 def _listed(work: Callable[..., Iterable[Any]], *args: Any) -> list[Any]:
@@ -78,15 +78,13 @@ async def check_score(trial: Trial) -> list[str]:
     for ctx in await trial.contexts():
         stage = trial.fresh()
         first, second = (out.trying("score()", ctx, stage.score, ctx) for _ in range(2))
-        if first is None or second is None:
-            if not out.found:
-                out.add("score() must give a Column, not None")
+        if first is FAILED or second is FAILED:
             continue
         wrong = list(_wrong_column(first, len(ctx.candidates)))
         out.add(*wrong)
         if not wrong and list(first.values) != list(second.values):
             out.add("score() is not pure: the same context gives another column the second time")
-    return list(out)
+    return out.all()
 
 
 def _wrong_column(column: Any, count: int) -> Iterable[str]:
@@ -114,13 +112,13 @@ async def check_affinity(trial: Trial) -> list[str]:
     for ctx in await trial.contexts():
         stage = trial.fresh()
         first, second = (out.trying("affinity()", ctx, stage.affinity, ctx) for _ in range(2))
-        if first is None or second is None:
+        if first is FAILED or second is FAILED:
             continue
         wrong = list(_wrong_affinity(first, len(ctx.candidates)))
         out.add(*wrong)
         if not wrong and (list(first.tokens), list(first.modes)) != (list(second.tokens), list(second.modes)):
             out.add("affinity() is not pure: the same context gives other expectations the second time")
-    return list(out)
+    return out.all()
 
 
 def _wrong_affinity(found: Any, count: int) -> Iterable[str]:
@@ -145,7 +143,7 @@ async def check_select(trial: Trial) -> list[str]:
             models, context = list(ctx.candidates[:size]), scoring_context(ctx)
             part = attrs.evolve(context, columns={n: Column(c.unit, c.values[:size]) for n, c in ctx.columns.items()})
             out.add(*_check_ranking(trial, out, ctx, models, part))
-    return list(out)
+    return out.all()
 
 
 def _without_context(trial: Trial) -> Iterable[str]:
@@ -165,7 +163,7 @@ def _check_ranking(
         ranked = out.trying("select()", ctx, lambda: Ranking.of(models, stage.select(given, how)))
         if given != models:
             out.add("select() changes the list of candidates it is given")
-        if ranked is None:
+        if ranked is FAILED:
             return None
         out.add(*_wrong_ranking(ranked, models))
         return [model.id for model in ranked.models]
@@ -199,7 +197,7 @@ async def check_classify(trial: Trial) -> list[str]:
     for ctx in await trial.contexts():
         stage = trial.fresh()
         found = await out.awaiting("classify()", ctx, stage.classify, ctx)
-        if found is None:
+        if found is FAILED:
             continue
         if not isinstance(found, Mapping) or not all(isinstance(fact, Fact) for fact in found):
             out.add("classify() must give a mapping from facts to values")
@@ -207,7 +205,7 @@ async def check_classify(trial: Trial) -> list[str]:
         out.add(*_undeclared(trial.component, found))
         for fact, value in found.items():
             out.add(*_wrong_description(fact, value, ctx))
-    return list(out)
+    return out.all()
 
 
 def _undeclared(component: Component | None, found: Mapping[Fact[Any], Any]) -> Iterable[str]:
@@ -257,9 +255,9 @@ async def check_admit(trial: Trial) -> list[str]:
             out.add(*(["admit() refuses without a reason"] if not got.reason.strip() else []))
         elif isinstance(got, Lease):
             out.trying("the lease's release()", ctx, got.release, sample_outcome(ctx))
-        elif not out.found:
+        elif got is not FAILED:
             out.add(f"admit() must give a Lease or a Refusal, not {type(got).__name__}")
-    return list(out)
+    return out.all()
 
 
 def _state(stage: Any) -> Any:
@@ -271,14 +269,14 @@ async def check_answer(trial: Trial) -> list[str]:
     out = Breaches()
     for ctx in await trial.contexts():
         stage = trial.fresh()
-        got: Any = await out.awaiting("answer()", ctx, stage.answer, ctx)
-        if got is None:
+        got = await out.awaiting("answer()", ctx, stage.answer, ctx)
+        if got is None or got is FAILED:
             continue
         if not isinstance(got, Answer):
             out.add(f"answer() must give an Answer or None, not {type(got).__name__}")
         elif not got.reply.body and got.reply.events is None:
             out.add("answer() gives an answer with neither a body nor events")
-    return list(out)
+    return out.all()
 
 
 @attrs.define
@@ -307,7 +305,7 @@ async def check_execute(trial: Trial) -> list[str]:
             for failures in (0, 1, 1000):
                 attempt = _Attempts(ctx.candidates, fault, failures)
                 out.add(*await _execute(trial.fresh(), ctx, attempt))
-    return list(out)
+    return out.all()
 
 
 async def _execute(stage: Any, ctx: RoutingContext, attempt: _Attempts) -> list[str]:
@@ -330,10 +328,10 @@ async def check_observe(trial: Trial) -> list[str]:
     for ctx in await trial.contexts():
         stage = trial.fresh()
         for outcome in _outcomes(ctx):
-            got: Any = await out.awaiting("observe()", ctx, stage.observe, outcome)
-            if got is not None:
+            got = await out.awaiting("observe()", ctx, stage.observe, outcome)
+            if got not in (None, FAILED):
                 out.add("observe() must give nothing back")
-    return list(out)
+    return out.all()
 
 
 def _outcomes(ctx: RoutingContext) -> list[Outcome]:
@@ -356,10 +354,10 @@ async def check_action(trial: Trial) -> list[str]:
             first, second = (
                 out.trying("apply()", ctx, _listed, action.apply, ctx.candidates, rule, context) for _ in range(2)
             )
-            if first is not None:
+            if first is not FAILED:
                 out.add(*_wrong_exclusions(first, ctx))
                 out.add(*(["apply() is not pure: it excludes others the second time"] if first != second else []))
-    return list(out)
+    return out.all()
 
 
 def _wrong_exclusions(found: Sequence[Any], ctx: RoutingContext) -> Iterable[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 import attrs
 
+from kvfleet.errors import RouteError
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.testing.samples import facts_for, sample_context, sample_models, sample_requests, sample_services
 
-__all__ = ["Breaches", "Trial"]
+__all__ = ["FAILED", "Breaches", "Trial"]
 
-T = TypeVar("T")
+FAILED: Any = object()
+"""Stands for the result of what gave none."""
 
 
 @attrs.frozen(kw_only=True)
@@ -78,42 +80,55 @@ class Trial:
 
 @attrs.define
 class Breaches:
-    """Breaches, each once, in the order they were found."""
+    """Breaches, each once, in the order they were found; and how many tries went through, or refused the request."""
 
     found: dict[str, None] = attrs.field(init=False, factory=dict)
+    went: int = attrs.field(init=False, default=0)
+    refused: int = attrs.field(init=False, default=0)
 
     def add(self, *breaches: str) -> None:
         """Add some."""
         self.found.update(dict.fromkeys(breaches))
 
-    def trying(self, what: str, ctx: RoutingContext, work: Callable[..., T], *args: Any) -> T | None:
-        """The result of `work`; None, and breaches, if it fails or changes its input."""
+    def trying(self, what: str, ctx: RoutingContext, work: Callable[..., Any], *args: Any) -> Any:
+        """The result of `work`; `FAILED` if it refuses the request with a RouteError, or (with a breach) fails."""
         before = _snapshot(ctx)
         try:
             result = work(*args)
+        except RouteError:
+            self.refused += 1
+            return FAILED
         except Exception as error:  # noqa: BLE001 - whatever a component raises is the breach
             self.add(f"{what} fails for {_words(ctx)}: {type(error).__name__}: {error}")
-            return None
+            return FAILED
         self._compare(what, before, ctx)
+        self.went += 1
         return result
 
-    async def awaiting(self, what: str, ctx: RoutingContext, work: Callable[..., Awaitable[T]], *args: Any) -> T | None:
+    async def awaiting(self, what: str, ctx: RoutingContext, work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
         """The same for a verb that may wait."""
         before = _snapshot(ctx)
         try:
             result = await work(*args)
+        except RouteError:
+            self.refused += 1
+            return FAILED
         except Exception as error:  # noqa: BLE001 - whatever a component raises is the breach
             self.add(f"{what} fails for {_words(ctx)}: {type(error).__name__}: {error}")
-            return None
+            return FAILED
         self._compare(what, before, ctx)
+        self.went += 1
         return result
 
     def _compare(self, what: str, before: Mapping[str, Any], ctx: RoutingContext) -> None:
         after = _snapshot(ctx)
         self.add(*(f"{what} changes its input: {name}" for name in before if before[name] != after[name]))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.found)
+    def all(self) -> list[str]:
+        """All of them; refusing every request is one too, since then nothing else could be seen."""
+        if self.refused and not self.went:
+            self.add("it refuses every sample request; give check_component options with which it lets one through")
+        return list(self.found)
 
 
 def _snapshot(ctx: RoutingContext) -> dict[str, Any]:

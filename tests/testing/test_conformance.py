@@ -14,7 +14,7 @@ from kvfleet.adapters.base import Call, EndpointHealth, InferenceAdapter, Reply
 from kvfleet.adapters.mock import MockAdapter
 from kvfleet.config.fields import mapping, number, secret, text
 from kvfleet.config.schema import ModelConfig
-from kvfleet.errors import AttemptsExhaustedError
+from kvfleet.errors import AttemptsExhaustedError, BadRequestError
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Affinity, Answer, CacheMode, Drop, Fact, Kind, Outcome, Refusal, RoutingContext
 from kvfleet.plugin.manager import discover
@@ -339,12 +339,29 @@ class TestFilters:
             "filter() fails for a request for embedding with 4 candidates: KeyError: 'messages'",
         )
 
+    def test_a_request_may_be_refused_but_not_every_one(self) -> None:
+        """A RouteError is a stage's right; a stage that uses it on every sample shows nothing of itself."""
+
+        def no_text(self: Any, ctx: RoutingContext) -> list[Drop]:
+            if "prompt" in ctx.request.body:
+                raise BadRequestError("no plain prompts here")
+            return []
+
+        def nothing(self: Any, ctx: RoutingContext) -> list[Drop]:
+            raise BadRequestError("not today")
+
+        check_component(_stage("filter", no_text))
+        assert breaches(_stage("filter", nothing)) == (
+            "it refuses every sample request; give check_component options with which it lets one through",
+        )
+
 
 class TestScores:
     @pytest.mark.parametrize(
         ("column", "breach"),
         [
             (lambda n: [1.0] * n, "score() must give a Column, not list"),
+            (lambda n: None, "score() must give a Column, not NoneType"),
             (lambda n: Column("s", [1.0] * n), "score() gives a column without a unit: 's' is not a Unit"),
             (
                 lambda n: Column(Unit.SECONDS, [1.0]),
