@@ -150,6 +150,8 @@ class Connections:
         loop = asyncio.get_running_loop()
         found = self._loops.get(loop)
         if found is None:
+            for gone in [each for each in self._loops if each.is_closed()]:
+                del self._loops[gone]
             found = self._loops[loop] = _Open()
         return found
 

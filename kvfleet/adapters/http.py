@@ -28,7 +28,7 @@ from kvfleet.adapters.connections import Connections, Route
 from kvfleet.adapters.incoming import Incoming, parsed, send_timed
 from kvfleet.adapters.transport import Payload, PooledTransport
 from kvfleet.config.fields import flag, secret
-from kvfleet.errors import BackendError
+from kvfleet.errors import BackendError, ComponentError
 
 __all__ = ["HTTPAdapter"]
 
@@ -59,7 +59,12 @@ class HTTPAdapter(InferenceAdapter):
     _fixed_names: frozenset[str] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        self._base = httpx.URL(self.endpoint.rstrip("/").removesuffix("/v1"))
+        """Prepare what is the same for every call.
+
+        Raises:
+            ComponentError: if the endpoint is no URL, or holds a credential.
+        """
+        self._base = _base_of(self.endpoint)
         origin = f"{self._base.scheme}://{self._base.netloc.decode('ascii')}"
         self._route = Route(origin, self.api_key, self.http2, self.proxy)
         own = {"host": self._base.netloc.decode("ascii"), "content-type": "application/json"}
@@ -219,3 +224,13 @@ class HTTPAdapter(InferenceAdapter):
         except BackendError:
             body = b""
         return self.error_of(incoming.status, incoming.headers, body)
+
+
+def _base_of(endpoint: str) -> httpx.URL:
+    try:
+        base = httpx.URL(endpoint.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL as error:
+        raise ComponentError(f"the endpoint is no URL: {error}") from error
+    if base.userinfo:  # it would be in every trace and metric that names the replica
+        raise ComponentError("an endpoint must not hold a user or a password; use api_key or custom_headers")
+    return base

@@ -35,7 +35,10 @@ class Incoming:
 
     def __init__(self, response: httpx.Response) -> None:
         self.status = response.status_code
-        self.headers: Mapping[str, str] = response.headers
+        # a look-up in httpx's own costs as much as making this
+        self.headers: Mapping[str, str] = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers.raw
+        }
         self.has_begun = False
         self._response = response
         self._stream = cast("Any", response.stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -49,7 +50,12 @@ def _spliced(call: Call, model: str, *, add_usage: bool) -> bytes | None:
     if found is None or not start:
         return None
     begin, end = found.span(1)
-    return b"".join((raw[:start], _ASK_USAGE if add_usage else b"", raw[start:begin], orjson.dumps(model), raw[end:]))
+    return b"".join((raw[:start], _ASK_USAGE if add_usage else b"", raw[start:begin], _quoted(model), raw[end:]))
+
+
+@functools.lru_cache(maxsize=1024)
+def _quoted(model: str) -> bytes:
+    return orjson.dumps(model)
 
 
 def _encoded(call: Call, model: str, *, add_usage: bool) -> bytes:

@@ -14,7 +14,7 @@ from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
-from kvfleet.errors import BackendError, Fault
+from kvfleet.errors import BackendError, ComponentError, Fault
 from tests.adapters.scripted import STREAM_HEAD, Request, Wire, answering, chunk, engine, whole
 
 
@@ -151,6 +151,14 @@ def test_nothing_secret_is_shown() -> None:
     """The adapter's repr has neither key nor headers."""
     adapter = Plain(endpoint="http://x", api_key="SECRET", headers={"x": "SECRET"}, proxy="http://u:SECRET@p")
     assert "SECRET" not in repr(adapter)
+
+
+@pytest.mark.parametrize("endpoint", ["http://user:SECRET@gpu-1:8000", "http://[gpu-1:8000", "http://gpu-1:80x"])
+def test_bad_endpoints(endpoint: str) -> None:
+    """An endpoint that is no URL, or holds a credential, is refused; the credential is not repeated."""
+    with pytest.raises(ComponentError) as raised:
+        Plain(endpoint=endpoint)
+    assert "SECRET" not in str(raised.value)
 
 
 async def test_from_config_takes_shared_connections() -> None:
