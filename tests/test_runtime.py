@@ -23,6 +23,7 @@ from kvfleet.errors import (
     BackendError,
     BadRequestError,
     ConfigError,
+    DeadlineExceededError,
     Fault,
     ModelNotFoundError,
     NoCandidatesError,
@@ -366,3 +367,22 @@ def test_a_pipeline_that_cannot_be_built_says_everything_at_once() -> None:
     with pytest.raises(ConfigError) as raised:
         Router(FleetConfig(models=(SMALL,), strategy="bset"), table=TABLE)
     assert "there is no select.bset" in str(raised.value)
+
+
+async def test_the_requests_own_deadline_ends_it() -> None:
+    """A 504 that says so, in the route and in the attempt it cut short; the replica is not blamed."""
+
+    class Silent(FakeAdapter):
+        async def send(self, call: Any) -> Any:
+            assert self.time is not None
+            self.time.advance(1)
+            await asyncio.Event().wait()
+
+    fleet = Fleet(SMALL)
+    fleet.router.adapters[SMALL.id] = Silent(endpoint="http://small", model_id="small", time=fleet.clock)
+    async with fleet:
+        with pytest.raises(DeadlineExceededError, match="no answer within the request's own 0.01 s") as raised:
+            await fleet.router.route(prompt="Hi", timeout_s=0.01)
+        assert raised.value.trace is not None
+        assert raised.value.trace.spans[-1].attributes[names.ERROR_TYPE] == "deadline"
+        assert fleet.router.services.health.is_available("http://small")

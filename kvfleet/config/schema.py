@@ -289,7 +289,7 @@ class TraceStoreConfig:
 
     enabled: bool = flag(True, doc="Keep traces of a running gateway.")
     path: str = text("", doc="The SQLite file; in the user's state directory if empty.")
-    max_megabytes: float = number(256, gt=0, doc="Largest size of the file; the oldest traces go first.")
+    max_megabytes: float = number(256, ge=1, doc="Largest size of the file; the oldest traces go first.")
     max_age_days: float = number(7, gt=0, doc="Oldest trace kept.")
 
 

@@ -107,6 +107,7 @@ class Attempts:
     Attributes:
         on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
         keeps_content: True to keep the answer's bytes for the trace (`telemetry.capture_content`).
+        deadline_s: When the request's own time is up, by the monotonic clock; None if it has no deadline.
     """
 
     request: RouteRequest
@@ -118,6 +119,7 @@ class Attempts:
     clock: Clock
     on_end: Callable[[ModelConfig, Tally, BackendError | None, bytes], None]
     keeps_content: bool = False
+    deadline_s: float | None = None
     _made: int = attrs.field(init=False, default=0)
 
     async def __call__(
@@ -133,9 +135,15 @@ class Attempts:
             one.end(None, error)
             raise
         except asyncio.CancelledError:
-            one.end(None, BackendError(Fault.CANCELLED, "the client left"))
+            one.end(None, self._why_cancelled())
             raise
         return Answer(reply, candidate)
+
+    def _why_cancelled(self) -> BackendError:
+        """A cancelled attempt: the request's own deadline has passed, or the client has left."""
+        if self.deadline_s is not None and self.clock.now_s() >= self.deadline_s:
+            return BackendError(Fault.DEADLINE, "the request's own deadline passed")
+        return BackendError(Fault.CANCELLED, "the client left")
 
     def _begin(self, candidate: ModelConfig, reason: str) -> tuple[Span, AttemptHandle]:
         model_id = candidate.get_model_id()

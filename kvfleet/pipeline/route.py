@@ -109,6 +109,7 @@ class Route:
         attributes = self.trace.route.attributes
         attributes[names.MODEL_SELECTED] = first.name
         attributes[names.REPLICA_SELECTED] = first.id
+        timeout_s = self.ctx.request.timeout_s
         attempts = Attempts(
             request=self.ctx.request,
             adapters=self.adapters,
@@ -119,6 +120,7 @@ class Route:
             clock=self.clock,
             on_end=self._attempt_ended,
             keeps_content=self.keeps_content,
+            deadline_s=None if timeout_s is None else self._started_s + timeout_s,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
         if self._ttfb_s is None:
