@@ -381,7 +381,7 @@ async def test_the_requests_own_deadline_ends_it() -> None:
     fleet = Fleet(SMALL)
     fleet.router.adapters[SMALL.id] = Silent(endpoint="http://small", model_id="small", time=fleet.clock)
     async with fleet:
-        with pytest.raises(DeadlineExceededError, match="no answer within the request's own 0.01 s") as raised:
+        with pytest.raises(DeadlineExceededError, match=r"no answer within the request's own 0.01 s") as raised:
             await fleet.router.route(prompt="Hi", timeout_s=0.01)
         assert raised.value.trace is not None
         assert raised.value.trace.spans[-1].attributes[names.ERROR_TYPE] == "deadline"
