@@ -27,6 +27,7 @@ from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.telemetry.metrics import METRICS
+from kvfleet.testing.vocabulary import Case
 from kvfleet.trace.reference import names_markdown
 
 HERE = Path(__file__).parent / "reference"
@@ -211,7 +212,7 @@ def hooks(_: ComponentTable) -> str:
 def json_schema(found: ComponentTable) -> str:
     """The JSON Schema that the pipelines' modelines name."""
     own = [c for c in found.components if c.distribution == "kvfleet"]
-    return json.dumps(schema(own), indent=1) + "\n"
+    return json.dumps(schema(own, case=Case), indent=1) + "\n"
 
 
 PAGES: dict[str, Callable[[ComponentTable], str]] = {

@@ -22,6 +22,7 @@ from kvfleet.pipeline.build import check
 from kvfleet.pipeline.graph import StageView, as_dot, as_mermaid, as_text, describe
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
+from kvfleet.testing.vocabulary import Case
 
 __all__ = ["Checked", "check_file", "graph", "pipeline_yaml", "schema", "validate"]
 
@@ -228,4 +229,4 @@ def schema() -> None:
 
     and a first line `# yaml-language-server: $schema=fleet.schema.json` make an editor check and complete a file.
     """
-    render.echo_json(jsonschema.schema(discover().components))
+    render.echo_json(jsonschema.schema(discover().components, case=Case))

@@ -45,10 +45,17 @@ class ComponentLike(Protocol):
         """Its class, whose init fields are its options."""
 
 
-def schema(components: Iterable[ComponentLike] = ()) -> Schema:
-    """The schema of a fleet file, with the options of these components."""
+def schema(components: Iterable[ComponentLike] = (), *, case: type | None = None) -> Schema:
+    """The schema of a fleet file.
+
+    Args:
+        components: Those whose options are described.
+        case: The attrs class of an entry of ``tests:``; such entries are any mappings without it.
+    """
     writer = _Writer(tuple(components))
     root = writer.object(FleetConfig)
+    if case is not None:
+        root["properties"]["tests"]["items"] = writer.entry(case)
     root["properties"]["strategy"] |= writer.words("select")
     root["required"] = ["models"]
     head = {"$schema": DRAFT, "title": "kvfleet fleet file", **root}
@@ -111,6 +118,10 @@ class _Writer:
     def _list(self, kind: Any, info: FieldInfo) -> Schema:
         items = self._type((*typing.get_args(kind), Any)[0], attrs.evolve(info, ge=None))
         return {"type": "array", "items": items} | ({"minItems": int(info.ge)} if info.ge else {})
+
+    def entry(self, cls: type) -> Schema:
+        """A reference to an attrs class, which is described among the definitions."""
+        return {"$ref": f"#/$defs/{self._define(cls)}"}
 
     def _define(self, cls: type) -> str:
         name = cls.__name__

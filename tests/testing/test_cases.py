@@ -7,12 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
 
 import pytest
 
 from kvfleet.testing.cases import CaseResult, Report, run_files
-from kvfleet.testing.vocabulary import Given
 
 FLEET = """\
 models:
@@ -475,16 +473,6 @@ class TestFiles:
             - {name: x, request: {prompt: a}, expect: {status: 200}}
             """,
         )
-
-
-def test_the_vocabulary_is_documented() -> None:
-    """Everything one can write has a doc."""
-    from kvfleet.config.fields import info_of, options_of
-
-    def undocumented(cls: Any) -> list[str]:
-        return [name for name, a in options_of(cls).items() if not (info := info_of(a)) or not info.doc]
-
-    assert undocumented(Given) == []
 
 
 class TestPytestPlugin:
