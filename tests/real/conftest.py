@@ -13,6 +13,8 @@ from tests.real.environments import EngineError, NotInstallableError
 
 HERE = Path(__file__).parent
 
+pytest.register_assert_rewrite("tests.real.contract")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder needs real engines."""
