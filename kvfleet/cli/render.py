@@ -14,7 +14,6 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import attrs
 import click
 
 if TYPE_CHECKING:
@@ -109,11 +108,16 @@ def count(number: int, noun: str, plural: str = "") -> str:
 
 def finding_line(finding: Finding) -> str:
     """A finding as ``file:line:col: path: what is wrong; what to do``, its parts set apart by colour."""
-    from kvfleet.config.findings import path_text  # noqa: PLC0415 - only who has a finding needs it
-
     place = finding.file + (f":{finding.line}:{finding.column}" if finding.line else "")
+    where = _where(finding)
     what = bad(finding.message) + (f"; {finding.remedy}" if finding.remedy else "")
-    return ": ".join(part for part in (place, bold(path_text(finding.path)) if finding.path else "", what) if part)
+    return ": ".join(part for part in (place, bold(where) if where else "", what) if part)
+
+
+def _where(finding: Finding) -> str:
+    from kvfleet.config.findings import path_text  # noqa: PLC0415 - brings in attrs, which `--help` does not need
+
+    return path_text(finding.path)
 
 
 def github_line(finding: Finding) -> str:
@@ -126,8 +130,9 @@ def github_line(finding: Finding) -> str:
 
     place = {"file": finding.file, "line": finding.line, "col": finding.column, "title": f"kvfleet {finding.code}"}
     shown = ",".join(f"{key}={escape(str(value), ',:')}" for key, value in place.items() if value)
-    text = str(attrs.evolve(finding, file="", line=0))
-    return f"::error {shown}::{escape(text)}"
+    text = f"{finding.message}; {finding.remedy}" if finding.remedy else finding.message
+    where = _where(finding)
+    return f"::error {shown}::{escape(f'{where}: {text}' if where else text)}"
 
 
 def findings(found: Sequence[Finding], *, err: bool = False) -> None:
