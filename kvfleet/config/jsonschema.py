@@ -59,7 +59,8 @@ def schema(components: Iterable[ComponentLike] = (), *, case: type | None = None
     root["properties"]["strategy"] |= writer.words("select")
     root["required"] = ["models"]
     head = {"$schema": DRAFT, "title": "kvfleet fleet file", **root}
-    return {**head, "$defs": {**dict(sorted(writer.definitions.items())), "stage": writer.stage()}}
+    stage = writer.stage()  # it adds definitions of its own
+    return {**head, "$defs": {**dict(sorted(writer.definitions.items())), "stage": stage}}
 
 
 class _Writer:

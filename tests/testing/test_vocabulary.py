@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import attrs
 import pytest
 
 from kvfleet.config.fields import info_of, options_of
 from kvfleet.config.jsonschema import schema
+from kvfleet.plugin.manager import discover
 from kvfleet.testing import vocabulary
 from kvfleet.testing.vocabulary import Case
 
@@ -28,3 +32,10 @@ def test_the_schema_of_a_fleet_file_knows_it() -> None:
     assert "connect_timeout" in definitions["BackendGiven"]["properties"]["fail"]["enum"]
     assert definitions["Case"]["properties"]["turns"]["items"] == {"$ref": "#/$defs/Turn"}
     assert schema()["properties"]["tests"]["items"] != {"$ref": "#/$defs/Case"}
+
+
+def test_the_schema_refers_to_nothing_that_is_not_there() -> None:
+    """Every reference in the schema, with all components, has its definition."""
+    made = schema(discover().components, case=Case)
+    wanted = set(re.findall(r'"#/\$defs/([^"]+)"', json.dumps(made)))
+    assert wanted - made["$defs"].keys() == set()
