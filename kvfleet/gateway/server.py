@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -169,6 +170,7 @@ async def _serve(
         server = Server(gateway, drain_s=drain_s, patience=Patience())
         task = asyncio.create_task(server.serve(sockets), name="kvfleet-gateway")
         await server.wait_until_started(task)
+        _calm_garbage_collector()
         with stop.on_signals(gateway, server):
             serving = Serving(url_of(sockets[0]), gateway)
             if on_ready is not None:
@@ -176,6 +178,17 @@ async def _serve(
             _log.info("gateway listening url=%s fleet=%s", serving.url, config.fleet_name)
             await task
         _log.info("gateway stopped")
+
+
+def _calm_garbage_collector() -> None:
+    """Look for cycles less often, and not among what lives as long as the process.
+
+    Requests leave few cycles behind, and Python's default looks for them after every 700 new objects: 11 to 24 % of the
+    gateway's time; so 2 to 4 %, for a megabyte of memory (measured with `benchmarks/gateway.py`'s load).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncExitStack) -> Router:

@@ -53,13 +53,14 @@ class Relay(AsyncIterator[bytes]):
     """A stream with its first piece already read, and a word to whoever waits for its end.
 
     `ended` is called once: with None at a whole end, with the error otherwise; a client that leaves is
-    `Fault.CANCELLED`.
+    `Fault.CANCELLED`. `left_s` says how many seconds the request's own deadline leaves, if it has one.
     """
 
     first: bytes
     rest: AsyncIterator[bytes]
     ended: Ended
     kept: _Kept | None = None
+    left_s: Callable[[], float] | None = None
     _is_first: bool = attrs.field(init=False, default=True)
     _is_over: bool = attrs.field(init=False, default=False)
 
@@ -70,7 +71,7 @@ class Relay(AsyncIterator[bytes]):
         if self._is_over:
             raise StopAsyncIteration
         try:
-            return self._keep(await anext(self.rest))
+            return self._keep(await (anext(self.rest) if self.left_s is None else self._in_time(self.left_s())))
         except StopAsyncIteration:
             self._end(None)
             raise
@@ -80,6 +81,14 @@ class Relay(AsyncIterator[bytes]):
         except asyncio.CancelledError:
             self._end(_left())
             raise
+
+    async def _in_time(self, left_s: float) -> bytes:
+        try:
+            async with asyncio.timeout(max(left_s, 0.0)):
+                return await anext(self.rest)
+        except TimeoutError as error:
+            message = "the request's own deadline passed amid the answer"
+            raise BackendError(Fault.DEADLINE, message, received=True) from error
 
     def _keep(self, piece: bytes) -> bytes:
         if self.kept is not None:
@@ -208,7 +217,9 @@ class _One:
         first = await self._first_event(reply, wait_s)
         self._first_byte()
         kept = _Kept() if made.keeps_content else None
-        relay = Relay(first, reply.events, lambda error: self._stream_ended(reply.tally, error, kept), kept)
+        deadline_s = made.deadline_s
+        left_s = None if deadline_s is None else lambda: deadline_s - made.clock.now_s()
+        relay = Relay(first, reply.events, lambda error: self._stream_ended(reply.tally, error, kept), kept, left_s)
 
         async def close() -> None:
             relay.leave()

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 
 import attrs
+import httpx
 import pytest
 
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
@@ -109,6 +110,39 @@ async def test_leaving_while_connecting() -> None:
             await until(lambda: load.in_flight(replica) == 1, 5)
             caller.hang_up()
             await until(lambda: load.in_flight(replica) == 0, LIMIT_S)
+
+
+@pytest.mark.parametrize(("says", "stream"), [((), False), ((), True), ((SSE_HEAD,), True)])
+async def test_a_requests_own_deadline(says: tuple[bytes, ...], stream: bool) -> None:
+    """When a request's time is up before its answer began, it gets a 504, and the backend is left."""
+    async with upstream(*says) as backend, gateway_to(backend.url) as serving, httpx.AsyncClient() as client:
+        answer = await client.post(
+            f"{serving.url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "Hi"}], "stream": stream},
+            headers={"X-KVFleet-Timeout": "100"},
+        )
+        await within(backend.left)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+    assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_a_deadline_amid_a_stream() -> None:
+    """When the time is up amid a stream, it ends in an error event, and the backend is left."""
+    async with (
+        upstream(SSE_HEAD, EVENT) as backend,
+        gateway_to(backend.url) as serving,
+        httpx.AsyncClient() as client,
+        client.stream(
+            "POST",
+            f"{serving.url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "Hi"}], "stream": True},
+            headers={"X-KVFleet-Timeout": "300"},
+        ) as answer,
+    ):
+        lines = [line async for line in answer.aiter_lines() if line]
+        await within(backend.left)
+    error = json.loads(lines[-1].removeprefix("data: "))["error"]
+    assert error["kvfleet"]["fault"] == "deadline"
 
 
 async def test_leaving_gives_the_place_back() -> None:
