@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import attrs
 import httpx
 import pytest
 from click.testing import CliRunner
 
 from kvfleet.cli.main import cli
 from kvfleet.cli.serve import read_quickstart
+from kvfleet.config.loader import load_config
 from kvfleet.registry.models import ModelRegistry
 
 
@@ -109,10 +111,17 @@ def test_a_bad_file_is_not_served(write: Callable[..., Path]) -> None:
     assert err.startswith(f"{path}:1:1: models: ")
 
 
-def test_the_quickstart_has_three_engines() -> None:
-    """As its welcome says: three mock engines, and nothing that could be found by network."""
-    replicas = ModelRegistry.from_configs(read_quickstart().models).replicas
-    assert [replica.endpoint for replica in replicas] == ["mock://small-1", "mock://small-2", "mock://large"]
+def test_the_quickstart_is_the_one_that_is_documented() -> None:
+    """The packaged fleet has three mock engines, and is the one of `pipelines/`, but for its tests."""
+    packaged = read_quickstart()
+    replicas = ModelRegistry.from_configs(packaged.models).replicas
+    assert [(replica.provider, replica.endpoint) for replica in replicas] == [
+        ("mock", "mock://small-1"),
+        ("mock", "mock://small-2"),
+        ("mock", "mock://large-1"),
+    ]
+    documented = load_config(Path(__file__).parents[2] / "pipelines" / "quickstart.yaml")
+    assert packaged == attrs.evolve(documented, tests=())
 
 
 def test_init_writes_a_file_that_is_valid(tmp_path: Path) -> None:
