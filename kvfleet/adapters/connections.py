@@ -55,10 +55,10 @@ class _Open:
         transports, self.transports = self.transports, {}
         clients, self.clients = self.clients, {}
         self.shared.clear()
-        for transport in transports.values():
-            await transport.aclose()
         for client in clients.values():
             await client.aclose()
+        for transport in transports.values():
+            await transport.aclose()
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -66,8 +66,9 @@ class Connections:
     """Owns the connections of a router's adapters.
 
     The data path goes through a transport for each `Route`; control calls (health, metrics, model lists) through one
-    ordinary `httpx.AsyncClient` for each route. Both are bound to the event loop they were made on: the same object may
-    serve several loops, and they do not meet.
+    ordinary `httpx.AsyncClient` on the same transport: reading a replica's load every second also keeps a connection
+    warm, where the engine would close an idle one (vLLM after 5 s). Both are bound to the event loop they were made on:
+    the same object may serve several loops, and they do not meet.
 
     Args:
         transport: Stands in for every connection; for tests, as in ``httpx.MockTransport(handler)``.
@@ -101,16 +102,9 @@ class Connections:
         clients = self._opened().clients
         found = clients.get(route)
         if found is None:
-            options: dict[str, Any] = {"timeout": CONTROL_TIMEOUT_S, "follow_redirects": False}
-            if self.transport is not None:
-                options["transport"] = self.transport
-            else:
-                options |= {
-                    "trust_env": False,
-                    "proxy": _proxy_for(route) or None,
-                    "verify": _tls_of(route, "http/1.1"),
-                }
-            found = clients[route] = httpx.AsyncClient(base_url=route.origin, **options)
+            found = clients[route] = httpx.AsyncClient(
+                base_url=route.origin, transport=self.transport_for(route), timeout=CONTROL_TIMEOUT_S, trust_env=False
+            )
         return found
 
     async def shared(self, key: Hashable, ttl_s: float, make: Callable[[], Awaitable[T]]) -> T:
@@ -163,17 +157,16 @@ class Connections:
             raise ComponentError("HTTP/2 needs another package: pip install 'kvfleet[http2]'")
         # httpx looks through all its idle connections at each request: keep few of them
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=50, keepalive_expiry=self.idle_s)
-        tls = _tls_of(route, "http/1.1", *(["h2"] if route.http2 else []))
         return httpx.AsyncHTTPTransport(
-            http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False, verify=tls
+            http2=route.http2, proxy=proxy or None, limits=limits, trust_env=False, verify=_tls_of(route)
         )
 
 
-def _tls_of(route: Route, *protocols: str) -> ssl.SSLContext:
+def _tls_of(route: Route) -> ssl.SSLContext:
     """A context for each choice of protocols, because httpx writes that into the one it is given."""
     if httpx.URL(route.origin).scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # never used, trusts nobody, costs nothing
-    return trusting(*protocols)
+    return trusting("http/1.1", "h2") if route.http2 else trusting("http/1.1")
 
 
 def _proxy_for(route: Route) -> str:

@@ -63,7 +63,11 @@ class OpenAICompatAdapter(HTTPAdapter):
             if kind == "application/json":  # a refusal under a 200, or an engine that does not stream
                 return self._unstreamed(incoming, await incoming.read())
             return self._streamed(call, incoming, kind)
-        except BaseException:
+        except BackendError as error:
+            error.received = False  # nothing has been handed on
+            await incoming.aclose()
+            raise
+        except BaseException:  # a cancelled call, too, must stop the engine
             await incoming.aclose()
             raise
 

@@ -160,6 +160,21 @@ async def test_a_failed_turn_is_taken_by_the_next() -> None:
     assert results[2] == "made"
 
 
+async def test_control_calls_share_the_connections() -> None:
+    """Reading a replica's load keeps a connection warm for the data path."""
+    async with engine(answering(HELLO)) as at:
+        connections = Connections()
+        client = connections.client_for(Route(at.url))
+        for _ in range(3):
+            assert (await client.get("/metrics")).text == "hello"
+        request = httpx.Request("GET", at.url)
+        response = await connections.transport_for(Route(at.url)).handle_async_request(request)
+        assert await response.aread() == b"hello"
+        assert len(at.wires) == 1
+        assert at.requests[0].path == "/metrics"
+        await connections.aclose()
+
+
 async def test_a_mock_transport_takes_everything() -> None:
     """The seam for tests: data and control calls both go through the transport given."""
     mock = httpx.MockTransport(lambda request: httpx.Response(200, text=request.url.host))

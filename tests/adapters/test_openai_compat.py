@@ -155,6 +155,14 @@ async def test_a_truncated_stream_is_a_disconnect() -> None:
             assert not reply.tally.is_complete
 
 
+async def test_a_whole_answer_that_breaks_off_was_not_received() -> None:
+    """Half an answer has reached nobody: the call may be made again."""
+    async with speaking(answering(whole(CHAT)[:-9], close=True)) as (adapter, _):
+        with pytest.raises(BackendError) as raised:
+            await adapter.send(call())
+        assert (raised.value.kind, raised.value.received) == (Fault.DISCONNECTED, False)
+
+
 async def test_a_stream_until_the_end_of_the_connection() -> None:
     """Without framing, [DONE] is what tells a whole stream from a cut one."""
     head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n"
