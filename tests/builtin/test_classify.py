@@ -1,0 +1,44 @@
+"""The classifiers."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvfleet.adapters.base import Operation
+from kvfleet.builtin.classify import ModalityClassifier, PIIClassifier, PromptClassifier
+from kvfleet.builtin.facts import MODALITY, PII, PROMPT
+from tests.builtin.making import context, user
+
+
+async def test_the_prompts_length_is_estimated() -> None:
+    """Of every request, whatever its shape."""
+    found = await PromptClassifier().classify(context(messages=[user("x" * 40)], facts=False))
+    assert found[PROMPT].token_estimate == 10
+
+
+async def test_pictures_are_seen() -> None:
+    """In chats; other operations carry text alone."""
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y"}}]}
+    found = await ModalityClassifier().classify(context(messages=[picture], facts=False))
+    assert found[MODALITY].image_count == 1
+    ctx = context(body={"input": "data:image/png;base64,"}, operation=Operation.EMBEDDING, facts=False)
+    assert not (await ModalityClassifier().classify(ctx))[MODALITY].is_multimodal
+
+
+async def test_personal_data_is_found_in_every_message() -> None:
+    """Tool results included."""
+    talk = [user("Who is it?"), {"role": "tool", "content": "user@example.com, 123-45-6789"}]
+    found = await PIIClassifier().classify(context(messages=talk, facts=False))
+    assert found[PII].pii_types == ["email", "ssn"]
+
+
+async def test_only_the_wanted_types_are_looked_for() -> None:
+    """An address is not personal data to everybody."""
+    found = await PIIClassifier(types=("ssn",)).classify(context(messages=[user("a@b.co, 123-45-6789")], facts=False))
+    assert found[PII].pii_types == ["ssn"]
+
+
+def test_an_unknown_type_is_refused() -> None:
+    """With the types there are."""
+    with pytest.raises(ValueError, match="no pattern for the type 'shoe_size'; known: email"):
+        PIIClassifier(types=("shoe_size",))

@@ -1,0 +1,32 @@
+"""Every built-in stage keeps the contract a third party's must keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvfleet.plugin.component import Component
+from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.manager import discover
+from kvfleet.testing.conformance import check_component
+
+COMPONENTS = [
+    c for kind in Kind if kind.is_stage for c in discover(environ={}).of_kind(kind) if c.distribution == "kvfleet"
+]
+
+
+@pytest.mark.parametrize("component", COMPONENTS, ids=lambda component: component.key)
+def test_it_keeps_its_contract(component: Component) -> None:
+    """By the conformance kit that plugin authors use."""
+    check_component(component)
+
+
+def test_every_documented_name_is_there() -> None:
+    """A pipeline may use any of these."""
+    documented = (
+        "classify.prompt classify.modality classify.pii admit.concurrency filter.policy filter.residency filter.tenant "
+        "filter.capabilities filter.health answer.exact_cache affinity.prefix score.cost score.latency score.quality "
+        "score.cache_affinity score.hardware_load score.compliance select.static select.weighted select.rules "
+        "select.cost_first select.latency_first select.quality_first select.cheap_cascade select.hybrid_score "
+        "select.round_robin select.random select.least_requests execute.fallback observe.metrics observe.log"
+    )
+    assert {c.key for c in COMPONENTS} >= set(documented.split())

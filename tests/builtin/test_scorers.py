@@ -1,0 +1,157 @@
+"""The columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kvfleet.adapters.base import EngineLoad, Operation
+from kvfleet.builtin.scorers import (
+    CacheAffinityScorer,
+    ComplianceScorer,
+    CostScorer,
+    HardwareLoadScorer,
+    LatencyScorer,
+    QualityScorer,
+)
+from kvfleet.clock import FrozenClock
+from kvfleet.config.schema import ModelConfig
+from kvfleet.plugin.component import Services
+from kvfleet.router.scoring import Column, Unit
+from kvfleet.telemetry.load import FleetLoad
+from tests.builtin.making import context, model, user
+
+TALK = [user("x" * 4000)]
+PRICED = model("priced", cost_per_1k_input_tokens=0.01, cost_per_1k_output_tokens=0.02)
+FREE = model("free", cost_per_1k_input_tokens=0.0, cost_per_1k_output_tokens=0.0)
+HALF = model("half", cost_per_1k_input_tokens=0.01)
+UNKNOWN = model("unknown", cost_per_1k_output_tokens=0.02)
+
+
+def services(*models: ModelConfig) -> Services:
+    """Services of a fleet on a frozen clock."""
+    clock = FrozenClock()
+    return Services(clock=clock, models=models, load=FleetLoad(clock))
+
+
+def costs(models: tuple[ModelConfig, ...], *, known: bool = True, **ctx: Any) -> Column:
+    """The cost column for a prompt of 1,000 tokens."""
+    scorer = CostScorer()
+    if known:
+        scorer.provision(services(*models))
+    return scorer.score(context(models, TALK, **ctx))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_cost_is_of_this_prompt_and_its_answer(known: bool) -> None:
+    """1,000 prompt tokens and, without `max_tokens`, the usual 256; what is unknown stays unknown."""
+    column = costs((PRICED, FREE, HALF, UNKNOWN), known=known)
+    assert column.unit is Unit.USD
+    assert list(column.values) == [pytest.approx(0.01512), 0.0, pytest.approx(0.01256), None]
+
+
+def test_max_tokens_is_what_an_answer_may_cost() -> None:
+    """Under either of its names."""
+    assert list(costs((PRICED,), body={"max_tokens": 1000}).values) == [pytest.approx(0.03)]
+    assert list(costs((PRICED,), body={"max_completion_tokens": 500}).values) == [pytest.approx(0.02)]
+
+
+def test_an_embedding_has_no_answer_to_pay() -> None:
+    """Only the prompt counts."""
+    scorer = CostScorer()
+    scorer.provision(services(PRICED))
+    ctx = context((PRICED,), operation=Operation.EMBEDDING, body={"input": "x" * 4000})
+    assert list(scorer.score(ctx).values) == [pytest.approx(0.01)]
+
+
+def test_pictures_cost_prompt_tokens() -> None:
+    """765 tokens each."""
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}
+    scorer = CostScorer(answer_tokens=0)
+    scorer.provision(services(PRICED))
+    assert list(scorer.score(context((PRICED,), [picture])).values) == [pytest.approx(0.00765)]
+
+
+def test_cost_needs_no_classifier() -> None:
+    """Without one, the prompt is measured on the spot."""
+    assert list(costs((PRICED,), facts=False).values) == [pytest.approx(0.01512)]
+
+
+# Latency
+
+
+A, B = model("m", "http://a", latency_p50_ms=200), model("m", "http://b", latency_p50_ms=200)
+
+
+def latency(fleet: Services, **ctx: Any) -> list[float]:
+    """The latency column over A and B."""
+    scorer = LatencyScorer()
+    scorer.provision(fleet)
+    column = scorer.score(context((A, B), TALK, now_s=fleet.clock.now_s(), **ctx))
+    assert column.unit is Unit.SECONDS
+    return [pytest.approx(value) for value in column.values]
+
+
+def test_latency_is_declared_until_it_is_measured() -> None:
+    """Then it is what was measured, and under load more."""
+    fleet = services(A, B)
+    assert latency(fleet) == [0.2, 0.2]
+    fleet.load.started(A.id)
+    fleet.load.first_byte(A.id, 0.8)
+    fleet.load.finished(A.id, 1.0, True)
+    assert latency(fleet) == [0.8, 0.8]
+    for _ in range(4):
+        fleet.load.started(A.id)
+    assert latency(fleet) == [1.2, 0.8]
+
+
+def test_a_cached_prompt_is_answered_sooner() -> None:
+    """Wholly cached saves 30 %, half cached half of that."""
+    fleet = services(A, B)
+    assert latency(fleet, affinity={A.id: 1000.0}) == [0.14, 0.2]
+    assert latency(fleet, affinity={A.id: 500.0, B.id: 1000.0}) == [0.17, 0.14]
+
+
+def test_a_cache_cannot_save_more_than_there_is() -> None:
+    """More expected tokens than the prompt is estimated to have count as all of it."""
+    assert latency(services(A, B), affinity={A.id: 4000.0}) == [0.14, 0.2]
+
+
+def test_a_stranger_has_its_declared_latency() -> None:
+    """A candidate that is not of the fleet, as in a test, is no error."""
+    scorer = LatencyScorer()
+    assert list(scorer.score(context((A, model("x", latency_p50_ms=900)), TALK)).values) == [0.2, 0.9]
+
+
+# The others
+
+
+def test_quality_is_declared() -> None:
+    """As a utility."""
+    models = (model("a", quality_score=0.9), model("b"))
+    assert QualityScorer().score(context(models)) == Column(Unit.UTILITY, [0.9, 0.5])
+
+
+def test_cache_affinity_is_in_tokens() -> None:
+    """What the affinity stages expect; nothing where they expect nothing."""
+    assert CacheAffinityScorer().score(context((A, B), affinity={B.id: 64.0})) == Column(Unit.TOKENS, [0.0, 64.0])
+
+
+def test_hardware_load_is_free_capacity() -> None:
+    """Requests and KV cache fill a replica; one that nobody registered is unknown."""
+    fleet = services(A, B)
+    scorer = HardwareLoadScorer()
+    scorer.provision(fleet)
+    for _ in range(8):
+        fleet.load.started(A.id)
+    fleet.load.report("http://b", EngineLoad(kv_usage=0.75), fleet.clock.now_s())
+    column = scorer.score(context((A, B, model("x")), now_s=fleet.clock.now_s()))
+    assert column == Column(Unit.UTILITY, [0.5, 0.25, None])
+
+
+def test_compliance_is_clearance_for_the_data_class() -> None:
+    """1 or 0."""
+    models = (model("a", allowed_data_classes=("public",)), model("b"))
+    ctx = context(models, data_class="confidential")
+    assert ComplianceScorer().score(ctx) == Column(Unit.UTILITY, [0.0, 1.0])
