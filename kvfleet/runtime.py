@@ -123,6 +123,7 @@ class Router:
             find=self.table.get,
         )
         self.pipeline: Pipeline = build(config, self.table, self.services)
+        self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.connections = Connections()
         own = [model for model in self.models if not adapters or model.id not in adapters]
         built = build_adapters(config, self.table, own, connections=self.connections)
@@ -231,6 +232,7 @@ class Router:
             kind=kind,
             closed=self._closed,
             keeps_content=self.config.telemetry.capture_content,
+            wants_content=self._wants_content,
         )
         answer = await route.run()
         return Dispatch(answer, route.trace)

@@ -39,12 +39,16 @@ _MOST_KEPT_BYTES = 1024 * 1024
 
 @attrs.define
 class _Kept:
-    """An answer's bytes, kept for the trace because the operator asked for content; bounded."""
+    """A stream's bytes, kept because the operator or a component asked for them: all of them, or none if too many."""
 
     pieces: bytearray = attrs.field(factory=bytearray)
+    is_too_long: bool = False
 
     def add(self, piece: bytes) -> None:
-        if len(self.pieces) + len(piece) <= _MOST_KEPT_BYTES:
+        self.is_too_long = self.is_too_long or len(self.pieces) + len(piece) > _MOST_KEPT_BYTES
+        if self.is_too_long:
+            self.pieces.clear()
+        else:
             self.pieces += piece
 
 
@@ -115,7 +119,7 @@ class Attempts:
 
     Attributes:
         on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
-        keeps_content: True to keep the answer's bytes for the trace (`telemetry.capture_content`).
+        keeps_content: True to keep the answer's bytes, for the trace or for a component that asked for them.
         deadline_s: When the request's own time is up, by the monotonic clock; None if it has no deadline.
     """
 

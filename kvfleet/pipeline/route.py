@@ -31,6 +31,7 @@ class Route:
     Attributes:
         closed: Told once, with the outcome, when the answer has ended, however it ended.
         keeps_content: True to put prompt and answer into the trace (`telemetry.capture_content`).
+        wants_content: True if a component asked to be told the answer with the outcome.
     """
 
     pipeline: Pipeline
@@ -44,11 +45,13 @@ class Route:
     kind: SpanKind
     closed: Callable[[Outcome], None]
     keeps_content: bool = False
+    wants_content: bool = False
     trace: Trace = attrs.field(init=False)
     decision: Decision = attrs.field(init=False)
     _handle: RouteHandle = attrs.field(init=False)
     _started_s: float = attrs.field(init=False, default=0.0)
     _ttfb_s: float | None = attrs.field(init=False, default=None)
+    _content: bytes = attrs.field(init=False, default=b"", repr=False)
     _is_closed: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
@@ -119,7 +122,7 @@ class Route:
             trace=self.trace,
             clock=self.clock,
             on_end=self._attempt_ended,
-            keeps_content=self.keeps_content,
+            keeps_content=self.keeps_content or self.wants_content,
             deadline_s=None if timeout_s is None else self._started_s + timeout_s,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
@@ -149,7 +152,8 @@ class Route:
 
     def _attempt_ended(self, model: ModelConfig, tally: Tally, error: BackendError | None, content: bytes) -> None:
         """The attempt whose answer was given has ended."""
-        if content:
+        self._content = content if self.wants_content and error is None else b""
+        if content and self.keeps_content:
             self.trace.route.attributes[names.ANSWER] = content.decode(errors="replace")
         if self._ttfb_s is None:
             self._ttfb_s = self.clock.now_s() - self._started_s
@@ -191,6 +195,7 @@ class Route:
             cost_usd=cost,
             ttfb_s=self._ttfb_s,
             duration_s=self.clock.now_s() - self._started_s,
+            content=self._content,
         )
         for lease in self.decision.leases:
             lease.release(outcome)
