@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection as Pipe
+from typing import Any
 
 import httpx
 
@@ -52,7 +53,7 @@ class Engine(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Remember where to write."""
-        self.transport = transport
+        self.transport: Any = transport
         self.held = b""
 
     def data_received(self, data: bytes) -> None:
