@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvfleet.testing.cases import CaseResult, run_files
+from kvfleet.plugin.manager import ComponentTable, discover
+from kvfleet.testing.cases import CaseResult, load_suite, run_files, run_placed
 from tests.testing.fleet import FLEET, indented, passes
 
 
@@ -60,3 +61,13 @@ class TestFiles:
             - {name: x, request: {prompt: a}, expect: {status: 200}}
             """,
         )
+
+    def test_what_ends_a_case_by_force_is_told(self, tmp_path: Path) -> None:
+        """A pipeline that cannot be built any more fails its case with the reason, and does not end the run."""
+        file = tmp_path / "fleet.yaml"
+        file.write_text(FLEET + "tests:\n  - {name: x, request: {prompt: a}, expect: {status: 200}}\n")
+        (placed,) = load_suite(file, table=discover()).cases
+        result = run_placed(placed, ComponentTable())
+        assert result.passed is False
+        assert result.note.startswith("ended by ConfigError: ")
+        assert result.text().startswith(f"{file}:22: x (ended by ConfigError: ")

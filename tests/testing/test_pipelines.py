@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import pytest
 
-from kvfleet.config.loader import check_config
+from kvfleet.adapters.base import ChatMessage
+from kvfleet.config.loader import check_config, load_config
 from kvfleet.plugin.manager import discover
+from kvfleet.runtime import Router
 from kvfleet.testing.cases import load_suite, run_placed
 
 PIPELINES = sorted((Path(__file__).parent.parent.parent / "pipelines").glob("*.yaml"))
@@ -48,6 +51,26 @@ def test_only_the_cloud_key_has_to_be_set() -> None:
     assert found[0].endswith(
         "the environment variable OPENAI_API_KEY is not set; set OPENAI_API_KEY, or correct the reference"
     )
+
+
+async def test_the_quickstart_answers_with_its_own_engines() -> None:
+    """No fake here: the mock engines answer, and the second turn finds the first in its engine's cache."""
+    config = load_config(Path(__file__).parent.parent.parent / "pipelines" / "quickstart.yaml", environ={})
+    fast = [attrs.evolve(model, options={**model.options, "speed": 1e9}) for model in config.models]
+    async with Router(attrs.evolve(config, models=tuple(fast)), polls=False, seed=1) as router:
+        talk = [ChatMessage("system", "You are patient. " * 40), ChatMessage("user", "What is a hive?")]
+        first, why = await router.route(talk)
+        await router.settled()
+        talk += [ChatMessage("assistant", first.content), ChatMessage("user", "And a swarm?")]
+        second, why_again = await router.route(talk)
+        async with router.stream(talk) as stream:
+            streamed = "".join([chunk.content async for chunk in stream])
+    assert first.content.startswith("This is demo-small, a mock engine of kvfleet")
+    assert why.served_replica == why_again.served_replica
+    assert second.usage is not None
+    assert second.usage.cached_tokens is not None
+    assert second.usage.cached_tokens > 100
+    assert streamed == second.content
 
 
 def test_there_are_the_promised_ones() -> None:
