@@ -118,7 +118,7 @@ class Router:
             clock=self.clock,
             models=self.models,
             health=HealthManager(clock=self.clock),
-            load=FleetLoad(),
+            load=FleetLoad(self.clock),
             metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
             find=self.table.get,
         )

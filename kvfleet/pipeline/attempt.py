@@ -211,15 +211,16 @@ class _One:
         made, candidate = self.attempts, self.candidate
         self.started_s = made.clock.now_s()
         made.services.load.started(candidate.id)
+        made.services.health.begin(candidate.endpoint)
         call = made.call_for(candidate, self.begun[1], wait_s)
         reply = await made.adapters[candidate.id].send(call)
         if reply.events is None:
-            self._first_byte()
+            made.services.load.answered(candidate.id, self._first_byte())
             self.end(reply.tally, None)
             made.on_end(candidate, reply.tally, None, reply.body if made.keeps_content else b"")
             return reply
         first = await self._first_event(reply, wait_s)
-        self._first_byte()
+        made.services.load.first_byte(candidate.id, self._first_byte())
         kept = _Kept() if made.keeps_content else None
         deadline_s = made.deadline_s
         left_s = None if deadline_s is None else lambda: deadline_s - made.clock.now_s()
@@ -246,11 +247,11 @@ class _One:
             await reply.close()
             raise
 
-    def _first_byte(self) -> None:
-        made = self.attempts
-        ttfb_s = made.clock.now_s() - self.started_s
-        made.services.load.first_byte(self.candidate.id, ttfb_s)
+    def _first_byte(self) -> float:
+        """Note the time to the first byte, in seconds."""
+        ttfb_s = self.attempts.clock.now_s() - self.started_s
         self.begun[0].attributes[names.TTFB_S] = ttfb_s
+        return ttfb_s
 
     def _stream_ended(self, tally: Tally, error: BackendError | None, kept: _Kept | None) -> None:
         self.end(tally, error)

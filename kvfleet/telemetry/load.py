@@ -1,10 +1,12 @@
 """What is in flight where, what the engines say of themselves, and how long answers take to begin.
 
 The estimate here is simple on purpose: a learned time to the first byte, scaled by how busy the replica is now against
-how busy it was when that time was learned. A replica that was not measured yet is taken to be like its model's others,
-and a model without any measurement to be as much faster or slower than declared as the fleet is. So measured and
-declared times can be compared, and nobody is shunned for a careless declaration. Every reading is a dictionary lookup;
-the work is done when a fact arrives.
+how busy it was when that time was learned. Times of whole answers, whose first byte is their last, are learned apart
+and used only while a model has streamed nothing: between the two lies the length of an answer, and a replica must not
+look slow for having been asked for a long one. A replica that was not measured yet is taken to be like its model's
+others, and a model without any measurement to be as much faster or slower than declared as the fleet is. So measured
+and declared times can be compared, and nobody is shunned for a careless declaration. Every reading is a dictionary
+lookup; the work is done when a fact arrives.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ class ReplicaLoad:
         declared_s: Its configured time to an answer, used until there is a measurement.
         in_flight: Our own requests there.
         started, failed: Our own requests so far.
-        ttfb_s: Learned time to the first byte; None before the first answer.
-        busy: Requests there when that time was learned, averaged alike.
+        ttfb_s: Learned time to the first byte of a stream; None before the first one.
+        whole_s: Learned time to a whole answer, whose first byte is its last; None before the first one.
+        busy: Requests there when these times were learned, averaged alike.
         measured_s: When it was last measured.
         duration_s: Learned time to the last byte.
         tokens_per_second: Learned speed of one answer.
@@ -53,6 +56,7 @@ class ReplicaLoad:
     started: int = 0
     failed: int = 0
     ttfb_s: float | None = None
+    whole_s: float | None = None
     busy: float = 0.0
     measured_s: float = 0.0
     duration_s: float | None = None
@@ -67,6 +71,14 @@ class ReplicaLoad:
             return self.in_flight
         counted = (self.reported.running or 0) + (self.reported.waiting or 0)
         return max(self.in_flight, counted + self.in_flight - self.reported_in_flight)
+
+
+@attrs.define
+class _Model:
+    """Times learned of a model, over all its replicas."""
+
+    ttfb_s: float | None = None
+    whole_s: float | None = None
 
 
 @attrs.define
@@ -85,8 +97,9 @@ class FleetLoad:
     _replicas: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
     _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
     _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
-    _models: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _models: dict[str, _Model] = attrs.field(init=False, factory=dict, repr=False)
     _unmeasured: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
+    _has_streamed: bool = attrs.field(init=False, default=False, repr=False)
     _pace: float | None = attrs.field(init=False, default=None, repr=False)
     _pace_used: float = attrs.field(init=False, default=1.0, repr=False)
     _times: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
@@ -118,14 +131,22 @@ class FleetLoad:
         self._refresh(replica_id, known)
 
     def first_byte(self, replica_id: str, ttfb_s: float) -> None:
-        """Its answer began, `ttfb_s` seconds after the call."""
+        """Its stream began, `ttfb_s` seconds after the call."""
         known = self._of(replica_id)
-        known.busy = _mix(known.busy if known.ttfb_s is not None else None, max(known.pending - 1, 0))
+        self._was_busy(known)
         known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
-        known.measured_s = self.clock.now_s()
         self._refresh(replica_id, known)
         if known.model:
-            self._learn_of_model(known, ttfb_s)
+            self._learn_of_model(known, ttfb_s, is_stream=True)
+
+    def answered(self, replica_id: str, duration_s: float) -> None:
+        """Its answer came in one piece, `duration_s` seconds after the call."""
+        known = self._of(replica_id)
+        self._was_busy(known)
+        known.whole_s = _mix(known.whole_s, duration_s)
+        self._refresh(replica_id, known)
+        if known.model:
+            self._learn_of_model(known, duration_s, is_stream=False)
 
     def finished(self, replica_id: str, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
         """The call ended, `duration_s` seconds after it began."""
@@ -174,9 +195,11 @@ class FleetLoad:
         return 0 if known is None else known.pending
 
     def expected_ttfb_s(self, replica_id: str) -> float | None:
-        """The learned time to the first byte; None if there was no answer yet."""
+        """The learned time to the first byte, of streams or else of whole answers; None before the first of either."""
         known = self._replicas.get(replica_id)
-        return None if known is None else known.ttfb_s
+        if known is None:
+            return None
+        return known.whole_s if known.ttfb_s is None else known.ttfb_s
 
     def of(self, replica_id: str) -> ReplicaLoad | None:
         """All that is known of one replica."""
@@ -211,29 +234,52 @@ class FleetLoad:
             known = self._replicas[replica_id] = ReplicaLoad()
         return known
 
-    def _learn_of_model(self, known: ReplicaLoad, ttfb_s: float) -> None:
+    def _was_busy(self, known: ReplicaLoad) -> None:
+        """Note under which load a time was measured, and when."""
+        others = max(known.pending - 1, 0)
+        is_first = known.ttfb_s is None and known.whole_s is None
+        known.busy = _mix(None if is_first else known.busy, others)
+        known.measured_s = self.clock.now_s()
+
+    def _learn_of_model(self, known: ReplicaLoad, seconds: float, *, is_stream: bool) -> None:
         """Let those that were not measured yet profit: the model's other replicas, and, by pace, everybody else."""
-        self._models[known.model] = _mix(self._models.get(known.model), ttfb_s)
-        self._pace = _mix(self._pace, ttfb_s / known.declared_s)
-        if not self._unmeasured:
-            return
-        has_moved = abs(self._pace - self._pace_used) > _PACE_STEP * self._pace_used
-        if has_moved:
-            self._pace_used = self._pace
-        for replica_id, other in tuple(self._unmeasured.items()):
+        model = self._models.setdefault(known.model, _Model())
+        is_first_stream = is_stream and model.ttfb_s is None
+        if is_stream:
+            model.ttfb_s = _mix(model.ttfb_s, seconds)
+        else:
+            model.whole_s = _mix(model.whole_s, seconds)
+        has_moved = self._learn_pace(seconds / known.declared_s, is_stream=is_stream)
+        others = self._replicas if is_first_stream else self._unmeasured
+        for replica_id, other in tuple(others.items()):
             if has_moved or other.model == known.model:
                 self._refresh(replica_id, other)
 
+    def _learn_pace(self, pace: float, *, is_stream: bool) -> bool:
+        """Note how a time compares with its declaration; True if that changes the fleet's pace by much."""
+        if is_stream and not self._has_streamed:
+            self._has_streamed, self._pace = True, None
+        if is_stream or not self._has_streamed:
+            self._pace = _mix(self._pace, pace)
+        if self._pace is None or abs(self._pace - self._pace_used) <= _PACE_STEP * self._pace_used:
+            return False
+        self._pace_used = self._pace
+        return True
+
+    def _base_s(self, replica_id: str, known: ReplicaLoad) -> float:
+        """The time to begin with: what is known of this replica's streams, its model's, or of whole answers alike."""
+        model = self._models.get(known.model, _UNKNOWN)
+        own_s = known.ttfb_s if known.ttfb_s is not None or model.ttfb_s is not None else known.whole_s
+        if own_s is not None:
+            self._unmeasured.pop(replica_id, None)
+            return own_s * _KNEE / (_KNEE + known.busy)
+        self._unmeasured[replica_id] = known
+        alike_s = model.whole_s if model.ttfb_s is None else model.ttfb_s
+        return known.declared_s * self._pace_used if alike_s is None else alike_s
+
     def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
         pending = known.pending
-        if known.ttfb_s is None:
-            self._unmeasured[replica_id] = known
-            likely = self._models.get(known.model)
-            likely = known.declared_s * self._pace_used if likely is None else likely
-            self._times[replica_id] = likely * (1 + pending / _KNEE)
-        else:
-            self._unmeasured.pop(replica_id, None)
-            self._times[replica_id] = known.ttfb_s * (_KNEE + pending) / (_KNEE + known.busy)
+        self._times[replica_id] = self._base_s(replica_id, known) * (1 + pending / _KNEE)
         free = _KNEE / (_KNEE + pending)
         if known.reported is not None and known.reported.kv_usage is not None:
             free = min(free, max(1.0 - known.reported.kv_usage, 0.0))
@@ -247,13 +293,17 @@ class FleetLoad:
         for replica_id, known in self._replicas.items():
             said = self._engines.get(known.endpoint)
             is_silent = known.reported is not None and (said is None or now_s - said[1] > self.stale_s)
-            is_past = known.ttfb_s is not None and not known.in_flight and now_s - known.measured_s > self.remember_s
+            is_known = known.ttfb_s is not None or known.whole_s is not None
+            is_past = is_known and not known.in_flight and now_s - known.measured_s > self.remember_s
             if is_silent:
                 known.reported = None
             if is_past:
-                known.ttfb_s = None
+                known.ttfb_s = known.whole_s = None
             if is_silent or is_past:
                 self._refresh(replica_id, known)
+
+
+_UNKNOWN = _Model()
 
 
 def _mix(old: float | None, new: float) -> float:
@@ -269,6 +319,7 @@ def _figures(known: ReplicaLoad) -> dict[str, float]:
         "started": known.started,
         "failed": known.failed,
         "ttfb_s": known.ttfb_s,
+        "whole_s": known.whole_s,
         "duration_s": known.duration_s,
         "tokens_per_second": known.tokens_per_second,
         "engine_running": said.running if said else None,

@@ -88,6 +88,32 @@ def test_an_unmeasured_model_is_scaled_by_the_fleets_pace(load: FleetLoad, clock
     assert times(load, clock)[B.id] == 0.1
 
 
+def test_whole_answers_are_learned_apart_from_streams(load: FleetLoad, clock: FrozenClock) -> None:
+    """A replica that was asked for a long answer in one piece does not look slow to those who stream."""
+    load.started(A1.id)
+    load.first_byte(A1.id, 0.2)
+    load.finished(A1.id, 5.0, True)
+    load.started(A1.id)
+    load.answered(A1.id, 9.0)
+    load.finished(A1.id, 9.0, True)
+    load.started(A2.id)
+    load.answered(A2.id, 9.0)
+    load.finished(A2.id, 9.0, True)
+    assert times(load, clock) == {A1.id: 0.2, A2.id: 0.2, B.id: 0.4}
+    assert (load.expected_ttfb_s(A1.id), load.expected_ttfb_s(A2.id)) == (0.2, 9.0)
+
+
+def test_without_streams_whole_answers_are_what_is_known(load: FleetLoad, clock: FrozenClock) -> None:
+    """Until the model streams for the first time; then that counts for all its replicas at once."""
+    for model, seconds in ((A1, 1.0), (A2, 3.0)):
+        load.started(model.id)
+        load.answered(model.id, seconds)
+        load.finished(model.id, seconds, True)
+    assert times(load, clock) == {A1.id: 1.0, A2.id: 3.0, B.id: 2.8}
+    answered(load, A1, 0.1)
+    assert times(load, clock) == {A1.id: 0.1, A2.id: 0.1, B.id: 0.2}
+
+
 def test_requests_there_make_the_expected_time_longer(load: FleetLoad, clock: FrozenClock) -> None:
     """Eight requests in flight double the time of an idle replica."""
     for _ in range(8):
