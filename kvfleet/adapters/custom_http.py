@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Self
 
 import attrs
+import httpx
 import orjson
 
 from kvfleet.adapters.base import Call, EndpointHealth, Operation, Reply
@@ -57,12 +58,13 @@ class CustomHTTPAdapter(TranslatedAdapter):
     _used: frozenset[str] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        """Read the template's placeholders.
+        """Read the template's placeholders. The endpoint is taken as it stands: a ``/v1`` at its end is the API's own.
 
         Raises:
             ValueError: if the template has no place for the conversation.
         """
         super().__attrs_post_init__()
+        self._base = httpx.URL(self.endpoint.rstrip("/"))
         self._used = placeholders(self.request_template)
         if self.request_template and not self._used & _CARRIERS:
             raise ValueError("the request template must have {prompt} or {messages} in it")

@@ -223,6 +223,8 @@ def values_of(body: Mapping[str, Any], *, model: str, is_stream: bool) -> dict[s
     """What placeholders stand for: the request's fields, but for the prompt."""
     values = {key: value for key, value in body.items() if value is not None}
     values |= {"model": model, "stream": is_stream}
+    if not is_stream:
+        values.pop("stream_options", None)  # OpenAI-like servers refuse it without a stream
     if body.get("max_completion_tokens") is not None:
         values["max_tokens"] = body["max_completion_tokens"]
     return values

@@ -82,7 +82,7 @@ class _Generating(Translation):
 
     def _date(self, answer: Mapping[str, Any]) -> None:
         self.chunks.created = created_s(answer, self.chunks.created)
-        self.chunks.model = answer.get("model") or self.chunks.model
+        self.chunks.model = self.chunks.tally.model = answer.get("model") or self.chunks.model
 
     def _reason(self, answer: Mapping[str, Any]) -> str:
         reason = _FINISH.get(answer.get("done_reason") or "stop", "stop")

@@ -12,6 +12,7 @@ import orjson
 from kvfleet.adapters.base import Call, Operation, Reply
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
+from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.splitters import EventSplitter, LineSplitter, data_of
 from kvfleet.adapters.translation import Chunks, Framing, Translation
 from kvfleet.clock import Clock, SystemClock
@@ -41,10 +42,16 @@ class TranslatedAdapter(HTTPAdapter):
         """A writer for one answer."""
         return Chunks(operation=operation, model=self.model_id, created=self._clock.time_ns() // 1_000_000_000)
 
+    def _told(self, call: Call) -> tuple[Translation, bytes]:
+        try:
+            told = self.translate(call)
+            return told, orjson.dumps(told.body)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise refuse("the request has not the shape it should", "body") from error
+
     async def send(self, call: Call) -> Reply:
         """Make one call; a stream has begun when this returns, so an error said first is the call's own."""
-        told = self.translate(call)
-        body = orjson.dumps(told.body)
+        told, body = self._told(call)
         incoming = await self.exchange("POST", told.path, body, headers=call.headers, limits=call.limits)
         told.headers = incoming.headers
         status, headers, tally = incoming.status, incoming.headers, told.chunks.tally

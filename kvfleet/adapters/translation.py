@@ -226,7 +226,7 @@ class Translation(abc.ABC):
     def _shaped(read: Any, data: Any) -> Any:
         try:
             return read(data)
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise BackendError(
                 Fault.PROTOCOL, f"the backend's answer has not the shape it should: {error!r}"
             ) from error
@@ -242,7 +242,7 @@ def as_stream(operation: Operation, answer: Mapping[str, Any], *, include_usage:
     head["object"] = _OBJECT[operation, True]
     try:
         choices = [event for place, choice in enumerate(answer["choices"]) for event in _told(operation, choice, place)]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise BackendError(Fault.PROTOCOL, f"the backend's answer has not the shape it should: {error!r}") from error
     rest = {"usage": None} if include_usage else {}
     said: list[dict[str, Any]] = [{**head, "choices": [choice], **rest} for choice in choices]

@@ -146,6 +146,16 @@ async def test_the_custom_fields_of_a_fleet_file() -> None:
     assert (reply.tally.usage, answer["usage"]["total_tokens"]) == (Usage(7, 2, 9), 9)
 
 
+async def test_an_endpoint_is_taken_as_it_stands() -> None:
+    """A ``/v1`` at its end is part of the API's own paths."""
+    async with engine(answering(whole(b'{"t":"x"}'))) as there:
+        speaker = CustomHTTPAdapter(endpoint=f"{there.url}/v1/", response_content_key="t")
+        await speaker.send(call())
+        await speaker.health_check()
+        await speaker.aclose()
+    assert [request.path for request in there.requests] == ["/v1/generate", "/v1/health"]
+
+
 async def test_an_answer_in_openais_shape_is_passed_on_whole() -> None:
     """Without a content key; tool calls and unknown fields included."""
     choices = [{"index": 0, "message": {"role": "assistant", "tool_calls": [TOOL]}, "finish_reason": "tool_calls"}]
@@ -248,7 +258,8 @@ async def test_an_api_that_cannot_stream_is_told_as_a_stream() -> None:
         body = {"messages": [USER], "stream": True, "stream_options": {"include_usage": True}}
         out = await drained(await speaker.send(call(body, stream=True)))
         await speaker.aclose()
-    assert orjson.loads(there.requests[0].body)["stream"] is False
+    sent = orjson.loads(there.requests[0].body)
+    assert (sent["stream"], "stream_options" in sent) == (False, False)
     assert deltas(out) == [
         {"role": "assistant", "content": "Hi", "tool_calls": [{"index": 0, **tool}]},
         ({}, "tool_calls"),

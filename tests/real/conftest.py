@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 pytest.register_assert_rewrite("tests.real.contract")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Everything in this folder needs real engines."""
     for item in items:
