@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from kvfleet.builtin.facts import PII, PROMPT
 from kvfleet.config.fields import choice, flag, listing, mapping
+from kvfleet.config.findings import Finding, Path
 from kvfleet.config.schema import DATA_CLASSES, PolicyConfig, PolicyRule, TenantConfig
+from kvfleet.errors import ComponentError, ConfigError
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
-from kvfleet.policy.engine import Action, PolicyContext, PolicyEngine
+from kvfleet.policy.conditions import ConditionError, PolicyContext, parse
+from kvfleet.policy.engine import Action, PolicyEngine
 from kvfleet.policy.residency import ResidencyEngine, ResidencyRule
 from kvfleet.policy.tenant import TenantManager
 
 __all__ = ["PolicyFilter", "ResidencyFilter", "TenantFilter"]
 
 _PII_NAMES = frozenset({"has_pii", "pii_types"})
+_NEEDS_TARGETS = "require_model"
+
+
+def _check_rules(rules: Sequence[PolicyRule]) -> None:
+    """A mistake in a rule is a finding at that rule's line."""
+    findings = [finding for index, rule in enumerate(rules) for finding in _check_rule(rule, ("rules", index))]
+    names = [rule.name for rule in rules]
+    findings += [
+        Finding(
+            f"duplicate rule {name!r}", "give each rule its own name", ("rules", index, "name"), code="duplicate-rule"
+        )
+        for index, name in enumerate(names)
+        if name in names[:index]
+    ]
+    if findings:
+        raise ConfigError(findings)
+
+
+def _check_rule(rule: PolicyRule, path: Path) -> Iterator[Finding]:
+    try:
+        parse(rule.condition)
+    except ConditionError as error:
+        yield Finding(str(error), path=(*path, "condition"), code="condition")
+    if rule.action == _NEEDS_TARGETS and not rule.target_models:
+        yield Finding(f"{rule.action} needs models", "add `target_models:`", (*path, "target_models"), code="missing")
 
 
 @attrs.define(kw_only=True)
@@ -30,45 +58,50 @@ class PolicyFilter:
     pii: bool = flag(doc="Keep requests with personal data on private models; needs classify.pii.")
     rules: tuple[PolicyRule, ...] = listing((), doc="Rules, applied by priority.")
     _engine: PolicyEngine = attrs.field(init=False, repr=False, eq=False)
-    _is_open: dict[str, frozenset[str]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _cleared: dict[str, frozenset[str]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Check the rules, so that a mistake is found where options are read."""
+        _check_rules(self.rules)
 
     def provision(self, services: Services) -> None:
-        """Read the rules.
+        """Find the rules' actions, and precompute who is cleared for which data class.
 
         Raises:
-            ValueError: for a rule that cannot be read, naming it.
-            ComponentError: for an unknown action.
+            ConfigError: for an unknown action, with a finding at its rule.
         """
+        findings = []
+        for index, rule in enumerate(self.rules):
+            try:
+                services.find(Kind.ACTION, rule.action)
+            except ComponentError as error:
+                findings.append(Finding(str(error), path=("rules", index, "action"), code="unknown-action"))
+        if findings:
+            raise ConfigError(findings)
 
         def find(name: str) -> Action:
             action: Action = services.find(Kind.ACTION, name).cls()
             return action
 
-        for rule in self.rules:
-            try:
-                PolicyEngine(PolicyConfig(rules=(rule,)), find)
-            except ValueError as error:
-                raise ValueError(f"rule {rule.name!r}: {error}") from error
         self._engine = PolicyEngine(PolicyConfig(enabled=True, pii_detection=self.pii, rules=self.rules), find)
-        # Without rules that apply, all that is left is who is cleared for which class: precomputed, by replica.
-        self._is_open = {
+        self._cleared = {
             data_class: frozenset(m.id for m in services.models if data_class in m.allowed_data_classes)
             for data_class in DATA_CLASSES
         }
 
     def required_facts(self) -> tuple[Fact[Any], ...]:
         """What the rules read beyond the request itself."""
-        words = " ".join(rule.condition for rule in self.rules)
-        needs_pii = self.pii or any(name in words for name in _PII_NAMES)
-        return (*((PII,) if needs_pii else ()), *((PROMPT,) if "tokens" in words else ()))
+        names = frozenset().union(*(parse(rule.condition).names for rule in self.rules))
+        needs_pii = self.pii or not names.isdisjoint(_PII_NAMES)
+        return (*((PII,) if needs_pii else ()), *((PROMPT,) if "tokens" in names else ()))
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """One drop for each candidate that a rule excludes."""
-        cleared = self._is_open.get(ctx.data_class, frozenset())
-        if not self.rules and not self.pii and all(c.id in cleared for c in ctx.candidates):
-            return ()
-        found = self._engine.exclusions(ctx.candidates, policy_context(ctx))
-        return [Drop(one.candidate, one.reason, one.rule) for one in found]
+        if not self.rules and not self.pii:
+            cleared = self._cleared.get(ctx.data_class, frozenset())
+            if all(candidate.id in cleared for candidate in ctx.candidates):
+                return ()
+        return [Drop(*one) for one in self._engine.excluded(ctx.candidates, policy_context(ctx))]
 
 
 def policy_context(ctx: RoutingContext) -> PolicyContext:
@@ -120,16 +153,16 @@ class TenantFilter:
     _manager: TenantManager = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        """Keep the tenants."""
+        """Sort what each tenant may use."""
         self._manager = TenantManager(self.tenants, refuses_unknown=self.unknown == "refuse")
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """One drop for each model this tenant does not get."""
-        if ctx.tenant in self.tenants and not self._manager.may_send(ctx.tenant, ctx.data_class):
+        if not self._manager.may_send(ctx.tenant, ctx.data_class) and ctx.tenant in self.tenants:
             reason = f"tenant {ctx.tenant} may not send {ctx.data_class} data"
             return [Drop(model, reason, "tenant_data_classes") for model in ctx.candidates]
         out = self._manager.excluded(ctx.tenant, [model.name for model in ctx.candidates])
-        return [Drop(model, *out[model.name]) for model in ctx.candidates if model.name in out]
+        return [Drop(model, *out[model.name]) for model in ctx.candidates if model.name in out] if out else ()
 
 
 @hookimpl

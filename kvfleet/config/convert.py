@@ -75,7 +75,7 @@ def read(
 
     That is: unknown keys, unknown models, and secrets that are not set.
     """
-    reader = _Reader(origin, models)
+    reader = _Reader(origin, None if models is None else frozenset(models))
     value = reader.value(raw, cls, _NO_INFO, path)
     return (None if value is _BAD else value), reader.findings
 

@@ -15,7 +15,7 @@ from kvfleet.config.convert import unstructure
 from kvfleet.config.findings import Path
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 
-__all__ = ["expand", "options_from_section", "section_for", "section_path"]
+__all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path"]
 
 Options = dict[str, Any]
 
@@ -71,6 +71,15 @@ def _stage(config: FleetConfig, use: str) -> StageConfig:
     section = section_path(use)
     is_written = bool(section) and config.origin.sets(section)
     return StageConfig(use=use, options={} if is_written else options_from_section(config, use))
+
+
+def default_data_class(config: FleetConfig) -> str:
+    """The data class of a request that names none: as `filter.policy` has it, under `with:` or in its section."""
+    for stage in config.pipeline:
+        found = stage.options.get("default_data_class") if stage.use == "filter.policy" else None
+        if isinstance(found, str):
+            return found
+    return config.policy.default_data_class
 
 
 def section_for(use: str) -> str:

@@ -14,6 +14,9 @@ call, no attribute: a condition can read the request and nothing else.
 
 from __future__ import annotations
 
+import difflib
+import functools
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +26,7 @@ import attrs
 from kvfleet.config.findings import did_you_mean
 from kvfleet.config.schema import DATA_CLASSES
 from kvfleet.errors import KVFleetError
+from kvfleet.policy.pii import PII_PATTERNS
 
 __all__ = ["Condition", "ConditionError", "PolicyContext", "parse"]
 
@@ -90,14 +94,14 @@ class _Name:
 
 _RANK = {name: rank for rank, name in enumerate(DATA_CLASSES)}
 _NAMES = {
-    "data_class": _Name("class", lambda c: c.data_class),
-    "has_pii": _Name("bool", lambda c: c.has_pii),
-    "pii_types": _Name("set", lambda c: c.pii_types),
-    "tenant": _Name("text", lambda c: c.tenant_id),
-    "tenant_id": _Name("text", lambda c: c.tenant_id),
-    "region": _Name("text", lambda c: c.source_region),
-    "source_region": _Name("text", lambda c: c.source_region),
-    "tokens": _Name("number", lambda c: c.tokens),
+    "data_class": _Name("class", operator.attrgetter("data_class")),
+    "has_pii": _Name("bool", operator.attrgetter("has_pii")),
+    "pii_types": _Name("set", operator.attrgetter("pii_types")),
+    "tenant": _Name("text", operator.attrgetter("tenant_id")),
+    "tenant_id": _Name("text", operator.attrgetter("tenant_id")),
+    "region": _Name("text", operator.attrgetter("source_region")),
+    "source_region": _Name("text", operator.attrgetter("source_region")),
+    "tokens": _Name("number", operator.attrgetter("tokens")),
     "always": _Name("bool", lambda _: True),
 }
 _SHOWN = [*_NAMES, "tags.NAME", "headers.NAME"]
@@ -187,14 +191,14 @@ class _Parser:
         while self.peek("or"):
             self.at += 1
             tests.append(self.both(depth))
-        return tests[0] if len(tests) == 1 else lambda c: any(test(c) for test in tests)
+        return functools.reduce(_or, tests)
 
     def both(self, depth: int) -> Test:
         tests = [self.negation(depth)]
         while self.peek("and"):
             self.at += 1
             tests.append(self.negation(depth))
-        return tests[0] if len(tests) == 1 else lambda c: all(test(c) for test in tests)
+        return functools.reduce(_and, tests)
 
     def negation(self, depth: int) -> Test:
         if depth > _MOST_DEPTH:
@@ -203,8 +207,7 @@ class _Parser:
             )
         if self.peek("not"):
             self.at += 1
-            test = self.negation(depth + 1)
-            return lambda c: not test(c)
+            return _not(self.negation(depth + 1))
         if self.peek("("):
             self.at += 1
             test = self.either(depth + 1)
@@ -223,9 +226,10 @@ class _Parser:
         if self.peek("not"):
             self.at += 1
             self.expect("in")
+            if not self.peek("["):
+                return _not(self.member(first))
             name = self.name(first)
-            test = _one_of(name, self.values(name, first))
-            return lambda c: not test(c)
+            return _not(_one_of(name, self.values(name, first)))
         name = self.name(first)
         if not self.peek("==", "!=", "<", "<=", ">", ">="):
             if name.type != "bool":
@@ -240,8 +244,8 @@ class _Parser:
         name = self.name(place)
         if name.type != "set":
             raise ConditionError(f"{place.value} is not a list; write {place.value} in [a, b]", place.column)
-        wanted = str(first.value)
-        return lambda c: wanted in name.read(c)
+        read, wanted = name.read, _pii_type(first)
+        return lambda c: wanted in read(c)
 
     def name(self, token: _Token) -> _Name:
         word = str(token.value)
@@ -280,13 +284,11 @@ class _Parser:
                 raise ConditionError("it can only be == or != true or false", token.column)
             return str(word).lower() == "true"
         if name.type == "number":
-            if token.kind != "num":
-                raise ConditionError(f"{word!r} is not a number", token.column)
-            return word
+            return _tokens_limit(token, sign)
         if name.type == "class":
-            if str(word).lower() not in _RANK:
-                raise ConditionError(f"{word!r} is no data class; {did_you_mean(str(word), _RANK)}", token.column)
-            return str(word).lower()
+            return _data_class(token, sign)
+        if name.type == "set":
+            return _pii_type(token)
         if sign not in ("==", "!="):
             raise ConditionError("texts have no order; only data_class and tokens do", token.column)
         return f"{word:g}" if token.kind == "num" else str(word)
@@ -307,21 +309,71 @@ def _one_of(name: _Name, values: frozenset[Any]) -> Test:
     return lambda c: read(c) in values
 
 
+def _and(first: Test, second: Test) -> Test:
+    return lambda c: first(c) and second(c)
+
+
+def _or(first: Test, second: Test) -> Test:
+    return lambda c: first(c) or second(c)
+
+
+def _not(test: Test) -> Test:
+    return lambda c: not test(c)
+
+
+def _tokens_limit(token: _Token, sign: str) -> float:
+    """A number of tokens; one that no prompt can have is a mistake."""
+    if token.kind != "num":
+        raise ConditionError(f"{token.value!r} is not a number", token.column)
+    limit: float = token.value
+    is_possible = {"<": limit > 0, "<=": limit >= 0, "==": limit >= 0 and limit.is_integer()}.get(sign, True)
+    if not is_possible:
+        raise ConditionError(f"tokens can never be {sign} {limit:g}", token.column)
+    return limit
+
+
+def _data_class(token: _Token, sign: str) -> str:
+    """A data class; nothing is below the first, and nothing above the last."""
+    word = str(token.value).lower()
+    if word not in _RANK:
+        raise ConditionError(f"{token.value!r} is no data class; {did_you_mean(word, _RANK)}", token.column)
+    if (sign, word) in (("<", DATA_CLASSES[0]), (">", DATA_CLASSES[-1])):
+        raise ConditionError(f"data_class can never be {sign} {word}", token.column)
+    return word
+
+
+def _pii_type(token: _Token) -> str:
+    """A type of personal data. A plugin's classifier may find others than ours, so only near misses are mistakes."""
+    word = str(token.value)
+    near = difflib.get_close_matches(word, PII_PATTERNS, n=1, cutoff=0.75)
+    if near and word not in PII_PATTERNS:
+        raise ConditionError(f"{word!r} is no type of personal data; did you mean {near[0]}?", token.column)
+    return word
+
+
 def _compare(name: _Name, sign: str, value: Any, first: _Token) -> Test:
     read = name.read
     if name.type == "set":
         if sign not in ("==", "!="):
             raise ConditionError(f"{first.value} has no order", first.column)
         return (lambda c: value in read(c)) if sign == "==" else (lambda c: value not in read(c))
-    if sign == "==":
-        return lambda c: bool(read(c) == value)
-    if sign == "!=":
-        return lambda c: bool(read(c) != value)
-    order: Callable[[Any], Any] = _RANK.__getitem__ if name.type == "class" else float
-    limit = order(value)
-    return {
-        "<": lambda c: order(read(c)) < limit,
-        "<=": lambda c: order(read(c)) <= limit,
-        ">": lambda c: order(read(c)) > limit,
-        ">=": lambda c: order(read(c)) >= limit,
-    }[sign]
+    if name.type == "class" and sign not in ("==", "!="):
+        return _above(read, sign, _RANK[value])
+    compare = _SIGNS[sign]
+    return lambda c: compare(read(c), value)
+
+
+def _above(read: Callable[[PolicyContext], Any], sign: str, limit: int) -> Test:
+    """An order of data classes. One that does not exist counts as the most sensitive: mistakes fail closed."""
+    compare, last = _SIGNS[sign], len(_RANK)
+    return lambda c: compare(_RANK.get(read(c), last), limit)
+
+
+_SIGNS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}

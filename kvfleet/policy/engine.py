@@ -26,6 +26,7 @@ __all__ = [
 
 PII_RULE = "pii_detection"
 DATA_CLASS_RULE = "data_class_enforcement"
+_PII_REASON = "personal data stays on private models"
 
 
 @attrs.frozen
@@ -192,35 +193,26 @@ class PolicyEngine:
 
     def exclusions(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
         """Who may not see the request, why, and by which rule; each candidate at most once."""
-        found: list[Exclusion] = []
-        left = candidates
-        for exclude in (self._by_pii, self._by_data_class, self._by_rules):
-            more = exclude(left, context)
-            if more:
-                gone = {one.candidate.id for one in more}
-                left = [model for model in left if model.id not in gone]
-                found += more
-        return found
+        return [Exclusion(*one) for one in self.excluded(candidates, context)]
 
-    def _by_pii(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
-        if not (self.config.pii_detection and context.has_pii):
-            return []
-        reason = "personal data stays on private models"
-        return [Exclusion(m, reason, PII_RULE) for m in candidates if not m.is_private]
-
-    def _by_data_class(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
+    def excluded(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[tuple[ModelConfig, str, str]]:
+        """The same as plain tuples (candidate, reason, rule), for the hot path."""
+        found: list[tuple[ModelConfig, str, str]] = []
+        left: Sequence[ModelConfig] = candidates
+        if self.config.pii_detection and context.has_pii:
+            found = [(model, _PII_REASON, PII_RULE) for model in left if not model.is_private]
+            left = [model for model in left if model.is_private] if found else left
         wanted = context.data_class
-        reason = f"not cleared for {wanted} data"
-        return [Exclusion(m, reason, DATA_CLASS_RULE) for m in candidates if wanted not in m.allowed_data_classes]
-
-    def _by_rules(self, candidates: Sequence[ModelConfig], context: PolicyContext) -> list[Exclusion]:
-        found: list[Exclusion] = []
-        left = list(candidates)
+        out = [model for model in left if wanted not in model.allowed_data_classes]
+        if out:
+            reason = f"not cleared for {wanted} data"
+            found += [(model, reason, DATA_CLASS_RULE) for model in out]
+            left = [model for model in left if wanted in model.allowed_data_classes]
         for rule in self._rules:
-            if rule.condition(context):
-                out = {model.id: reason for model, reason in rule.action.apply(left, rule.config, context)}
-                found += [Exclusion(m, out[m.id], rule.config.name) for m in left if m.id in out]
-                left = [m for m in left if m.id not in out]
+            if left and rule.condition(context):
+                whys = {model.id: why for model, why in rule.action.apply(left, rule.config, context)}
+                found += [(model, whys[model.id], rule.config.name) for model in left if model.id in whys]
+                left = [model for model in left if model.id not in whys]
         return found
 
     def _decisions(self, context: PolicyContext, exclusions: Sequence[Exclusion]) -> list[PolicyDecision]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvfleet.config.convert import structure, unstructure
-from kvfleet.config.expand import expand, options_from_section, section_for, section_path
+from kvfleet.config.expand import default_data_class, expand, options_from_section, section_for, section_path
 from kvfleet.config.loader import check_text
 from kvfleet.config.schema import FleetConfig, ModelConfig, PolicyConfig
 
@@ -187,6 +187,15 @@ def test_the_expansion_can_be_pasted_into_the_same_file() -> None:
     assert findings == ()
     assert again is not None
     assert [(s.use, s.options) for s in again.pipeline] == [(s.use, s.options) for s in expand(config)]
+
+
+def test_the_default_data_class_is_the_policy_filters() -> None:
+    """Wherever its options are written."""
+    stage = {"use": "filter.policy", "with": {"default_data_class": "restricted"}}
+    assert default_data_class(fleet()) == "internal"
+    assert default_data_class(fleet(policy={"default_data_class": "public"})) == "public"
+    assert default_data_class(fleet(pipeline=["filter.health", stage])) == "restricted"
+    assert default_data_class(fleet(pipeline=["filter.policy"], policy={"default_data_class": "public"})) == "public"
 
 
 def test_expansion_ignores_a_pipeline() -> None:

@@ -38,7 +38,11 @@ CONTEXT = PolicyContext(
         ("not has_pii", False),
         ("'ssn' in pii_types", True),
         ("passport in pii_types", False),
+        ("passport not in pii_types", True),
+        ("'ssn' not in pii_types", False),
+        ("us_bank_account in pii_types", False),
         ("pii_types in [iban, email]", True),
+        ("pii_types != email", False),
         ("pii_types == email", True),
         ("tenant == research", True),
         ('tenant_id == "research"', True),
@@ -72,6 +76,14 @@ def test_conditions(text: str, holds: bool) -> None:
         ("data_class", "data_class must be compared with something (column 1)"),
         ("data_class ==", "the condition ends where a value should stand (column 14)"),
         ("data_class == public tenant", "unexpected 'tenant'; join conditions with and / or (column 22)"),
+        ("tokens < 0", "tokens can never be < 0 (column 10)"),
+        ("tokens == 1.5", "tokens can never be == 1.5 (column 11)"),
+        ("data_class < public", "data_class can never be < public (column 14)"),
+        ("data_class > restricted", "data_class can never be > restricted (column 14)"),
+        ("emial in pii_types", "'emial' is no type of personal data; did you mean email? (column 1)"),
+        ("pii_types == credit_cards", "'credit_cards' is no type of personal data; did you mean credit_card?"),
+        ("pii_types < email", "pii_types has no order (column 1)"),
+        ("data_class in [public", "']' should stand here (column 22)"),
         ("(has_pii", "')' should stand here (column 9)"),
         ("has_pii ; drop", "unexpected ';' (column 9)"),
         ("public == data_class", "unknown name 'public'"),
@@ -103,3 +115,10 @@ def test_any_text_is_either_a_condition_or_a_condition_error(text: str) -> None:
         assert error.column >= 1  # noqa: PT017 - both outcomes are fine, and each has its own promise
     else:
         assert condition(CONTEXT) in (True, False)
+
+
+def test_a_data_class_that_does_not_exist_counts_as_the_most_sensitive() -> None:
+    """So a rule that guards sensitive data holds for it: mistakes fail closed."""
+    context = PolicyContext(data_class="top-secret")
+    held = [parse(f"data_class {rest}")(context) for rest in (">= confidential", "<= restricted", "== restricted")]
+    assert held == [True, False, False]

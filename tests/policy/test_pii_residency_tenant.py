@@ -114,8 +114,19 @@ def test_blocked_beats_preferred() -> None:
 
 
 def test_unknown_tenants() -> None:
-    """They get everything or nothing, as the configuration says."""
+    """They get nothing, unless the configuration lets them in; without tenants nobody is unknown."""
+    known = {"t": TenantConfig()}
+    assert TenantManager(known).filter_models_for_tenant("x", MODELS) == []
+    assert TenantManager(known).excluded("", MODELS)["gpt-4o"] == ("the request names no tenant", "unknown_tenant")
+    assert TenantManager(known, refuses_unknown=False).filter_models_for_tenant("x", MODELS) == MODELS
     assert TenantManager({}).filter_models_for_tenant("x", MODELS) == MODELS
-    strict = TenantManager({}, refuses_unknown=True)
-    assert strict.filter_models_for_tenant("x", MODELS) == []
-    assert strict.excluded("", MODELS)["gpt-4o"] == ("the request names no tenant", "unknown_tenant")
+    may = [TenantManager(t, refuses_unknown=r).may_send("x", "public") for t in ({}, known) for r in (True, False)]
+    assert may == [True, True, False, True]
+
+
+def test_a_tenant_sends_only_its_data_classes() -> None:
+    """Public and internal unless it says otherwise."""
+    manager = TenantManager({"t": TenantConfig(), "u": TenantConfig(allowed_data_classes=("restricted",))})
+    assert [manager.may_send("t", name) for name in ("public", "internal", "confidential")] == [True, True, False]
+    assert [manager.may_send("u", name) for name in ("public", "restricted")] == [False, True]
+    assert (manager.get_tenant("u"), manager.get_tenant("v")) == (manager.tenants["u"], None)
