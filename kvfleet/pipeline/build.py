@@ -13,6 +13,7 @@ from kvfleet.config.convert import structure, unstructure
 from kvfleet.config.expand import expand, options_from_section, section_path
 from kvfleet.config.fields import info_of, options_of
 from kvfleet.config.findings import Finding, Path
+from kvfleet.config.options import option_types
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 from kvfleet.errors import ComponentError, ConfigError
 from kvfleet.pipeline.order import check_facts, check_order
@@ -47,7 +48,7 @@ def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
     findings += _check_adapters(config, table)
     if not findings:
         services = Services(models=config.models, find=table.get)
-        findings += _provision(config, [entry.instance for entry in built], services)
+        findings += _provision(config, [entry.instance for entry in built], services, _places(config, built))
     return findings + list(table.lint(config))
 
 
@@ -80,7 +81,7 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         listeners=tuple(also),
         hash=_hash(config),
     )
-    findings = _provision(config, pipeline.components, services)
+    findings = _provision(config, pipeline.components, services, _places(config, built))
     if findings:
         raise ConfigError(findings)
     return pipeline
@@ -159,8 +160,15 @@ def _other_strategies(config: FleetConfig, table: ComponentTable, built: Sequenc
     return found
 
 
-def _provision(config: FleetConfig, components: Sequence[Any], services: Services) -> list[Finding]:
-    """Wire the components; what they refuse is a finding."""
+def _places(config: FleetConfig, built: Sequence[Built]) -> dict[int, Path]:
+    """Where each object's options stand in the file."""
+    return {id(e.instance): _options(config, e.component.key, e.stage)[1] or e.stage.path for e in built}
+
+
+def _provision(
+    config: FleetConfig, components: Sequence[Any], services: Services, places: Mapping[int, Path]
+) -> list[Finding]:
+    """Wire the components; what they refuse is a finding, and a ConfigError's findings stand at their own options."""
     findings: list[Finding] = []
     for component in components:
         provision = getattr(component, "provision", None)
@@ -169,10 +177,15 @@ def _provision(config: FleetConfig, components: Sequence[Any], services: Service
         try:
             provision(services)
         except ConfigError as error:
-            findings += error.findings
+            place = places.get(id(component), ())
+            findings += [
+                config.origin.finding((*place, *one.path), one.message, one.remedy, code=one.code)
+                for one in error.findings
+            ]
         except (ComponentError, ValueError) as error:
             what = f"{type(component).__name__}: {error}"
-            findings.append(config.origin.finding(("pipeline",), what, code="component"))
+            place = places.get(id(component)) or ("pipeline",)
+            findings.append(config.origin.finding(place, what, code="component"))
     return findings
 
 
@@ -190,7 +203,9 @@ def build_adapters(
     adapters: dict[str, InferenceAdapter] = {}
     for model in models:
         cls = table.get(Kind.ADAPTER, model.provider).cls
-        options, _ = structure(adapter_options(cls), model.options)  # `_check_adapters` found nothing wrong
+        options, _ = structure(
+            adapter_options(cls), model.options, origin=config.origin
+        )  # `_check_adapters` found nothing wrong
         chosen: dict[str, Any] = attrs.asdict(options, recurse=False) if options is not None else {}
         adapters[model.id] = cls.from_config(model, **chosen, **shared)
     return adapters
@@ -216,8 +231,9 @@ def adapter_options(cls: type) -> type[Any]:
     found = _ADAPTER_OPTIONS.get(cls)
     if found is None:
         described = {name: a for name, a in options_of(cls).items() if info_of(a) is not None}
+        types = option_types(cls)
         fields = {
-            name: attrs.field(default=a.default, metadata=dict(a.metadata), type=a.type)
+            name: attrs.field(default=a.default, metadata=dict(a.metadata), type=types[a.name])
             for name, a in described.items()
         }
         found = attrs.make_class(f"{cls.__name__}Options", fields, kw_only=True, frozen=True)
