@@ -51,20 +51,23 @@ class MetricsObserver:
         """Count one route."""
         if not self._metrics.enabled:
             return
-        self._count_route(outcome)
+        strategy = str(outcome.trace.route.attributes.get(names.STRATEGY, ""))
+        self._count_route(outcome, strategy)
         attempts = []
         for span in outcome.trace.stages:
             if _is_attempt(span):
                 attempts.append(span)
-            else:
-                self._count_stage(span)
+                continue
+            self._count_stage(span)
+            if span.attributes.get(names.STAGE_KIND) == Kind.SELECT:
+                took_s = (span.end_ns - outcome.trace.route.start_ns) / 1e9
+                self._metrics.observe("kvfleet_decision_seconds", took_s, strategy)
         self._count_attempts(attempts)
 
-    def _count_route(self, outcome: Outcome) -> None:
+    def _count_route(self, outcome: Outcome, strategy: str) -> None:
         metrics, attributes = self._metrics, outcome.trace.route.attributes
         word = str(attributes.get(names.OUTCOME, "failed"))
         chosen = str(attributes.get(names.MODEL_SELECTED, ""))
-        strategy = str(attributes.get(names.STRATEGY, ""))
         metrics.record_route(strategy, chosen, outcome.duration_s, outcome.is_success, status=_STATUSES.get(word, word))
         served, usage = outcome.served_by, outcome.usage
         if served is None:

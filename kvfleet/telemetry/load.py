@@ -27,6 +27,9 @@ _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which the expected time doubles, until measurements at that load say otherwise."""
 _DEFAULT_S = 0.5
+_CROWDED = 0.8
+"""Share of the KV cache in use beyond which an engine begins to hold requests back, or to compute them twice."""
+_MOST_CROWDED = 10.0
 _PACE_STEP = 0.1
 
 
@@ -279,10 +282,12 @@ class FleetLoad:
 
     def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
         pending = known.pending
-        self._times[replica_id] = self._base_s(replica_id, known) * (1 + pending / _KNEE)
+        seconds = self._base_s(replica_id, known) * (1 + pending / _KNEE)
         free = _KNEE / (_KNEE + pending)
         if known.reported is not None and known.reported.kv_usage is not None:
+            seconds *= _crowding(known.reported.kv_usage)
             free = min(free, max(1.0 - known.reported.kv_usage, 0.0))
+        self._times[replica_id] = seconds
         self._free[replica_id] = free
 
     def _sweep(self, now_s: float) -> None:
@@ -304,6 +309,12 @@ class FleetLoad:
 
 
 _UNKNOWN = _Model()
+
+
+def _crowding(kv_usage: float) -> float:
+    """By how much a filling KV cache lengthens the wait: 1 up to four fifths, then a barrier up to ten times."""
+    room = (1.0 - kv_usage) / (1.0 - _CROWDED)
+    return 1.0 if room >= 1.0 else 1.0 / max(room, 1 / _MOST_CROWDED)
 
 
 def _mix(old: float | None, new: float) -> float:

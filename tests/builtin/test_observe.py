@@ -82,6 +82,14 @@ async def test_a_route_is_counted_with_all_it_did() -> None:
     assert value(metrics, "kvfleet_time_to_first_byte_seconds_sum", model="a") == 0.4
 
 
+async def test_the_decisions_time_ends_with_the_choice() -> None:
+    """What the stages took is told apart from what the engine took."""
+    choice = stage("select", "hybrid_score")
+    choice.end_ns = 40_000
+    metrics = await counted(answered(stage("score", "cost"), choice, attempt(1, "a")))
+    assert value(metrics, "kvfleet_decision_seconds_sum", strategy="hybrid_score") == pytest.approx(40e-6)
+
+
 @pytest.mark.parametrize(
     ("word", "status"),
     [

@@ -180,6 +180,13 @@ def test_a_full_cache_leaves_no_capacity(load: FleetLoad, clock: FrozenClock) ->
     assert load.free(clock.now_s()) == {A1.id: pytest.approx(0.1), A2.id: 1.0, B.id: 1.0}
 
 
+@pytest.mark.parametrize(("kv_usage", "seconds"), [(0.0, 0.5), (0.8, 0.5), (0.9, 1.0), (0.98, 5.0), (1.0, 5.0)])
+def test_a_filling_cache_is_a_barrier(load: FleetLoad, clock: FrozenClock, kv_usage: float, seconds: float) -> None:
+    """Up to four fifths it costs nothing; then the expected time grows, up to ten times."""
+    load.report("http://a1", EngineLoad(running=0, kv_usage=kv_usage), clock.now_s())
+    assert times(load, clock)[A1.id] == seconds
+
+
 def test_replicas_on_one_endpoint_share_its_report(clock: FrozenClock) -> None:
     """An engine that serves two models tells of both at once."""
     load = FleetLoad(clock)
