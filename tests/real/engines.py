@@ -129,11 +129,12 @@ class Engine:
             os.killpg(group, signal.SIGKILL)
 
 
-def llama_cpp() -> Engine:
-    """llama.cpp's server."""
+def llama_cpp(*, embeddings: bool = False) -> Engine:
+    """llama.cpp's server, for answers or for embeddings."""
     folder = model()
     python, port = environment("llama_cpp"), free_port()
     command = [python, HERE / "serve_llama_cpp.py", folder / "tiny.gguf", str(port), MODEL_NAME]
+    command += ["embeddings"] if embeddings else []
     return Engine(name="llama_cpp", command=command, port=port, start_s=60)
 
 

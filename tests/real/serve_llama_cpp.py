@@ -1,4 +1,4 @@
-"""llama.cpp's HTTP server, as the xllamacpp wheel brings it. Run with that environment's Python: MODEL PORT [ALIAS]."""
+"""llama.cpp's HTTP server, as the xllamacpp wheel brings it. Run with that environment's Python: MODEL PORT ALIAS [embeddings]."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ def main() -> None:
     wanted.endpoint_metrics = wanted.endpoint_slots = wanted.endpoint_props = True
     wanted.use_jinja = True
     wanted.ui = False
+    if "embeddings" in sys.argv[4:]:
+        wanted.embedding = True
+        wanted.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
     server = xllamacpp.Server(wanted)
     sys.stdout.write(f"listening on {server.listening_address}\n")
     sys.stdout.flush()

@@ -68,6 +68,31 @@ class TestGateway(GatewayContract):
     """The same through the gateway."""
 
 
+def test_embeddings(tmp_path: Path) -> None:
+    """One text and several, in both encodings, the same direct and through the gateway."""
+    embedder = engines.llama_cpp(embeddings=True)
+    embedder.start()
+    made = gateway_of([model(embedder, "llama_cpp", capabilities={"model_type": "embedding"})], tmp_path)
+    try:
+        made.start()
+        direct, routed = (
+            openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0) for one in (embedder, made)
+        )
+        for encoding in ("float", "base64"):
+            one, other = (
+                client.embeddings.create(model="tiny", input=["Hello", "count to ten"], encoding_format=encoding)
+                for client in (direct, routed)
+            )
+            assert [entry.embedding for entry in other.data] == [entry.embedding for entry in one.data]
+            assert other.usage == one.usage
+        plain = routed.embeddings.create(model="tiny", input="Hello")  # the package asks for base64 and unpacks it
+        assert [len(entry.embedding) for entry in plain.data] == [256]
+        assert plain.usage.prompt_tokens > 0
+    finally:
+        made.stop()
+        embedder.stop()
+
+
 async def test_an_engine_that_is_killed_amid_its_answer_is_an_error() -> None:
     """What came is handed on; there is no ``[DONE]``; and the next call cannot connect."""
     doomed = engines.llama_cpp()
