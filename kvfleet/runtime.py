@@ -22,6 +22,7 @@ from kvfleet.adapters.base import (
 )
 from kvfleet.adapters.connections import Connections
 from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import RouteError
 from kvfleet.pipeline.build import build, build_adapters
@@ -133,6 +134,7 @@ class Router:
         self._polls = polls
         self._random = random.Random(seed)  # noqa: S311 - seeds of decisions, not secrets
         self._names = Names(config, self.registry, self.pipeline)
+        self._default_data_class = default_data_class(config)
         self._observing = Observing(
             observers=(*self.pipeline.observe, *self.pipeline.listeners), finished=self._finished
         )
@@ -371,7 +373,7 @@ class Router:
         ctx = RoutingContext(
             request=request,
             candidates=self._names.candidates(request),
-            data_class=request.data_class or self.config.policy.default_data_class,
+            data_class=request.data_class or self._default_data_class,
             tenant=request.tenant,
             region=request.region or (tenant.region if tenant else ""),
             facts={},
