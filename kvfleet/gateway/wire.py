@@ -157,15 +157,33 @@ def _check_chat(body: Body) -> None:
         raise BadRequestError("messages must not be empty", param="messages")
     if len(messages) > MOST_MESSAGES:
         raise BadRequestError(f"messages must be at most {MOST_MESSAGES}", param="messages")
+    tools = body.get("tools")
+    if tools is not None:
+        _check_objects(tools, "tools")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise BadRequestError(f"messages[{index}] must be an object, not {_kind(message)}", param="messages")
-        if not isinstance(message.get("role"), str):
-            raise BadRequestError(f"messages[{index}].role must be text", param=f"messages[{index}].role")
-        if not isinstance(message.get("content"), _CONTENT):
-            raise BadRequestError(
-                f"messages[{index}].content must be text, a list of parts or null", param=f"messages[{index}].content"
-            )
+        _check_message(message, f"messages[{index}]")
+
+
+def _check_message(message: Any, place: str) -> None:
+    """What every reader of a message relies on: its role, and the shapes of its content and tool calls."""
+    if not isinstance(message, dict):
+        raise BadRequestError(f"{place} must be an object, not {_kind(message)}", param="messages")
+    if not isinstance(message.get("role"), str):
+        raise BadRequestError(f"{place}.role must be text", param=f"{place}.role")
+    content = message.get("content")
+    if not isinstance(content, _CONTENT):
+        raise BadRequestError(f"{place}.content must be text, a list of parts or null", param=f"{place}.content")
+    for field, items in (("content", content), ("tool_calls", message.get("tool_calls"))):
+        if items is not None and not isinstance(items, str):
+            _check_objects(items, f"{place}.{field}")
+
+
+def _check_objects(items: Any, place: str) -> None:
+    if not isinstance(items, list):
+        raise BadRequestError(f"{place} must be a list, not {_kind(items)}", param=place)
+    for index, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise BadRequestError(f"{place}[{index}] must be an object, not {_kind(item)}", param=place)
 
 
 _CONTENT = (str, list, type(None))

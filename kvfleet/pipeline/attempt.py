@@ -85,6 +85,11 @@ class Relay(AsyncIterator[bytes]):
         except asyncio.CancelledError:
             self._end(_left())
             raise
+        except Exception as error:
+            # The plugin border: an adapter that breaks ends the answer, and the books must be closed.
+            broken = _adapter_broke(error, received=True)
+            self._end(broken)
+            raise broken from error
 
     async def _in_time(self, left_s: float) -> bytes:
         try:
@@ -111,6 +116,11 @@ class Relay(AsyncIterator[bytes]):
 
 def _left() -> BackendError:
     return BackendError(Fault.CANCELLED, "the client left", received=True)
+
+
+def _adapter_broke(error: Exception, *, received: bool) -> BackendError:
+    """The fault of an adapter that raised what it must not; a foreign exception's text may hold content."""
+    return BackendError(Fault.PROTOCOL, f"the adapter failed: {type(error).__name__}", received=received)
 
 
 @attrs.define(kw_only=True)
@@ -150,6 +160,11 @@ class Attempts:
         except asyncio.CancelledError:
             one.end(None, self._why_cancelled())
             raise
+        except Exception as error:
+            # The plugin border: an adapter that breaks is a failed attempt, and the books must be closed.
+            broken = _adapter_broke(error, received=False)
+            one.end(None, broken)
+            raise broken from error
         return Answer(reply, candidate)
 
     def _why_cancelled(self) -> BackendError:

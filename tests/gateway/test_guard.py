@@ -7,6 +7,8 @@ import contextlib
 import json
 from collections.abc import AsyncIterator
 
+import pytest
+
 from kvfleet.adapters.base import Reply
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
@@ -19,9 +21,9 @@ LONG = Patience()
 
 
 @contextlib.asynccontextmanager
-async def served(router: FakeRouter, patience: Patience = LONG) -> AsyncIterator[tuple[str, int]]:
+async def served(router: FakeRouter, patience: Patience = LONG, *, key: str = "") -> AsyncIterator[tuple[str, int]]:
     """A gateway on a free port."""
-    app = await gateway(router)
+    app = await gateway(router, key=key)
     sockets = bind("127.0.0.1", 0)
     server = Server(app, drain_s=1, patience=patience, sweep_s=0.02)
     task = asyncio.create_task(server.serve(sockets))
@@ -144,3 +146,54 @@ async def slow(request: RouteRequest) -> Reply:
     asyncio.get_running_loop().call_later(0.2, done.set)
     await done.wait()
     return Reply(body=b"{}")
+
+
+BODY = b'{"messages":[{"role":"user","content":"Hi"}]}'
+SMUGGLED = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n5c\r\n" + SMUGGLED + b"\r\n0\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + SMUGGLED,
+        b"Content-Length: 0\r\nContent-Length: 45\r\n\r\n" + SMUGGLED,
+        b"Content-Length: +0\r\n\r\n" + SMUGGLED,
+        b"Content-Length : 0\r\n\r\n" + SMUGGLED,
+        b"X: a\r\n Content-Length: 0\r\nContent-Length: 45\r\n\r\n" + SMUGGLED,
+        b"X: a\rContent-Length: 0\r\nContent-Length: 45\r\n\r\n" + SMUGGLED,
+    ],
+)
+async def test_no_request_hides_in_another(framing: bytes) -> None:
+    """Contradictory framing is refused, or cut off, and what follows it is not read as a request of its own."""
+    router = FakeRouter(fleet())
+    async with served(router) as address:
+        answer = await exchange(address, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + framing)
+    assert answer[:13] in (b"HTTP/1.1 400 ", b"")
+    assert router.requests == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"/v1/models",
+        b"http://x/v1/models",
+        b"http://x/livez?/../v1/models",
+        b"/livez/../v1/models",
+        b"/v1%2fmodels",
+        b"/%76%31/models",
+        b"//v1/models",
+        b"/v1/models#/livez",
+        b"/livez%00",
+        b"/livez;/v1/models",
+    ],
+)
+@pytest.mark.parametrize("host", [b"x", b"x/livez?", b"127.0.0.1", b""])
+async def test_no_spelling_gets_past_the_key(target: bytes, host: bytes) -> None:
+    """However target and Host are written, nothing protected is answered without the key."""
+    request = b"GET %s HTTP/1.1\r\nHost: %s\r\nX-Forwarded-Host: livez\r\nConnection: close\r\n\r\n" % (target, host)
+    async with served(FakeRouter(fleet()), key="k") as address:
+        answer = await exchange(address, request)
+    assert answer[9:12] in (b"400", b"401") or b'{"status":"ok"}' in answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import anyio.to_thread
@@ -69,7 +69,9 @@ class Stage:
 
 @contextlib.asynccontextmanager
 async def staged(
-    config: FleetConfig = FLEET, scripts: Mapping[str, FakeReply] | None = None, **client: Any
+    config: FleetConfig = FLEET,
+    scripts: Mapping[str, FakeReply | Callable[[Call], FakeReply]] | None = None,
+    **client: Any,
 ) -> AsyncIterator[Stage]:
     """Serve a fleet whose adapters follow scripts, by model name."""
     scripts = scripts or {}
@@ -262,6 +264,19 @@ class TestErrors:
             assert len(stage.llama.calls) == 1
         assert caught.value.response.headers["x-should-retry"] == "false"
 
+    async def test_an_adapter_that_breaks_is_a_failed_attempt(self) -> None:
+        """An adapter's defect is a 502 that says nothing of it, and its request is not in flight for ever."""
+
+        def broken(call: Call) -> FakeReply:
+            raise KeyError("canary")
+
+        async with staged(scripts={"llama": broken}) as stage:
+            with pytest.raises(openai.InternalServerError, match="the adapter failed: KeyError") as caught:
+                await stage.client.chat.completions.create(**ASK)
+            assert stage.serving.router.services.load.in_flight(LLAMA.id) == 0
+        assert caught.value.status_code == 502
+        assert "canary" not in caught.value.response.text
+
     async def test_a_busy_backend_says_when_to_come_back(self) -> None:
         """429 is a RateLimitError with a Retry-After, which the client obeys when it may retry."""
         async with staged(scripts={"llama": FakeReply(fail=Fault.RATE_LIMITED)}, max_retries=0) as stage:
@@ -304,7 +319,7 @@ async def test_a_hundred_streams_at_once() -> None:
     def echo(call: Call) -> FakeReply:
         return FakeReply(text=call.body["messages"][0]["content"])
 
-    async with staged(scripts={"llama": echo}) as stage:  # type: ignore[dict-item]
+    async with staged(scripts={"llama": echo}) as stage:
 
         async def talk(number: int) -> str:
             content = f"this is number {number} " * 20

@@ -132,6 +132,18 @@ def test_configured_header_names_count() -> None:
             "messages[0].content must be text, a list of parts or null",
             "messages[0].content",
         ),
+        (
+            {"messages": [{"role": "user", "content": ["Hi"]}]},
+            "messages[0].content[0] must be an object, not text",
+            "messages[0].content",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": 1}]},
+            "messages[0].tool_calls must be a list, not a number",
+            "messages[0].tool_calls",
+        ),
+        ({"messages": MESSAGES, "tools": [1]}, "tools[0] must be an object, not a number", "tools"),
+        ({"messages": MESSAGES, "tools": {}}, "tools must be a list, not an object", "tools"),
         ({"messages": MESSAGES, "model": 1}, "model must be text, not a number", "model"),
         ({"messages": MESSAGES, "model": ""}, "model must be 1 to 256 characters long", "model"),
         ({"messages": MESSAGES, "model": "m" * 257}, "model must be 1 to 256 characters long", "model"),
