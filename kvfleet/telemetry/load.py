@@ -30,7 +30,8 @@ _DEFAULT_S = 0.5
 _CROWDED = 0.8
 """Share of the KV cache in use beyond which an engine begins to hold requests back, or to compute them twice."""
 _MOST_CROWDED = 10.0
-_PACE_STEP = 0.1
+_STEP = 0.1
+"""Share by which a learned time must move before it is applied to those that were not measured themselves."""
 
 
 @attrs.define
@@ -78,10 +79,24 @@ class ReplicaLoad:
 
 @attrs.define
 class _Model:
-    """Times learned of a model, over all its replicas."""
+    """Times learned of a model, over all its replicas; `alike_s` is what those not measured yet are taken to need."""
 
     ttfb_s: float | None = None
     whole_s: float | None = None
+    alike_s: float | None = None
+
+    def learn(self, seconds: float, *, is_stream: bool) -> bool:
+        """Take in a time; True if that changes what the others are taken to need by much."""
+        if is_stream:
+            self.ttfb_s = _mix(self.ttfb_s, seconds)
+        else:
+            self.whole_s = _mix(self.whole_s, seconds)
+        alike_s = self.whole_s if self.ttfb_s is None else self.ttfb_s
+        # A step at a time, because each touches every replica that was not measured yet.
+        if alike_s is None or (self.alike_s is not None and not _is_step(self.alike_s, alike_s)):
+            return False
+        self.alike_s = alike_s
+        return True
 
 
 @attrs.define
@@ -248,14 +263,13 @@ class FleetLoad:
         """Let those that were not measured yet profit: the model's other replicas, and, by pace, everybody else."""
         model = self._models.setdefault(known.model, _Model())
         is_first_stream = is_stream and model.ttfb_s is None
-        if is_stream:
-            model.ttfb_s = _mix(model.ttfb_s, seconds)
-        else:
-            model.whole_s = _mix(model.whole_s, seconds)
-        has_moved = self._learn_pace(seconds / known.declared_s, is_stream=is_stream)
+        has_moved = model.learn(seconds, is_stream=is_stream)
+        pace_has_moved = self._learn_pace(seconds / known.declared_s, is_stream=is_stream)
+        if not has_moved and not pace_has_moved:
+            return
         others = self._replicas if is_first_stream else self._unmeasured
         for replica_id, other in tuple(others.items()):
-            if has_moved or other.model == known.model:
+            if pace_has_moved or other.model == known.model:
                 self._refresh(replica_id, other)
 
     def _learn_pace(self, pace: float, *, is_stream: bool) -> bool:
@@ -264,7 +278,7 @@ class FleetLoad:
             self._has_streamed, self._pace = True, None
         if is_stream or not self._has_streamed:
             self._pace = _mix(self._pace, pace)
-        if self._pace is None or abs(self._pace - self._pace_used) <= _PACE_STEP * self._pace_used:
+        if self._pace is None or not _is_step(self._pace_used, self._pace):
             return False
         self._pace_used = self._pace
         return True
@@ -277,8 +291,7 @@ class FleetLoad:
             self._unmeasured.pop(replica_id, None)
             return own_s * _KNEE / (_KNEE + known.busy)
         self._unmeasured[replica_id] = known
-        alike_s = model.whole_s if model.ttfb_s is None else model.ttfb_s
-        return known.declared_s * self._pace_used if alike_s is None else alike_s
+        return known.declared_s * self._pace_used if model.alike_s is None else model.alike_s
 
     def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
         pending = known.pending
@@ -306,6 +319,10 @@ class FleetLoad:
                 known.ttfb_s = known.whole_s = None
             if is_silent or is_past:
                 self._refresh(replica_id, known)
+
+
+def _is_step(used: float, learned: float) -> bool:
+    return abs(learned - used) > _STEP * used
 
 
 _UNKNOWN = _Model()
