@@ -53,8 +53,8 @@ PII_PATTERNS: Mapping[str, str] = {
     "date_of_birth": r"(?<![\w/])(?:0[1-9]|1[0-2])/(?:0[1-9]|[12]\d|3[01])/(?:19|20)\d{2}(?![\w/])",
     "passport": r"(?i:passport)(?:\s{1,3}(?i:no|number|nr))?\.?:?\s{0,3}#?\s{0,3}[A-Z]{1,2}\d{6,8}\b",
     "iban": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
-    "api_key": r"\b(?:sk-[A-Za-z0-9_-]{16,128}|AKIA[A-Z0-9]{16}"
-    r"|gh[pousr]_[A-Za-z0-9]{36,255}|xox[abprs]-[A-Za-z0-9-]{10,128})",
+    "api_key": r"\b(?:sk-[A-Za-z0-9_-]{16,200}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,128}|(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|AIza[A-Za-z0-9_-]{35}|hf_[A-Za-z0-9]{30,64}|gh[pousr]_[A-Za-z0-9]{36,255}|xox[abprs]-[A-Za-z0-9-]{10,128})",
 }
 """The patterns, by type; what they find is checked further where a type has a check digit or a range."""
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvfleet.config.schema import TenantConfig
 from kvfleet.policy.pii import PIIDetector
@@ -28,7 +32,18 @@ DETECTOR = PIIDetector()
         ("IBAN DE89 3704 0044 0532 0130 00", ["iban"]),
         ("IBAN GB82 WEST 1234 5698 7654 33", []),
         ("key sk-abcdefghijklmnop1234", ["api_key"]),
+        ("key AKIA" + "ABCD1234" * 2, ["api_key"]),
+        ("key AIza" + "x" * 35, ["api_key"]),
+        ("key ghp_" + "a1" * 18, ["api_key"]),
+        ("the sk-learn package, task-1234567890123456789", []),
         ("SSN 000-12-3456", []),
+        ("SSN 900-12-3456", []),
+        ("part 1234-56-7890-1", []),
+        ("address 256.1.1.1", []),
+        ("card 4111-1111-1111-1111, again 5500 0000 0000 0004", ["credit_card"]),
+        ("mail o'neil+tag@mail.example.co.uk!", ["email"]),
+        ("user@localhost", []),
+        ("٤١١١ in other digits is no card", []),
         ("nothing personal here", []),
         ("", []),
     ],
@@ -48,6 +63,66 @@ def test_matches_say_where() -> None:
     """A match carries type, text and place."""
     (match,) = DETECTOR.detect("to a@b.co now").matches
     assert match == {"type": "email", "value": "a@b.co", "start": 3, "end": 9}
+
+
+def test_finds_do_not_overlap() -> None:
+    """Each piece of text is one find, so that it is replaced once."""
+    result = DETECTOR.redact("IBAN DE89 3704 0044 0532 0130 00, SSN 123-45-6789, a@b.co")
+    assert result.redacted_text == "IBAN [REDACTED](iban), SSN [REDACTED](ssn), [REDACTED](email)"
+    assert result.pii_types == ["email", "ssn", "iban"]
+
+
+def test_several_texts_are_looked_through_together() -> None:
+    """Their types, in the detector's order."""
+    assert DETECTOR.detect_all(["123-45-6789", "", "a@b.co"]).pii_types == ["email", "ssn"]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "a",
+        "a.",
+        "1",
+        "1-",
+        "1 ",
+        "AB12 ",
+        "passport ",
+        "a@",
+        "a@a.",
+        " ",
+        "1.",
+        "DE89370400440532013000X",
+        "(555) 123-",
+        "sk-",
+        "é",
+    ],
+)
+def test_no_text_makes_a_pattern_run_away(piece: str) -> None:
+    """Twice the text takes about twice the time, and not its square: so no attacker can stop the gateway."""
+    short, long = piece * (8192 // len(piece)), piece * (65536 // len(piece))
+
+    def time_of(text: str) -> float:
+        def once() -> float:
+            begin = time.process_time()
+            DETECTOR.detect(text)
+            return time.process_time() - begin
+
+        return min(once() for _ in range(3))
+
+    assert time_of(long) < 8 * 6 * time_of(short) + 0.02
+
+
+@given(st.text(alphabet="0123456789-. @aAbB+()/:", max_size=200))
+def test_redacted_text_is_the_text_without_the_finds(text: str) -> None:
+    """Whatever the text: finds are where they say, and nothing else changes."""
+    result = DETECTOR.redact(text, "#")
+    rest, at = "", 0
+    for match in result.matches:
+        assert text[match["start"] : match["end"]] == match["value"]
+        rest += text[at : match["start"]] + f"#({match['type']})"
+        at = match["end"]
+    assert result.redacted_text == rest + text[at:]
+    assert result.has_pii is DETECTOR.has_pii(text) is bool(result.matches)
 
 
 def test_the_repr_shows_no_text() -> None:
