@@ -64,7 +64,7 @@ def fleet_report(state: Mapping[str, Any], names: ReplicaNames, phase: Phase) ->
         counted["replicas"] += 1
         counted["usable"] += is_usable(replica)
         name = names.by_id[f"{replica['model']}@{replica['endpoint']}"]
-        endpoints[name] = {key: replica[key] for key in _SHOWN if replica.get(key) is not None}
+        endpoints[name] = {key: replica[key] for key in _SHOWN if replica.get(key) not in (None, "")}
     body = {
         "status": status,
         "phase": phase.value,
