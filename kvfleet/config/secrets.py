@@ -14,6 +14,8 @@ from typing import Self
 
 import attrs
 
+from kvfleet.errors import KVFleetError
+
 __all__ = ["Problem", "Resolver", "Secret", "SecretReader", "is_reference"]
 
 Resolver = Callable[[str], str | None]
@@ -104,11 +106,10 @@ class SecretReader:
         for resolver in self.resolvers:
             try:
                 value = resolver(text)
-            except Exception as error:  # noqa: BLE001 - a plugin's border: its failure is a finding, and its text may hold a secret
-                return Problem(
-                    f"the plugin that resolves `{scheme}:` failed with {type(error).__name__}",
-                    "see `kvfleet plugins`, and check the plugin's own settings",
-                )
+            except Exception as error:  # noqa: BLE001 - a plugin's border: its failure is a finding
+                # Our own errors name the plugin; any other's text, and the text asked about, may hold a secret.
+                what = str(error) if isinstance(error, KVFleetError) else f"a plugin failed with {type(error).__name__}"
+                return Problem(f"the reference cannot be resolved: {what}", "see `kvfleet plugins`")
             if value is not None:
                 return Secret(value, text)
         if _FOREIGN.match(text):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvfleet.config.secrets import Problem, Secret, SecretReader, is_reference
+from kvfleet.errors import PluginError
 
 
 def test_a_secret_is_its_value_and_does_not_show_it() -> None:
@@ -125,8 +126,20 @@ def test_a_failing_resolver_is_a_problem_without_its_text() -> None:
     def broken(reference: str) -> str:
         raise RuntimeError("hunter2 is wrong")
 
+    found = SecretReader({}, (broken,)).read("hunter2:x")
+    assert found == Problem(
+        "the reference cannot be resolved: a plugin failed with RuntimeError", "see `kvfleet plugins`"
+    )
+
+
+def test_our_own_error_of_a_resolver_names_the_plugin() -> None:
+    """The plugin manager's text holds no secret, and helps."""
+
+    def broken(reference: str) -> str:
+        raise PluginError("plugin vault (kvfleet-vault 1.0) failed on a secret reference (TimeoutError)")
+
     found = SecretReader({}, (broken,)).read("vault:x")
     assert found == Problem(
-        "the plugin that resolves `vault:` failed with RuntimeError",
-        "see `kvfleet plugins`, and check the plugin's own settings",
+        "the reference cannot be resolved: plugin vault (kvfleet-vault 1.0) failed on a secret reference (TimeoutError)",
+        "see `kvfleet plugins`",
     )
