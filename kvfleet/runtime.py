@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any, Self
 
 import anyio
@@ -125,6 +126,7 @@ class Router:
         )
         self.pipeline: Pipeline = build(config, self.table, self.services)
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
+        self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
         self.connections = Connections()
         own = [model for model in self.models if not adapters or model.id not in adapters]
         built = build_adapters(config, self.table, own, connections=self.connections)
