@@ -41,16 +41,23 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @attrs.frozen
 class Scenario:
-    """One kind of load: body bytes, connections, and for a stream its chunks and the time between them."""
+    """One kind of load: body bytes, connections, for a stream its chunks and the time between them, requests a second.
+
+    Without a rate each connection sends its next request when the last answer has ended: the gateway is then saturated,
+    and a latency is mostly the time in its queue. With a rate it is what the gateway adds.
+    """
 
     name: str
     body_bytes: int = 2048
     connections: int = 16
     chunks: int = 0
     gap_ms: int = 0
+    rate: float = 0.0
 
 
 SCENARIOS = (
+    Scenario("2 KB, 200 requests/s", connections=64, rate=200),
+    Scenario("32 KB, 200 requests/s", body_bytes=32_768, connections=64, rate=200),
     Scenario("2 KB, 1 connection", connections=1),
     Scenario("2 KB, 16 connections", connections=16),
     Scenario("2 KB, 64 connections", connections=64),
@@ -164,15 +171,19 @@ async def serve_engines(ports: list[int]) -> None:
 
 
 async def generate_load(port: int, scenario: Scenario, seconds: float) -> dict[str, Any]:
-    """Closed loop: each connection sends its next request when the last one's answer has ended."""
+    """Requests over kept connections, each as soon as the last answer has ended, or at the scenario's rate."""
     body = json.dumps(request_body(scenario)).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
     until = time.monotonic() + seconds
     latencies: list[float] = []
 
-    async def connection() -> None:
+    async def connection(turn: int) -> None:
+        at = time.monotonic() + (turn / scenario.rate if scenario.rate else 0)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while time.monotonic() < until:
+            if scenario.rate:
+                await asyncio.sleep(at - time.monotonic())
+                at += scenario.connections / scenario.rate
             started = time.perf_counter()
             writer.write(head + body)
             answered = await reader.readuntil(b"\r\n\r\n")
@@ -187,7 +198,7 @@ async def generate_load(port: int, scenario: Scenario, seconds: float) -> dict[s
             latencies.append((time.perf_counter() - started) * 1e6)
         writer.close()
 
-    await asyncio.gather(*(connection() for _ in range(scenario.connections)))
+    await asyncio.gather(*(connection(turn) for turn in range(scenario.connections)))
     return {"ok": len(latencies), "err": 0, "non2xx": 0, "short": 0, "lat_us": {"p50": statistics.median(latencies)}}
 
 
@@ -226,6 +237,8 @@ class Bench:
             command = [str(self.folder / "loadgen"), "--port", str(port), "--dur", str(self.seconds), "--warm", "0"]
             command += ["--conns", str(scenario.connections), "--body", str(scenario.body_bytes), "--model", MODEL]
             command += ["--mode", "sse" if scenario.chunks else "http"]
+            if scenario.rate:
+                command += ["--rate", str(scenario.rate)]
             if scenario.chunks:
                 command += ["--tokens", str(scenario.chunks), "--gap", str(scenario.gap_ms)]
         done = subprocess.run([*pinned(0), *command], capture_output=True, text=True, check=True)
@@ -299,7 +312,7 @@ def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(started(bench.engines(engines), engines[0]))
         gateway = stack.enter_context(started(subprocess.Popen([*pinned(1), *serving]), port))
-        bench.load(port, SCENARIOS[1])  # warms caches and pools
+        bench.load(port, SCENARIOS[0])  # warms caches and pools
         for scenario in SCENARIOS:
             if options.only in scenario.name:
                 rounds = [turn(bench, scenario, engines[0], port, gateway.pid) for _ in range(options.rounds)]
