@@ -40,7 +40,7 @@ class Checked:
 def check_file(path: Path, table: ComponentTable) -> Checked:
     """Check one file: syntax, vocabulary, components and their options, order, facts, references."""
     try:
-        config, found = check_config(path)
+        config, found = check_config(path, resolvers=(table.secret,))
     except OSError as error:
         what = (error.strerror or type(error).__name__).lower()
         return Checked(path, None, (), (Finding(what, file=str(path), code="file"),))
@@ -74,7 +74,7 @@ def validate(ctx: click.Context, files: Sequence[Path], *, online: bool, form: s
     table = discover()
     checked = [check_file(path, table) for path in paths]
     if online:
-        checked = [_with_health(one) for one in checked]
+        checked = [_with_health(one, table) for one in checked]
     form = "json" if as_json else form
     if form == "json":
         render.echo_json({"valid": not any(c.findings for c in checked), "files": [_as_json(c) for c in checked]})
@@ -117,7 +117,7 @@ def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def _with_health(one: Checked) -> Checked:
+def _with_health(one: Checked, table: ComponentTable) -> Checked:
     """The check with a finding for every replica that is down."""
     if one.findings or one.config is None:
         return one
@@ -132,7 +132,7 @@ def _with_health(one: Checked) -> Checked:
             "start it, or set `enabled: false`",
             code="down",
         )
-        for model, health in check_health(config)
+        for model, health in check_health(config, table)
         if not health.healthy
     ]
     return attrs.evolve(one, findings=tuple(down))
@@ -164,7 +164,8 @@ def graph(ctx: click.Context, config: Path, *, expand: bool, form: str, as_json:
 
     A file without `pipeline:` has one made from its sections; --expand prints that one as YAML.
     """
-    settings, table = read_fleet(config), discover()
+    table = discover()
+    settings = read_fleet(config, table)
     if expand:
         stages = settings.pipeline or expand_sections(settings)
         if as_json:

@@ -16,6 +16,7 @@ from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.runtime import Router
 
@@ -35,7 +36,7 @@ def fleet(config: Path, *, url: str | None, as_json: bool) -> None:
     If a gateway with this file's fleet runs where the file says, its view is shown too: which replicas may be used, and
     their load. It is asked for its own `/health`; no backend is.
     """
-    settings = read_fleet(config)
+    settings = read_fleet(config, discover())
     replicas = ModelRegistry.from_configs(settings.models).replicas
     where = url or gateway_url(settings)
     live, why_not = ask_gateway(where, settings)
@@ -185,8 +186,9 @@ def health(ctx: click.Context, config: Path, *, as_json: bool) -> None:
     Exit status 1 if any replica of an enabled model is down. `kvfleet fleet` asks a running gateway instead, and no
     backend.
     """
-    settings = read_fleet(config)
-    found = check_health(settings)
+    table = discover()
+    settings = read_fleet(config, table)
+    found = check_health(settings, table)
     if as_json:
         is_well = all(one.healthy for _, one in found)
         render.echo_json({"healthy": is_well, "replicas": [_health_dict(model, one) for model, one in found]})
@@ -199,7 +201,7 @@ def health(ctx: click.Context, config: Path, *, as_json: bool) -> None:
         ctx.exit(1)
 
 
-def check_health(config: FleetConfig) -> list[tuple[ModelConfig, EndpointHealth]]:
+def check_health(config: FleetConfig, table: ComponentTable) -> list[tuple[ModelConfig, EndpointHealth]]:
     """Check the replica of every enabled model.
 
     Raises:
@@ -207,7 +209,7 @@ def check_health(config: FleetConfig) -> list[tuple[ModelConfig, EndpointHealth]
     """
 
     async def run() -> list[tuple[ModelConfig, EndpointHealth]]:
-        router = Router(config, polls=False)
+        router = Router(config, table=table, polls=False)
         try:
             found = await router.health_check_all()
         finally:

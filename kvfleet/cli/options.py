@@ -16,6 +16,7 @@ from kvfleet.errors import ConfigError, KVFleetError, RouteError
 
 if TYPE_CHECKING:
     from kvfleet.config.schema import FleetConfig
+    from kvfleet.plugin.manager import ComponentTable
 
 __all__ = [
     "CONFIG_VARIABLE",
@@ -125,13 +126,13 @@ def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)
 
 
-def read_fleet(path: Path | None) -> FleetConfig:
-    """Load a fleet file.
+def read_fleet(path: Path | None, table: ComponentTable) -> FleetConfig:
+    """Load a fleet file; plugins resolve the references to secrets that are theirs.
 
     Raises:
         ConfigError: with all findings.
         OSError: if it cannot be read.
     """
-    from kvfleet.config.loader import load_config  # noqa: PLC0415 - brings in the YAML reader, which `--help` does not need
+    from kvfleet.config.loader import load_config  # noqa: PLC0415 - brings in the YAML reader, which the help does not need
 
-    return load_config(path)
+    return load_config(path, resolvers=(table.secret,))

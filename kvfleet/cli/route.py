@@ -13,6 +13,7 @@ from kvfleet.cli import render
 from kvfleet.cli.options import Decorator, config_argument, json_option, read_fleet, reports
 from kvfleet.cli.trace import PAINT
 from kvfleet.config.schema import AUTO_MODEL, DATA_CLASSES
+from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.render import render as render_route
@@ -88,10 +89,11 @@ def decide(path: Path, *, prompt: str, data_class: str | None, tenant: str, mode
         ConfigError: with every finding of the file.
         RouteError: if the request names what does not exist.
     """
-    config = read_fleet(path)
+    table = discover()
+    config = read_fleet(path, table)
 
     async def run() -> Explanation:
-        async with Router(config, polls=False) as router:
+        async with Router(config, table=table, polls=False) as router:
             return await router.simulate(
                 prompt=prompt, model=model, data_class=data_class or "", tenant_id=tenant, strategy_override=strategy
             )

@@ -13,13 +13,23 @@ from kvfleet.cli import render
 from kvfleet.cli.options import CONFIG_VARIABLE, Decorator, config_argument, json_option, read_fleet, reports
 from kvfleet.cli.skeleton import template
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig
+from kvfleet.config.secrets import Problem, SecretReader
 from kvfleet.gateway.server import Serving
 from kvfleet.gateway.server import serve as serve_fleet
 from kvfleet.pipeline.graph import as_text, describe
+from kvfleet.plugin.manager import ComponentTable, discover
 
 __all__ = ["init", "run", "serve"]
 
 _LEVELS = ("debug", "info", "warning", "error")
+
+
+def _secret(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A key, or a reference to one: a key on the command line is seen by everybody on the machine."""
+    found = SecretReader().read(value) if value else ""
+    if isinstance(found, Problem):
+        raise click.BadParameter(f"{found.message}; {found.remedy}", ctx, param)
+    return found
 
 
 def _gateway_options() -> Decorator:
@@ -27,7 +37,11 @@ def _gateway_options() -> Decorator:
         click.option("--host", help="Address to listen on; the file's if not given, else 127.0.0.1."),
         click.option("-p", "--port", type=click.IntRange(0, 65535), help="Port; the file's if not given, 0 for any."),
         click.option(
-            "-k", "--api-key", default="", help="Key that clients must send; better `gateway.api_key: env:NAME`."
+            "-k",
+            "--api-key",
+            default="",
+            callback=_secret,
+            help="Key that clients must send; env:NAME and file:/path keep it off the list of processes.",
         ),
         click.option("--allow-unauthenticated", is_flag=True, help="Listen beyond this machine without a key."),
         click.option(
@@ -78,7 +92,7 @@ def _start(
     allow_unauthenticated: bool,
     log_level: str,
 ) -> None:
-    config = read_quickstart() if path is None else read_fleet(path)
+    config = read_quickstart() if path is None else read_fleet(path, discover())
     what = "three mock engines inside this process, no GPU needed" if path is None else str(path)
     needs_key = bool(api_key or config.gateway.api_key or config.gateway.api_keys)
 
@@ -105,7 +119,7 @@ def read_quickstart() -> FleetConfig:
     with importlib.resources.as_file(
         importlib.resources.files("kvfleet.cli") / "templates" / "quickstart.yaml"
     ) as path:
-        return read_fleet(path)
+        return read_fleet(path, ComponentTable())
 
 
 def _welcome(serving: Serving, config: FleetConfig, what: str, *, needs_key: bool) -> str:

@@ -7,17 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from kvfleet.cli.main import cli
-
-
-def run(*args: str | Path, **environ: str) -> tuple[int, str, str]:
-    """A command's exit status, standard output and standard error."""
-    result = CliRunner(env={"KVFLEET_CONFIG": "", **environ}).invoke(cli, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+from tests.cli.running import install, kvfleet, run
 
 
 def test_a_valid_file_says_what_was_checked(fleet: Path) -> None:
@@ -171,3 +162,20 @@ def test_the_schema_is_a_json_schema() -> None:
     schema = json.loads(out)
     assert status == 0
     assert {"models", "strategy", "pipeline", "tests"} <= set(schema["properties"])
+
+
+def test_a_plugin_resolves_the_secrets_of_its_kind(tmp_path: Path) -> None:
+    """A reference to a vault is read by the plugin that knows the vault; without it, it is a finding."""
+    path = tmp_path / "fleet.yaml"
+    path.write_text("models:\n  - {name: a, provider: vllm, endpoint: 'http://a:1', api_key: 'vault:kv/a'}\n")
+    assert run("validate", path)[0] == 1
+    code = (
+        "from kvfleet.plugin.spec import hookimpl\n"
+        "@hookimpl\n"
+        "def kvfleet_secret(reference):\n"
+        "    return 'hunter2' if reference == 'vault:kv/a' else None\n"
+    )
+    install(tmp_path, "acme-vault", code)
+    done = kvfleet(tmp_path, "validate", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "hunter2" not in done.stdout + done.stderr

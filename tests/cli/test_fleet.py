@@ -8,24 +8,15 @@ from pathlib import Path
 
 import anyio.to_thread
 import pytest
-from click.testing import CliRunner
 
 from kvfleet.cli.fleet import gateway_url
-from kvfleet.cli.main import cli
 from kvfleet.config.loader import load_config
 from kvfleet.config.schema import FleetConfig, GatewayConfig
 from kvfleet.gateway.server import running
+from tests.cli.running import run
 
 NOBODY = "http://127.0.0.1:9"
 """The discard port: nobody listens there."""
-
-
-def run(*args: str | Path) -> tuple[int, str, str]:
-    """A command's exit status, standard output and standard error."""
-    result = CliRunner(env={"KVFLEET_CONFIG": ""}).invoke(cli, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 @pytest.fixture

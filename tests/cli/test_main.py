@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -12,15 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from kvfleet.cli.main import COMMANDS, cli
+from tests.cli.running import install, kvfleet, python
 
 HEAVY = ("httpx", "httpcore", "h2", "httptools", "uvicorn", "opentelemetry", "prometheus_client", "ruamel", "cattrs")
-
-
-def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run some Python in a process of its own."""
-    return subprocess.run(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **environ}
-    )
 
 
 def test_the_help_imports_nothing_heavy() -> None:
@@ -77,54 +68,44 @@ def test_the_version_is_the_distributions() -> None:
     assert CliRunner().invoke(cli, ["--version"]).output == f"kvfleet, version {version('kvfleet')}\n"
 
 
-@pytest.fixture
-def plugin(tmp_path: Path) -> Path:
-    """A directory with an installed plugin that adds a command, to be put on the path."""
-    (tmp_path / "acme_hello.py").write_text(
-        "import click\n"
-        "from kvfleet.plugin.spec import hookimpl\n"
-        "@hookimpl\n"
-        "def kvfleet_commands(cli):\n"
-        "    @cli.command()\n"
-        "    def hello():\n"
-        "        'Say hello.'\n"
-        "        click.echo('hello')\n"
-        "    cli.add_command(click.Command('run', help='mine now'))\n"
-    )
-    info = tmp_path / "acme_hello-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-hello\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[kvfleet]\nhello = acme_hello\n")
-    return tmp_path
+COMMAND = """
+import click
+from kvfleet.plugin.spec import hookimpl
+
+@hookimpl
+def kvfleet_commands(cli):
+    @cli.command()
+    def hello():
+        "Say hello."
+        click.echo("hello")
+
+    cli.add_command(click.Command("run", help="mine now"))
+"""
 
 
-RUN = "from kvfleet.cli.main import main; import sys; sys.argv = ['kvfleet', *{args!r}]; main()"
-
-
-def test_a_plugin_adds_a_command(plugin: Path) -> None:
+def test_a_plugin_adds_a_command(tmp_path: Path) -> None:
     """It is in the help, it runs, and it cannot replace one of kvfleet's own."""
-    done = python(RUN.format(args=["hello"]), PYTHONPATH=str(plugin))
-    assert done.stdout == "hello\n"
-    shown = python(RUN.format(args=["--help"]), PYTHONPATH=str(plugin))
+    install(tmp_path, "acme-hello", COMMAND)
+    assert kvfleet(tmp_path, "hello").stdout == "hello\n"
+    shown = kvfleet(tmp_path, "--help")
     assert "From plugins:\n  hello       Say hello." in shown.stdout
     assert "mine now" not in shown.stdout
-    assert "Warning: plugin hello (acme-hello 1.0) may not replace the command 'run'" in shown.stderr
+    assert "Warning: plugin acme_hello (acme-hello 1.0) may not replace the command 'run'" in shown.stderr
 
 
-def test_a_broken_plugin_does_not_break_the_command_line(plugin: Path) -> None:
+def test_a_broken_plugin_does_not_break_the_command_line(tmp_path: Path) -> None:
     """The help still comes, and names the plugin and the cause."""
-    (plugin / "acme_hello.py").write_text("import nothing_of_that_name\n")
-    shown = python(RUN.format(args=["--help"]), PYTHONPATH=str(plugin))
+    install(tmp_path, "acme-hello", "import nothing_of_that_name\n")
+    shown = kvfleet(tmp_path, "--help")
     assert shown.returncode == 0
     assert "validate" in shown.stdout
     assert (
-        "Warning: plugin hello (acme-hello 1.0) is broken: ModuleNotFoundError: No module named 'nothing_of_that_name'"
-        in shown.stderr
+        "Warning: plugin acme_hello (acme-hello 1.0) is broken: ModuleNotFoundError: No module named " in shown.stderr
     )
 
 
-def test_a_terminal_that_cannot_show_a_sign_gets_a_question_mark() -> None:
+def test_a_terminal_that_cannot_show_a_sign_gets_a_question_mark(tmp_path: Path) -> None:
     """An ASCII terminal costs a sign, not a traceback."""
-    done = python(RUN.format(args=["graph", "/nonexistent/…"]), PYTHONIOENCODING="ascii")
+    done = kvfleet(tmp_path, "graph", "/nonexistent/…", PYTHONIOENCODING="ascii")
     assert "Traceback" not in done.stderr
     assert done.returncode == 1

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import click
 from click.testing import CliRunner
 
 from kvfleet.cli.main import cli
+from tests.cli.running import install, kvfleet
 
 FILTER = (
     "import attrs\n"
@@ -30,27 +28,6 @@ FILTER = (
     "def kvfleet_components():\n"
     "    yield Component(Kind.FILTER, '{name}', Sieve)\n"
 )
-
-
-def install(path: Path, distribution: str, code: str) -> None:
-    """Make a plugin importable from `path`, as an installation would."""
-    module = distribution.replace("-", "_")
-    (path / f"{module}.py").write_text(code)
-    info = path / f"{module}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[kvfleet]\n{module} = {module}\n")
-
-
-def kvfleet(path: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a command with what is installed in `path`."""
-    return subprocess.run(  # noqa: S603 - our own interpreter
-        [sys.executable, "-c", "from kvfleet.cli.main import main; main()", *args],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(path), **environ},
-    )
 
 
 def invoke(*args: str) -> Any:

@@ -6,17 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from kvfleet.cli.main import cli
-
-
-def run(*args: str | Path) -> tuple[int, str, str]:
-    """A command's exit status, standard output and standard error."""
-    result = CliRunner(env={"KVFLEET_CONFIG": ""}).invoke(cli, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+from tests.cli.running import run
 
 
 def test_a_simulation_says_who_and_why(fleet: Path) -> None:

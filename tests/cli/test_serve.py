@@ -15,12 +15,11 @@ from pathlib import Path
 import attrs
 import httpx
 import pytest
-from click.testing import CliRunner
 
-from kvfleet.cli.main import cli
 from kvfleet.cli.serve import read_quickstart
 from kvfleet.config.loader import load_config
 from kvfleet.registry.models import ModelRegistry
+from tests.cli.running import run
 
 
 @contextmanager
@@ -76,12 +75,11 @@ def test_serve_takes_a_key(fleet: Path, tmp_path: Path) -> None:
         assert httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code == 200
 
 
-def run(*args: str | Path) -> tuple[int, str, str]:
-    """A command's exit status, standard output and standard error."""
-    result = CliRunner(env={"KVFLEET_CONFIG": ""}).invoke(cli, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
+def test_a_key_may_be_a_reference(fleet: Path) -> None:
+    """A variable that is not set is a usage error, and no key at all."""
+    status, _, err = run("serve", fleet, "--api-key", "env:KVFLEET_NO_SUCH_KEY", "--host", "nowhere.invalid")
+    assert status == 2
+    assert "KVFLEET_NO_SUCH_KEY" in err
 
 
 def test_a_port_that_is_taken_is_told(fleet: Path) -> None:

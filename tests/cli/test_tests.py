@@ -6,21 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from click.testing import CliRunner
-
-from kvfleet.cli.main import cli
+from tests.cli.running import run
 
 MODELS = "models:\n  - {name: a, provider: mock}\n  - {name: b, provider: mock, quality_score: 0.9}\n"
 GOOD = "  - {name: the better one wins, request: {prompt: Hello}, expect: {selected: b}}\n"
 WRONG = "  - {name: the worse one wins, request: {prompt: Hello}, expect: {selected: a}}\n"
-
-
-def run(*args: str | Path) -> tuple[int, str, str]:
-    """A command's exit status, standard output and standard error."""
-    result = CliRunner(env={"KVFLEET_CONFIG": ""}).invoke(cli, [str(arg) for arg in args])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
 
 
 def test_what_passes_is_listed_and_counted(write: Callable[..., Path]) -> None:
