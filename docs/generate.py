@@ -9,11 +9,12 @@ import argparse
 import collections.abc
 import inspect
 import json
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeGuard, Union, get_args, get_origin
 
 import attrs
 import click
@@ -168,21 +169,77 @@ def component(c: Component) -> str:
     return "\n".join(lines)
 
 
-def command_line(_: ComponentTable) -> str:
-    """Every command's help."""
-    parts = ["# Command line\n"]
+COMMAND_LINE = """`kvfleet COMMAND --help` says the same. Exit status: 0 for success, 1 for what was found to be wrong
+(findings, failed tests, nobody left), 2 for a wrong command line.
+"""
 
-    def walk(command: click.Command, path: str, parent: click.Context | None) -> None:
-        context = click.Context(command, info_name=path.rpartition(" ")[2], parent=parent, max_content_width=100)
-        parts.append(f"## `{path}`\n\n```text\n{command.get_help(context)}\n```\n")
+
+def command_line(_: ComponentTable) -> str:
+    """Every command's help, from its parameters: the same whatever version of click prints it in a terminal."""
+    parts = ["# Command line\n", COMMAND_LINE]
+
+    def walk(command: click.Command, path: str) -> None:
+        parts.append(f"## `{path}`\n\n```text\n{path}{usage(command)}\n```\n\n{help_of(command)}\n")
+        rows = [(opts_of(p), sentence(p.help or ""), default_of(p)) for p in command.params if is_shown(p)]
+        if rows:
+            parts.append(table(("Option", "What it does", "Default"), rows))
         if isinstance(command, click.Group):
+            context = click.Context(command)
             for name in command.list_commands(context):
                 inner = command.get_command(context, name)
                 if inner is not None and not inner.hidden:
-                    walk(inner, f"{path} {name}", context)
+                    walk(inner, f"{path} {name}")
 
-    walk(cli, "kvfleet", None)
+    walk(cli, "kvfleet")
     return "\n".join(parts)
+
+
+def is_shown(param: click.Parameter) -> TypeGuard[click.Option]:
+    """True for an option that has a help text."""
+    return isinstance(param, click.Option) and bool(param.help) and not param.hidden
+
+
+def usage(command: click.Command) -> str:
+    """What follows the command's name."""
+    words = [" [OPTIONS]"] if any(is_shown(p) for p in command.params) else []
+    words += [f" {p.metavar or p.human_readable_name}" for p in command.params if isinstance(p, click.Argument)]
+    return "".join(words) + (" COMMAND [ARGS]..." if isinstance(command, click.Group) else "")
+
+
+def help_of(command: click.Command) -> str:
+    """The help text as Markdown; what click must not wrap becomes a block of code."""
+    return "\n\n".join(map(_paragraph, inspect.cleandoc(command.help or "").split("\n\n")))
+
+
+def _paragraph(text: str) -> str:
+    code = re.sub(r"\A(?:\x08|\\b)\n", "", text)
+    return text if code == text else f"```text\n{code}\n```"
+
+
+def sentence(text: str) -> str:
+    """A help text, ended as a sentence."""
+    return text if text.endswith((".", "…")) else f"{text}."
+
+
+def opts_of(option: click.Option) -> str:
+    """An option's names, and what it takes."""
+    names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
+    kind = option.type
+    if option.is_flag:
+        return names
+    if isinstance(kind, click.Choice):
+        return f"{names} {', '.join(map(str, kind.choices))}"
+    if isinstance(kind, click.Path):
+        return f"{names} path"
+    is_number = isinstance(kind, click.types.IntParamType | click.types.FloatParamType)
+    limits = [(word, getattr(kind, name, None)) for word, name in (("from", "min"), ("to", "max"))]
+    bounds = [f"{word} {limit:g}" for word, limit in limits if limit]
+    return " ".join([names, "number" if is_number else "text", *bounds])
+
+
+def default_of(option: click.Option) -> str:
+    """An option's default, where the help shows it."""
+    return f"`{option.default}`" if option.show_default and not callable(option.default) else ""
 
 
 def metrics(_: ComponentTable) -> str:
@@ -226,26 +283,30 @@ PAGES: dict[str, Callable[[ComponentTable], str]] = {
 }
 
 
+def text_of(name: str, found: ComponentTable) -> str:
+    """A page as it should be."""
+    return (WRITTEN_BY if name.endswith(".md") else "") + PAGES[name](found)
+
+
+def stale() -> list[str]:
+    """The pages that are not as they should be."""
+    found = discover(environ={})
+    return [name for name in PAGES if not (HERE / name).exists() or (HERE / name).read_text() != text_of(name, found)]
+
+
 def main() -> int:
     """Write or compare; 1 if a page is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only compare")
-    check = parser.parse_args().check
-    found = discover()
-    stale = []
-    for name, make in PAGES.items():
-        text = make(found)
-        if name.endswith(".md"):
-            text = WRITTEN_BY + text
-        path = HERE / name
-        if check:
-            if not path.exists() or path.read_text() != text:
-                stale.append(name)
-        else:
-            path.write_text(text)
-    if stale:
-        print(f"out of date: {', '.join(stale)}; run python docs/generate.py")
-    return 1 if stale else 0
+    if not parser.parse_args().check:
+        found = discover(environ={})
+        for name in PAGES:
+            (HERE / name).write_text(text_of(name, found))
+        return 0
+    old = stale()
+    if old:
+        print(f"out of date: {', '.join(old)}; run python docs/generate.py")
+    return 1 if old else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,466 @@
+"""Runs the examples of a Markdown page as a reader would: top to bottom, in a folder of the page's own.
+
+What a fenced block is decides what is done with it:
+
+===========  ===========================================================================================================
+``console``  Each line after ``$`` is run by bash; the lines below it are what it must print.
+``python``   Run as a program; a first line ``# NAME.py`` makes it a file of that name instead.
+``yaml``     A first line ``# NAME.yaml`` writes it to that file. A whole fleet file (one with ``models:``) is validated;
+             sections alone are validated over the page's last fleet file.
+``json``     Parsed, as is ``toml``; both may name a file in a first comment.
+``text``     Read, not run.
+===========  ===========================================================================================================
+
+A comment ``<!-- test: WORDS -->`` on the line before a block says more: ``background`` (a server: started, and ended
+with the page or when another takes its place), ``status N`` (the last command's exit status), ``output`` (a text block:
+what the Python block before it prints), ``plain`` (YAML that is no fleet), ``skip REASON``.
+
+In what a command must print, ``…`` stands for anything, and a line of it alone for any lines. Identifiers, dates and
+durations are never the same twice, so any stands for any, as either of the quickstart's equal replicas does for the
+other; and the width of a column does not count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import attrs
+import ruamel.yaml
+
+from kvfleet.config.loader import check_config
+from kvfleet.pipeline.build import check
+from kvfleet.plugin.manager import ComponentTable
+
+__all__ = ["Block", "ExampleError", "Page", "blocks_of"]
+
+ROOT = Path(__file__).parent.parent.parent
+LANGUAGES = ("console", "json", "python", "text", "toml", "yaml")
+DIRECTIVES = ("background", "output", "plain", "skip", "status")
+
+_FENCE = re.compile(r"^( *)```(\w*)[^`]*$")
+_COMMENT = re.compile(r"^ *<!-- test: (.+?) -->$")
+_FILE = re.compile(r"^# (\S+\.\w+)$")
+_PORTS = (8000, 4318)
+_PORT = r"(?P<before>127\.0\.0\.1:|localhost:|0\.0\.0\.0:|--port |port: )%s\b"
+_INSTALLS = re.compile(
+    r"python3 -m venv \.venv && \.venv/bin/pip install [^&]+ && |(?:\.venv/bin/)?pip install -e (\S+)$"
+)
+_SAME = (
+    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|\+00:00)?"), "WHEN"),
+    (re.compile(r"\b\d\d-\d\d \d\d:\d\d:\d\d\b"), "WHEN"),
+    (re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"), "WHEN"),
+    (re.compile(r"<?\b\d[\d.,]* ?(?:ms|µs|s)\b"), "TIME"),
+    (re.compile(r"dur=[\d.]+"), "dur=TIME"),
+    (re.compile(r"\b(?:req-|chatcmpl-)?[0-9a-f]{8,32}\b"), "ID"),
+    (re.compile(r'"created": ?\d+'), '"created":WHEN'),
+    (re.compile(r"(?<=demo-small)(@small-|#)[12]\b"), r"\g<1>N"),  # equal replicas take turns, and chance begins
+    (re.compile(r"\s+"), " "),
+)
+_START_S = 30.0
+_PATIENCE_S = 8.0
+_COMMAND_S = 60.0
+
+
+class ExampleError(AssertionError):
+    """An example that does not do what the page says; names the page and the line."""
+
+
+@attrs.frozen
+class Block:
+    """One fenced block.
+
+    Attributes:
+        page: The page, from the repository's root.
+        line: Of its opening fence, from 1.
+        language: What it is.
+        text: What stands in it.
+        directive: What the comment before it says; empty without one.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+    directive: str = ""
+
+    @property
+    def word(self) -> str:
+        """The directive's first word."""
+        return self.directive.partition(" ")[0]
+
+    @property
+    def rest(self) -> str:
+        """The directive's other words."""
+        return self.directive.partition(" ")[2]
+
+    @property
+    def file(self) -> str:
+        """The file it is, if its first line names one."""
+        found = _FILE.match(self.text.partition("\n")[0])
+        return found[1] if found else ""
+
+    def wrong(self, what: str) -> ExampleError:
+        """The error for this block."""
+        return ExampleError(f"{self.page}:{self.line}: {what}")
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page, in order."""
+    name = str(page.relative_to(ROOT))
+    opened: tuple[int, str, str, str] | None = None
+    lines: list[str] = []
+    directive = ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        fence = _FENCE.match(line)
+        if opened is None and fence:
+            opened, lines = (number, fence[2], fence[1], directive), []
+        elif opened is not None and line.strip() == "```":
+            yield Block(name, opened[0], opened[1], "\n".join(lines) + "\n", opened[3])
+            opened, directive = None, ""
+        elif opened is not None:
+            lines.append(line.removeprefix(opened[2]))
+        else:
+            comment = _COMMENT.match(line)
+            directive = comment[1] if comment else directive if not line.strip() else ""
+
+
+@attrs.define
+class Page:
+    """A page's examples being run; a context manager that ends what they started.
+
+    Attributes:
+        folder: Where they run.
+        table: The components, for validation.
+    """
+
+    folder: Path
+    table: ComponentTable
+    _ports: Mapping[int, int] = attrs.field(init=False)
+    _servers: dict[int, subprocess.Popen[str]] = attrs.field(init=False, factory=dict)
+    _fleet: dict[str, object] = attrs.field(init=False, factory=dict)
+    _printed: str = attrs.field(init=False, default="")
+
+    @_ports.default
+    def _free_ports(self) -> Mapping[int, int]:
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in _PORTS]
+            for one in sockets:
+                one.bind(("127.0.0.1", 0))
+            return {port: one.getsockname()[1] for port, one in zip(_PORTS, sockets, strict=True)}
+
+    def __enter__(self) -> Self:
+        shutil.copytree(ROOT / "pipelines", self.folder / "pipelines")
+        (self.folder / "home").mkdir()
+        (self.folder / "site").mkdir()
+        (self.folder / ".venv").symlink_to(sys.prefix)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers.values():
+            _end(server)
+
+    # One block -------------------------------------------------------------------------------------------------------
+
+    def run(self, block: Block) -> None:
+        """Do with a block what is to be done with it.
+
+        Raises:
+            ExampleError: if it is not as the page says.
+        """
+        if block.language not in LANGUAGES:
+            raise block.wrong(f"the language must be one of {', '.join(LANGUAGES)}, not {block.language!r}")
+        if block.directive and block.word not in DIRECTIVES:
+            raise block.wrong(f"no directive is called {block.word!r}")
+        if block.word == "skip":
+            return
+        if block.file and block.language in ("python", "yaml", "toml"):
+            self._write(block)
+        {
+            "console": self._console,
+            "json": self._json,
+            "python": self._python,
+            "text": self._text,
+            "toml": self._toml,
+            "yaml": self._yaml,
+        }[block.language](block)
+
+    def _write(self, block: Block) -> None:
+        path = self.folder / block.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self._here(block.text))
+
+    def _json(self, block: Block) -> None:
+        try:
+            json.loads(block.text)
+        except ValueError as error:
+            raise block.wrong(f"no JSON: {error}") from error
+
+    def _toml(self, block: Block) -> None:
+        try:
+            tomllib.loads(block.text)
+        except ValueError as error:
+            raise block.wrong(f"no TOML: {error}") from error
+
+    def _text(self, block: Block) -> None:
+        if block.word == "output":
+            self._compare(block, block.text.splitlines(), self._printed, "the program")
+
+    def _python(self, block: Block) -> None:
+        if block.file:
+            return
+        done = self._start(block, [sys.executable, "-c", self._here(block.text)])
+        self._printed = done.stdout
+        if done.returncode:
+            raise block.wrong(f"the program failed:\n{done.stdout}")
+
+    def _yaml(self, block: Block) -> None:
+        try:
+            data = ruamel.yaml.YAML(typ="safe", pure=True).load(self._here(block.text))
+        except ruamel.yaml.error.YAMLError as error:
+            raise block.wrong(f"no YAML: {error}") from error
+        if block.word == "plain":
+            return
+        if not isinstance(data, dict):
+            raise block.wrong("a YAML example is a fleet file, or sections of one")
+        if isinstance(data.get("pipeline"), str):  # tests in a file of their own, which `kvfleet test` reads
+            return
+        whole = {**({} if "models" in data else self._fleet), **data}
+        path = self.folder / (block.file if "models" in data and block.file else "section.yaml")
+        if path.name == "section.yaml":
+            stream = io.StringIO()
+            ruamel.yaml.YAML().dump(whole, stream)
+            path.write_text(stream.getvalue())
+        if "models" in data:
+            self._fleet = whole
+        self._validate(block, path)
+
+    def _validate(self, block: Block, path: Path) -> None:
+        named = re.findall(r"\benv:(\w+)", path.read_text())
+        config, found = check_config(path, environ=dict.fromkeys(named, "a stand-in"))
+        found = found if config is None else (*found, *check(config, self.table))
+        if found:
+            raise block.wrong("the fleet file has findings:\n" + "\n".join(map(str, found)))
+
+    # Commands --------------------------------------------------------------------------------------------------------
+
+    def _console(self, block: Block) -> None:
+        commands = list(_commands(block.text))
+        if not commands:
+            raise block.wrong("no line begins with `$ `")
+        if block.word == "background":
+            self._serve(block, *commands[0])
+            return
+        for at, (command, shown) in enumerate(commands):
+            is_last = at == len(commands) - 1
+            self._command(block, command, shown, int(block.rest) if block.word == "status" and is_last else 0)
+
+    def _command(self, block: Block, command: str, shown: Sequence[str], status: int) -> None:
+        """Run one command and compare; one that reads what the gateway writes later is asked again for a while."""
+        by_s = time.monotonic() + _PATIENCE_S
+        reads = command.startswith(("kvfleet trace ", ".venv/bin/kvfleet trace ", "kvfleet fleet "))
+        while True:
+            done = self._start(block, ["bash", "-c", _WITH_MEMORY, "bash", self._here(self._installed(command))])
+            try:
+                if done.returncode != status:
+                    raise block.wrong(f"`{command}` ended with {done.returncode}, not {status}:\n{done.stdout}")
+                if shown:
+                    self._compare(block, shown, done.stdout, f"`{command}`")
+            except ExampleError:
+                if not reads or time.monotonic() > by_s:
+                    raise
+                time.sleep(0.2)  # another process writes; there is nothing to wait for
+            else:
+                return
+
+    def _start(self, block: Block, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(  # noqa: S603 - the pages are our own
+                command,
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=_COMMAND_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise block.wrong(f"no end within {_COMMAND_S:.0f} s") from error
+
+    def _serve(self, block: Block, command: str, shown: Sequence[str]) -> None:
+        """Start a server, and wait until it listens and has said what it says."""
+        port = next((p for p in _PORTS if re.search(rf"\b{p}\b", command)), _PORTS[0])
+        if (before := self._servers.pop(port, None)) is not None:
+            _end(before)
+        said = self.folder / "home" / f"server-{port}.log"
+        with said.open("w") as out:
+            server = subprocess.Popen(  # noqa: S603 - the pages are our own
+                ["bash", "-c", _WITH_MEMORY, "bash", "exec env " + self._here(self._installed(command))],  # noqa: S607
+                cwd=self.folder,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        self._servers[port] = server
+        by_s = time.monotonic() + _START_S
+        while not self._listens(port):
+            if server.poll() is not None or time.monotonic() > by_s:
+                raise block.wrong(f"`{command}` does not listen:\n{said.read_text()}")
+            time.sleep(0.05)  # a process of its own cannot be waited for in another way
+        while shown:
+            try:
+                self._compare(block, [*shown, "…"], said.read_text(), f"`{command}`")
+            except ExampleError:
+                if time.monotonic() > by_s:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+    def _listens(self, port: int) -> bool:
+        with socket.socket() as one:
+            return one.connect_ex(("127.0.0.1", self._ports[port])) == 0
+
+    def _environment(self) -> dict[str, str]:
+        home = self.folder / "home"
+        return {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "HOME": str(home),
+            "XDG_STATE_HOME": str(home / "state"),
+            "PYTHONPATH": str(self.folder / "site"),
+            "LANG": "C.UTF-8",
+            "TZ": "UTC",
+            "NO_PROXY": "127.0.0.1,localhost",
+            "KVFLEET__GATEWAY__PORT": str(self._ports[8000]),
+        }
+
+    # What is different here ------------------------------------------------------------------------------------------
+
+    def _installed(self, command: str) -> str:
+        """A command without what installs: kvfleet is, and a plugin is put where Python looks for it."""
+
+        def instead(match: re.Match[str]) -> str:
+            if match[1]:
+                _install(self.folder / match[1], self.folder / "site")
+            return "true" if match[1] else ""
+
+        return _INSTALLS.sub(instead, command)
+
+    def _here(self, text: str) -> str:
+        """A text of the page with the ports that are free here."""
+        for shown, real in self._ports.items():
+            text = re.sub(_PORT % shown, rf"\g<before>{real}", text)
+        return text
+
+    def _compare(self, block: Block, shown: Sequence[str], printed: str, who: str) -> None:
+        __tracebackhide__ = True
+        for port, real in self._ports.items():
+            printed = re.sub(_PORT % real, rf"\g<before>{port}", printed)
+        if not _matches(shown, printed.rstrip().splitlines()):
+            told = "\n".join(shown)
+            raise block.wrong(f"{who} printed\n\n{printed}\nwhere the page has\n\n{told}")
+
+
+_WITH_MEMORY = """
+[ -f home/exports ] && . home/exports
+page=$PWD; [ -f home/cwd ] && cd "$(cat home/cwd)"
+eval "$1"; status=$?
+pwd > "$page/home/cwd"; declare -px > "$page/home/exports"
+exit $status
+"""
+"""Bash that begins where the command before it ended: the same folder, the same exported variables."""
+
+
+def _commands(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each command of a console block, continued lines joined, and what stands below it."""
+    command = ""
+    shown: list[str] = []
+    is_open = False
+    for line in text.rstrip("\n").split("\n"):
+        if is_open:
+            command += "\n" + line
+        elif line.startswith("$ "):
+            if command:
+                yield command, shown
+            command, shown = line[2:], []
+        else:
+            shown.append(line)
+        is_open = (is_open or line.startswith("$ ")) and line.endswith("\\")
+    if command:
+        yield command, shown
+
+
+def _matches(shown: Sequence[str], printed: Sequence[str]) -> bool:
+    """True if a program printed what the page shows."""
+    wanted = [None if line.strip() == "…" else _pattern(line) for line in shown]
+    reached = {0}  # how many of the wanted lines may be behind us
+    for line in [*map(_same, printed), None]:
+        for at in sorted(reached):  # a line of `…` alone may stand for none
+            reached |= {at + past + 1 for past in range(_empty_at(wanted, at))}
+        if line is None:
+            return len(wanted) in reached
+        reached = {
+            at if pattern is None else at + 1
+            for at in reached
+            if at < len(wanted) and ((pattern := wanted[at]) is None or pattern.fullmatch(line))
+        }
+    return False
+
+
+def _empty_at(wanted: Sequence[re.Pattern[str] | None], at: int) -> int:
+    """How many lines from one on may stand for nothing."""
+    return next((past for past, pattern in enumerate(wanted[at:]) if pattern is not None), len(wanted) - at)
+
+
+def _pattern(line: str) -> re.Pattern[str]:
+    return re.compile(".*".join(re.escape(part) for part in _same(line).split("…")))
+
+
+def _same(line: str) -> str:
+    """A line without what is never the same twice."""
+    for pattern, word in _SAME:
+        line = pattern.sub(word, line)
+    return line.strip()
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """End a server and everything it started."""
+    for one, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, one)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(wait_s)
+            return
+
+
+def _install(project: Path, site: Path) -> None:
+    """Do what ``pip install -e`` does that matters here: make a distribution known, without a network."""
+    about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    name, version = about["name"], about["version"]
+    for package in (project / "src").iterdir():
+        (site / package.name).symlink_to(package)
+    described = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = about["entry-points"]["kvfleet"]
+    (described / "entry_points.txt").write_text(
+        "[kvfleet]\n" + "".join(f"{key} = {value}\n" for key, value in points.items())
+    )
