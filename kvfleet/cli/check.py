@@ -154,7 +154,12 @@ def _as_json(one: Checked) -> dict[str, Any]:
 @config_argument()
 @click.option("--expand", is_flag=True, help="Print the pipeline as YAML that can be pasted into the file.")
 @click.option(
-    "--format", "form", type=click.Choice(["text", "mermaid", "dot"]), default="text", show_default=True, help="How."
+    "--format",
+    "form",
+    type=click.Choice(["text", "mermaid", "dot"]),
+    default="text",
+    show_default=True,
+    help="How it is drawn.",
 )
 @json_option
 @click.pass_context
@@ -223,11 +228,11 @@ def pipeline_yaml(stages: Sequence[StageConfig]) -> str:
 @click.command()
 @reports
 def schema() -> None:
-    r"""Print the JSON Schema of fleet files, with the options of every installed component.
+    """Print the JSON Schema of fleet files, with the options of every installed component.
 
     \b
     kvfleet schema > fleet.schema.json
 
     and a first line `# yaml-language-server: $schema=fleet.schema.json` make an editor check and complete a file.
-    """
+    """  # noqa: D301 - click's mark for lines that stay as they are
     render.echo_json(jsonschema.schema(discover().components, case=Case))

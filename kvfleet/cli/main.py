@@ -116,12 +116,12 @@ class LazyGroup(click.Group):
 @click.version_option(package_name=_OWN, prog_name=_OWN)
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    r"""Route requests to a fleet of LLM engines by a declarative pipeline, and say why each went where it went.
+    """Route requests to a fleet of LLM engines by a declarative pipeline, and say why each went where it went.
 
     \b
     Begin:   kvfleet run                       three mock engines, no GPU needed
     Then:    kvfleet init, kvfleet validate fleet.yaml, kvfleet run fleet.yaml
-    """
+    """  # noqa: D301 - click's mark for lines that stay as they are
     ctx.color = render.choose_colour()
 
 

@@ -266,7 +266,10 @@ def _conflicts(table: ComponentTable) -> list[dict[str, Any]]:
 @json_option
 @reports
 def new(name: str, kind: str, path: Path | None, *, as_json: bool) -> None:
-    """Write a working plugin to begin with: a distribution, its tests, and a pipeline that uses it."""
+    """Write a working plugin to begin with.
+
+    It is a distribution of its own, kvfleet-NAME, with tests that pass and a pipeline that uses it.
+    """
     try:
         spelt = PluginName.of(name)
     except ValueError as error:

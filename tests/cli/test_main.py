@@ -30,6 +30,7 @@ def test_the_help_lists_every_command_by_section() -> None:
     """The table is what the help shows."""
     shown = CliRunner().invoke(cli, ["--help"]).output
     assert [name for name in COMMANDS if f"  {name} " not in shown] == []
+    assert "  Begin:   kvfleet run  " in shown
     assert [s for s in ("Run:", "Check:", "Decide:", "Look:", "Extend:") if s not in shown] == []
 
 
@@ -39,6 +40,7 @@ def test_every_command_has_a_help(name: str) -> None:
     result = CliRunner().invoke(cli, [name, "--help"])
     assert (result.exit_code, result.exception) == (0, None)
     assert result.output.startswith(f"Usage: cli {name}")
+    assert "\\b" not in result.output
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"init", "run", "serve"}))

@@ -100,6 +100,18 @@ def test_a_broken_plugin_is_hinted_at_in_the_list_of_components(tmp_path: Path) 
     assert done.stderr == "Warning: 1 problem; see `kvfleet plugins`\n"
 
 
+def test_a_pipeline_that_uses_a_broken_plugin_is_refused_with_the_cause(tmp_path: Path) -> None:
+    """Who uses it learns why it is not there; who does not is not bothered."""
+    install(tmp_path, "acme-bad", "raise RuntimeError('out of order')\n")
+    path = tmp_path / "fleet.yaml"
+    path.write_text("strategy: acme\nmodels:\n  - {name: a, provider: mock}\n")
+    done = kvfleet(tmp_path, "validate", str(path))
+    assert done.returncode == 1
+    assert "(plugin acme_bad (acme-bad 1.0) is broken: RuntimeError: out of order)" in done.stdout
+    path.write_text("models:\n  - {name: a, provider: mock}\n")
+    assert kvfleet(tmp_path, "validate", str(path)).returncode == 0
+
+
 def test_a_name_that_two_bring_is_a_conflict(tmp_path: Path) -> None:
     """Both distributions are named; leaving one out solves it."""
     install(tmp_path, "acme-sieve", FILTER.format(name="health"))
