@@ -110,7 +110,7 @@ class TestErrors:
             answer = await call(await gateway(FakeRouter(fleet(), broken)), "POST", "/v1/chat/completions", CHAT)
         assert answer.status == 500
         assert answer.json["error"]["code"] == "internal_error"
-        assert "request_id=req-new error=KeyError at=test_app.py:" in caplog.text
+        assert "request_id=req-new error=KeyError at=test_outcomes.py:" in caplog.text
         assert "canary" not in caplog.text + answer.body.decode()
 
     async def test_a_stream_that_dies_ends_in_an_error_event(self) -> None:
