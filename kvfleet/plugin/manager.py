@@ -283,7 +283,12 @@ def discover(
     off = _disabled(os.environ if environ is None else environ)
     # pluggy's own load_setuptools_entrypoints reads every installed distribution: 51 ms, against 1.2 ms for this.
     found = importlib.metadata.entry_points(group=spec.ENTRY_POINT_GROUP) if entry_points is None else entry_points
-    examined = [_examine(point, off) for point in found]
+    points = tuple(found)
+    # Name and version each parse the distribution's metadata, 0.2 ms: done once for all its plugins.
+    who = {
+        id(dist): (str(dist.name), str(dist.version)) for dist in {id(p.dist): p.dist for p in points}.values() if dist
+    }
+    examined = [_examine(point, *who.get(id(point.dist), (_top_package(point), "")), off) for point in points]
     examined.sort(key=lambda pair: (pair[0].distribution, pair[0].name))
     by_key: dict[tuple[Kind, str], tuple[Component, ...]] = {}
     for info, _ in examined:
@@ -302,16 +307,18 @@ def _bind(examined: Sequence[tuple[PluginInfo, pluggy.PluginManager]]) -> _Hooks
     )
 
 
-def _examine(point: EntryPoint, off: frozenset[str]) -> tuple[PluginInfo, pluggy.PluginManager]:
+def _top_package(point: EntryPoint) -> str:
+    """What an entry point whose distribution is not known is called after."""
+    return point.value.partition(":")[0].partition(".")[0]
+
+
+def _examine(
+    point: EntryPoint, distribution: str, version: str, off: frozenset[str]
+) -> tuple[PluginInfo, pluggy.PluginManager]:
     """Load one plugin into a manager of its own: a broken one leaves no trace in the others'."""
     manager = pluggy.PluginManager(spec.PROJECT)
     manager.add_hookspecs(spec)
-    info = PluginInfo(
-        name=point.name,
-        distribution=str(point.dist.name) if point.dist else point.value.partition(":")[0].partition(".")[0],
-        version=str(point.dist.version) if point.dist else "",
-        module=point.value,
-    )
+    info = PluginInfo(name=point.name, distribution=distribution, version=version, module=point.value)
     if off & {_normal(info.name), _normal(info.distribution)}:
         return attrs.evolve(info, is_disabled=True), manager
     try:
