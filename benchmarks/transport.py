@@ -76,6 +76,8 @@ class Engine(asyncio.Protocol):
 
     def write_events(self, index: int) -> None:
         """One event each time the loop comes round, so that the caller reads them one by one."""
+        if self.transport.is_closing():
+            return
         if index == 0:
             self.transport.write(
                 b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"

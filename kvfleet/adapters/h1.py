@@ -193,6 +193,11 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
         self._lose(httpx.ReadError("the connection was closed on this side"))
 
+    def abort_soon(self) -> None:
+        """The same from wherever the garbage collector happens to run."""
+        with contextlib.suppress(RuntimeError):  # the loop has been closed, and its connections with it
+            self._loop.call_soon_threadsafe(self.abort)
+
     # What the event loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

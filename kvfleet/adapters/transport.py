@@ -10,6 +10,7 @@ import asyncio
 import functools
 import math
 import ssl
+import warnings
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -88,6 +89,13 @@ class Body(httpx.AsyncByteStream):
                 connection.release()
             else:
                 connection.abort()
+
+    def __del__(self) -> None:
+        connection = self._connection
+        if connection is not None and connection.is_open:  # an engine must not go on working for nobody
+            connection.abort_soon()
+            message = "an answer was dropped amid its body; close it with aclose()"
+            warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def _end(self, connection: Connection) -> None:
         self.is_complete = connection.is_complete

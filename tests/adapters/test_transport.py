@@ -450,6 +450,24 @@ async def test_closing_amid_a_body_closes_the_connection() -> None:
         assert transport.state == {"free": 0, "busy": 0}
 
 
+async def test_a_forgotten_answer_is_closed() -> None:
+    """An answer that nobody holds any more is closed, with a warning to whoever forgot it."""
+
+    async def script(wire: Wire, asked: Request) -> None:
+        wire.send(STREAM_HEAD, chunk(b"x"))
+        await wire.gone.wait()
+
+    async with engine(script) as at, pooled() as transport:
+        response = await transport.handle_async_request(request(at))
+        held = [response]
+        del response
+        with pytest.warns(ResourceWarning, match="aclose"):
+            held.clear()
+        async with asyncio.timeout(0.1):
+            await at.wires[0].gone.wait()
+        assert transport.state == {"free": 0, "busy": 0}
+
+
 async def test_closing_after_the_end_keeps_the_connection() -> None:
     """An answer that is there as a whole may be closed unread; its connection is used again."""
     async with engine(answering(whole(b""))) as at, pooled() as transport:
