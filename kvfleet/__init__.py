@@ -6,7 +6,6 @@ The names here are loaded when first used, so that ``import kvfleet.policy.pii``
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +47,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415 - 20 ms that most users of the package never need
+
         return version("kvfleet")
     home = _HOMES.get(name)
     if home is None:

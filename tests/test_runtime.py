@@ -189,7 +189,7 @@ async def test_names_are_resolved() -> None:
 async def test_unknown_names_are_the_callers_mistake() -> None:
     """An unknown model is a 404, an unknown strategy a 400 that lists those there are."""
     async with Fleet() as fleet:
-        with pytest.raises(ModelNotFoundError, match="no model is called 'huge'"):
+        with pytest.raises(ModelNotFoundError, match="no model is called 'huge'; known: auto, large, small"):
             await fleet.router.route(prompt="Hi", model="huge")
         with pytest.raises(BadRequestError, match="unknown model 'huge' in the list"):
             await fleet.router.route(prompt="Hi", model_allowlist=["huge"])
@@ -386,3 +386,11 @@ async def test_the_requests_own_deadline_ends_it() -> None:
         assert raised.value.trace is not None
         assert raised.value.trace.spans[-1].attributes[names.ERROR_TYPE] == "deadline"
         assert fleet.router.services.health.is_available("http://small")
+
+
+@pytest.mark.parametrize("messages", [5, [5], {"a": 1}, [{"role": "user", "content": 5, "tool_calls": 5}]])
+async def test_a_malformed_body_is_the_engines_to_refuse(messages: Any) -> None:
+    """No stage trips over what a Python caller got wrong; the gateway checks bodies before they come here."""
+    async with Fleet() as fleet:
+        explanation = await fleet.router.simulate_request(RouteRequest(body={"messages": messages, "tools": None}))
+    assert explanation.selected_model == "small"

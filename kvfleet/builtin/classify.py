@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import Operation
-from kvfleet.builtin.facts import MODALITY, PII, PROMPT, PromptFacts, prompt_texts
+from kvfleet.builtin.facts import MODALITY, PII, PROMPT, PromptFacts, messages_of, prompt_texts
 from kvfleet.config.fields import listing
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
@@ -36,8 +36,7 @@ class ModalityClassifier:
         """Gives `MODALITY`."""
         if ctx.request.operation is not Operation.CHAT:
             return {MODALITY: TEXT_ONLY}
-        messages = ctx.request.body.get("messages") or ()
-        return {MODALITY: detect_modality([m for m in messages if isinstance(m, Mapping)])}
+        return {MODALITY: detect_modality(messages_of(ctx.request.body))}
 
 
 @attrs.define

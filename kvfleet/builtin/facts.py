@@ -13,13 +13,13 @@ from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
 from kvfleet.router.multimodal import ModalityDetection
 
-__all__ = ["MODALITY", "PII", "PROMPT", "PromptFacts", "estimate_prompt", "prompt_of", "prompt_texts"]
+__all__ = ["MODALITY", "PII", "PROMPT", "PromptFacts", "estimate_prompt", "messages_of", "prompt_of", "prompt_texts"]
 
 
 def prompt_texts(operation: Operation, body: Mapping[str, Any]) -> Iterator[str]:
     """Every text in a request that its author or an engine will read, in order: also tool results and calls."""
     if operation is Operation.CHAT:
-        for message in body.get("messages") or ():
+        for message in messages_of(body):
             yield from _message_texts(message)
     elif operation is Operation.COMPLETION:
         yield from _strings(body.get("prompt"))
@@ -31,15 +31,22 @@ def prompt_texts(operation: Operation, body: Mapping[str, Any]) -> Iterator[str]
         yield from _strings(body.get("documents"))
 
 
-def _message_texts(message: Any) -> Iterator[str]:
-    if not isinstance(message, Mapping):
-        return
+def messages_of(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The messages of a body that are messages; what is malformed is the engine's to refuse."""
+    messages = body.get("messages")
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        return ()
+    return [message for message in messages if isinstance(message, Mapping)]
+
+
+def _message_texts(message: Mapping[str, Any]) -> Iterator[str]:
     yield from _strings(message.get("content"))
     yield from _call_texts(message)
 
 
 def _call_texts(message: Mapping[str, Any]) -> Iterator[str]:
-    for call in message.get("tool_calls") or ():
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, Sequence) else ():
         function = call.get("function") if isinstance(call, Mapping) else None
         if isinstance(function, Mapping):
             yield from _strings(function.get("arguments"))
@@ -106,7 +113,7 @@ class PromptFacts:
 
     def _make_fingerprint(self, fingerprinter: PromptFingerprinter) -> PromptFingerprint:
         if self.operation is Operation.CHAT:
-            messages = [m for m in self._body.get("messages") or () if isinstance(m, Mapping)]
+            messages = messages_of(self._body)
             return fingerprinter.fingerprint(messages, tools=self._body.get("tools"))
         return fingerprinter.fingerprint_text(self.text)
 
@@ -120,9 +127,9 @@ _FINGERPRINTER = PromptFingerprinter()
 def estimate_prompt(operation: Operation, body: Mapping[str, Any]) -> int:
     """About how many tokens a request's prompt has: a quarter of its UTF-8 bytes; exact where it is given as tokens."""
     if operation is Operation.CHAT:
-        messages = body.get("messages") or ()
+        messages = messages_of(body)
         # Almost every content is one string, and that is three times as fast without a generator.
-        plain = [m["content"] for m in messages if isinstance(m, Mapping) and isinstance(m.get("content"), str)]
+        plain = [m["content"] for m in messages if isinstance(m.get("content"), str)]
         if len(plain) == len(messages):
             calls = [t for m in messages if m.get("tool_calls") for t in _call_texts(m)]
             return sum(map(estimate_tokens, plain)) + sum(map(estimate_tokens, calls))

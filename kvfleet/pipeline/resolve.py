@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import Operation
+from kvfleet.config.findings import did_you_mean
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig, ModelConfig
 from kvfleet.errors import BadRequestError, ModelNotFoundError
 from kvfleet.pipeline.stage import BoundStage, Pipeline
@@ -54,9 +55,8 @@ class Names:
     def _model(self, request: RouteRequest) -> dict[str, Any]:
         name = request.model
         if name not in self._known:
-            raise ModelNotFoundError(
-                f"no model is called {name!r}; ask for {AUTO_MODEL!r} or one of /v1/models", param="model"
-            )
+            remedy = did_you_mean(name, self._known)
+            raise ModelNotFoundError(f"no model is called {name!r}; {remedy}", param="model")
         alias = self.config.aliases.get(name)
         wanted = frozenset({name}) if alias is None else frozenset(alias.models) or None
         changes: dict[str, Any] = {}
