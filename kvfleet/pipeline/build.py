@@ -141,7 +141,7 @@ def _bind(entry: Built) -> BoundStage:
         entry.instance,
         distribution=component.distribution,
         skips={"skip": True, "fail": False}.get(entry.stage.on_error),
-        is_policy=component.must_hold,
+        is_policy=component.must_hold and component.kind is Kind.FILTER,
     )
 
 
