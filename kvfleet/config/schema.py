@@ -23,6 +23,7 @@ __all__ = [
     "FallbackConfig",
     "FleetConfig",
     "GatewayConfig",
+    "LongContextPrices",
     "ModelCapabilities",
     "ModelConfig",
     "OtlpConfig",
@@ -30,6 +31,7 @@ __all__ = [
     "PolicyRule",
     "RouteRuleConfig",
     "ScoringWeights",
+    "ShadowConfig",
     "StageConfig",
     "TelemetryConfig",
     "TenantConfig",
@@ -45,8 +47,8 @@ DATA_CLASSES = ("public", "internal", "confidential", "restricted")
 SELF_HOSTED_PROVIDERS = frozenset({"vllm", "sglang", "llama_cpp", "ollama", "tgi", "triton", "mock"})
 """Providers whose engines run where their operator put them; a model of theirs is private unless it says otherwise."""
 
-_URL = r"https?://[^\s/?#]+[^\s?#]*"
-_ENDPOINT = r"(https?|mock)://[^\s/?#]+[^\s?#]*"
+_URL = r"https?://[^\s/?#@]+(?:/[^\s?#]*)?"
+_ENDPOINT = r"(https?|mock)://[^\s/?#@]+(?:/[^\s?#]*)?"  # a user:password@ would end up in traces
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._:/+-]*"
 
 
@@ -67,6 +69,18 @@ class ModelCapabilities:
         None, gt=0, unit="tokens", doc="Longest prompt plus answer; unknown if absent, and then not checked."
     )
     supported_languages: tuple[str, ...] = listing((), doc="Languages (ISO 639-1) it is good at; empty means any.")
+
+
+@attrs.frozen(kw_only=True)
+class LongContextPrices:
+    """What a model costs once a prompt is longer than a border that its provider draws; all its tokens then."""
+
+    from_tokens: int = number(gt=0, unit="tokens", doc="Prompts longer than this are billed at these prices.")
+    cost_per_1k_input_tokens: float = number(ge=0, unit="usd", doc="Price of 1,000 prompt tokens.")
+    cost_per_1k_output_tokens: float = number(ge=0, unit="usd", doc="Price of 1,000 answer tokens.")
+    cost_per_1k_cached_input_tokens: float | None = number(
+        None, ge=0, unit="usd", doc="Price of 1,000 cached prompt tokens; as other prompt tokens if absent."
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -97,11 +111,22 @@ class ModelConfig:
     api_key: str = secret(doc="The credential for this backend.")
     capabilities: ModelCapabilities = section(ModelCapabilities, doc="What the model can do.")
     cost_per_1k_input_tokens: float | None = number(
-        None, ge=0, unit="usd", doc="Price of 1,000 prompt tokens; unknown if absent (free on a self-hosted engine)."
+        None,
+        ge=0,
+        unit="usd",
+        doc="Price of 1,000 prompt tokens; by default the built-in list's (free on a self-hosted engine).",
     )
     cost_per_1k_output_tokens: float | None = number(
-        None, ge=0, unit="usd", doc="Price of 1,000 answer tokens; unknown if absent (free on a self-hosted engine)."
+        None,
+        ge=0,
+        unit="usd",
+        doc="Price of 1,000 answer tokens; by default the built-in list's (free on a self-hosted engine).",
     )
+    cost_per_1k_cached_input_tokens: float | None = number(
+        None, ge=0, unit="usd", doc="Price of 1,000 cached prompt tokens; as other prompt tokens if absent."
+    )
+    long_context: LongContextPrices | None = section(None, doc="Prices for long prompts, if they differ.")
+    price_source: str = text("", doc="Where the prices come from, for people; filled in if absent.")
     latency_p50_ms: float = number(
         500, gt=0, unit="ms", doc="Typical time to an answer, until measurements replace it."
     )
@@ -199,6 +224,18 @@ class CacheAffinityConfig:
     prefix_hash_tokens: int = number(128, ge=1, unit="tokens", doc="Tokens of a prompt's beginning that identify it.")
     min_affinity_score: float = number(0.3, ge=0, le=1, doc="Affinity below this counts as none.")
     consistent_hash_replicas: int = number(150, ge=1, doc="Virtual nodes of each replica on the hash ring.")
+
+
+@attrs.frozen(kw_only=True)
+class ShadowConfig:
+    """Sending answered requests to other models too, to compare."""
+
+    enabled: bool = flag(doc="Mirror requests.")
+    shadow_models: tuple[str, ...] = listing((), doc="Models to mirror to.", refers_to="model")
+    sample_rate: float = number(0.1, ge=0, le=1, doc="Share of the answered requests that is mirrored.")
+    log_outputs: bool = flag(doc="Keep prompts and answers with the comparisons. Off unless you need them.")
+    compare_outputs: bool = flag(doc="Compute how alike the answers are.")
+    exclusive: bool = flag(doc="Keep the shadow models out of ordinary routing: they get mirrored requests only.")
 
 
 @attrs.frozen(kw_only=True)
@@ -356,6 +393,7 @@ class FleetConfig:
     route_rules: tuple[RouteRuleConfig, ...] = listing((), doc="Rules of the `rules` strategy.")
     fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
     cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
+    shadow: ShadowConfig = section(ShadowConfig, doc="Mirroring requests to other models.")
     policy: PolicyConfig = section(PolicyConfig, doc="Who may see what.")
     tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
     aliases: Mapping[str, AliasConfig] = mapping(
