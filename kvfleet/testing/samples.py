@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
+
 from kvfleet.adapters.base import Operation
 from kvfleet.clock import Clock, FrozenClock
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
@@ -151,19 +153,27 @@ def sample_outcome(context: RoutingContext, **changes: Any) -> Outcome:
     return Outcome(context=context, **{**usual, **changes})
 
 
-async def facts_for(needs: Sequence[Fact[Any]], context: RoutingContext, table: ComponentTable) -> dict[Fact[Any], Any]:
+async def facts_for(
+    needs: Sequence[Fact[Any]],
+    context: RoutingContext,
+    table: ComponentTable,
+    *,
+    asked: frozenset[Fact[Any]] = frozenset(),
+) -> dict[Fact[Any], Any]:
     """Facts, found by the first installed classifier that gives each with its options at their defaults.
 
-    Facts nobody gives are absent.
+    A classifier that needs facts itself gets those first. Facts nobody gives are absent, and so are those of
+    classifiers that wait for each other; `asked` are the facts that are waited for.
     """
     found = dict(context.facts)
     for fact in needs:
-        if fact in found:
+        giver = next((one for one in table.of_kind(Kind.CLASSIFY) if fact in one.gives), None)
+        if giver is None or fact in found or fact in asked:
             continue
-        for component in table.of_kind(Kind.CLASSIFY):
-            if fact in component.gives:
-                found.update(await _classify(component, context, table))
-                break
+        context = attrs.evolve(context, facts=found)
+        found = await facts_for(giver.needs, context, table, asked=asked | {fact})
+        if found.keys() >= set(giver.needs):
+            found.update(await _classify(giver, attrs.evolve(context, facts=found), table))
     return found
 
 
