@@ -166,3 +166,20 @@ def prompt_of(ctx: RoutingContext) -> PromptFacts:
     """The prompt's facts: those a classifier found, or else made now."""
     found = ctx.fact_or_none(PROMPT)
     return PromptFacts.of(ctx.request) if found is None else found
+
+
+def prompt_tokens(ctx: RoutingContext) -> int:
+    """About how many tokens the prompt has, pictures included."""
+    modality = ctx.fact_or_none(MODALITY)
+    return prompt_of(ctx).token_estimate + (modality.estimated_image_tokens if modality else 0)
+
+
+def answer_tokens(ctx: RoutingContext, usual: int) -> int:
+    """Most tokens of all answers asked for: `max_tokens` where the request sets it, else `usual`, times `n`."""
+    if ctx.request.operation in (Operation.EMBEDDING, Operation.RERANK):
+        return 0
+    body = ctx.request.body
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    tokens = asked if isinstance(asked, int) and asked > 0 else usual
+    choices = body.get("n")
+    return tokens * choices if isinstance(choices, int) and choices > 1 else tokens

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 
 import attrs
 
-from kvfleet.adapters.base import Operation
-from kvfleet.builtin.facts import MODALITY, prompt_of
+from kvfleet.builtin.facts import answer_tokens, prompt_of, prompt_tokens
 from kvfleet.config.fields import number
-from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.scoring import Column, Unit
+from kvfleet.telemetry.cost import Price
 from kvfleet.telemetry.load import FleetLoad
 
 __all__ = [
@@ -25,60 +24,50 @@ __all__ = [
     "QualityScorer",
 ]
 
-Prices = tuple[float, float] | None
-
-
-def _prices(model: ModelConfig) -> Prices:
-    """US dollars for a token of the prompt and one of the answer; None if the first is not known."""
-    price_in, price_out = model.cost_per_1k_input_tokens, model.cost_per_1k_output_tokens
-    if price_in is None:
-        return None
-    # A price list with one price means it for all tokens; a real bill is made from known prices only.
-    return price_in / 1000, (price_in if price_out is None else price_out) / 1000
-
-
-def _cost(price: Prices, tokens: tuple[int, int]) -> float | None:
-    return None if price is None else tokens[0] * price[0] + tokens[1] * price[1]
-
 
 @attrs.define
 class CostScorer:
     """What the request would cost, in US dollars: its prompt, and an answer of `max_tokens` or the usual length.
 
     A model without any price is unknown, not free; one with a price for prompts alone is taken to ask it for answers
-    too.
+    too. What a replica is expected to have of the prompt in its cache costs what cached tokens cost there.
     """
 
     answer_tokens: int = number(
         256, ge=0, unit="tokens", doc="Length of an answer where the request sets no `max_tokens`."
     )
-    _prices: tuple[Prices, ...] = attrs.field(init=False, default=(), repr=False)
+    _prices: tuple[Price | None, ...] = attrs.field(init=False, default=(), repr=False)
     _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _discounts: bool = attrs.field(init=False, default=False)
 
     def provision(self, services: Services) -> None:
         """Note the prices; there are far fewer than replicas."""
-        prices = {model.id: _prices(model) for model in services.models}
+        prices = {model.id: Price.of(model) for model in services.models}
         self._prices = tuple(dict.fromkeys(prices.values()))
         place = {price: i for i, price in enumerate(self._prices)}
         self._by_id = {replica: place[price] for replica, price in prices.items()}
+        self._discounts = any(price is not None and price.cached != price.prompt for price in self._prices)
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in US dollars."""
         tokens = self._tokens(ctx)
-        costs = [_cost(price, tokens) for price in self._prices]
-        known = self._by_id
+        known, prices = self._by_id, self._prices
+        if self._discounts and any(ctx.affinity.values()):
+            cached = ctx.affinity
+            replicas = [(prices[known[m.id]], cached.get(m.id, 0.0)) for m in ctx.candidates]
+            return Column(Unit.USD, [_cost(price, (*tokens, saved)) for price, saved in replicas])
+        costs = [_cost(price, tokens) for price in prices]
         try:
             return Column(Unit.USD, [costs[known[model.id]] for model in ctx.candidates])
         except KeyError:  # a model that is not of the fleet, as in a test
-            return Column(Unit.USD, [_cost(_prices(model), tokens) for model in ctx.candidates])
+            return Column(Unit.USD, [_cost(Price.of(model), tokens) for model in ctx.candidates])
 
     def _tokens(self, ctx: RoutingContext) -> tuple[int, int]:
-        modality = ctx.fact_or_none(MODALITY)
-        prompt = prompt_of(ctx).token_estimate + (modality.estimated_image_tokens if modality else 0)
-        if ctx.request.operation in (Operation.EMBEDDING, Operation.RERANK):
-            return prompt, 0
-        asked = ctx.request.body.get("max_completion_tokens") or ctx.request.body.get("max_tokens")
-        return prompt, asked if isinstance(asked, int) and asked > 0 else self.answer_tokens
+        return prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
+
+
+def _cost(price: Price | None, tokens: tuple[float, ...]) -> float | None:
+    return None if price is None else price.cost_usd(*tokens)
 
 
 @attrs.define

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import attrs
 import orjson
 
-from kvfleet.adapters.base import InferenceAdapter, Reply, Tally, Usage
+from kvfleet.adapters.base import InferenceAdapter, Reply, Tally
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError
@@ -17,6 +17,7 @@ from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Outcome, RoutingContext
+from kvfleet.telemetry.cost import cost_usd
 from kvfleet.trace import names
 from kvfleet.trace.otel import Bridge, RouteHandle
 from kvfleet.trace.spans import AttributeValue, Span, SpanKind, Status, Trace
@@ -220,14 +221,6 @@ class Route:
         span.fail(error.message)
         attributes[names.ERROR_TYPE] = error.code
         attributes[names.STATUS_CODE] = error.status
-
-
-def cost_usd(model: ModelConfig, usage: Usage) -> float | None:
-    """What an answer cost by the model's prices; None if a price it needs is unknown."""
-    price_in, price_out = model.cost_per_1k_input_tokens, model.cost_per_1k_output_tokens
-    if price_in is None or (price_out is None and usage.completion_tokens):
-        return None
-    return (usage.prompt_tokens * price_in + usage.completion_tokens * (price_out or 0.0)) / 1000
 
 
 def _client_left() -> RouteError:

@@ -10,6 +10,7 @@ import attrs
 
 from kvfleet.adapters.base import Operation
 from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.cost import with_known_prices
 
 __all__ = ["ModelRegistry", "replicas_of"]
 
@@ -31,24 +32,15 @@ def replicas_of(model: ModelConfig) -> tuple[ModelConfig, ...]:
     """A model as its replicas: one `ModelConfig` for each endpoint, with the prices that hold.
 
     A model without an endpoint runs in this process; its replica gets one of the form ``provider://name``. A
-    self-hosted engine without a price costs nothing; for others a price that is not known stays unknown.
+    self-hosted engine without a price costs nothing; others get the built-in list's, and what it does not know stays
+    unknown (`kvfleet.telemetry.cost`).
 
     >>> [r.id for r in replicas_of(ModelConfig(name="m", endpoint="http://a:1", replicas=("http://b:1",)))]
     ['m@http://a:1', 'm@http://b:1']
     """
-    unpriced = 0.0 if model.is_self_hosted else None
-    priced = attrs.evolve(
-        model,
-        replicas=(),
-        cost_per_1k_input_tokens=_first_known(model.cost_per_1k_input_tokens, unpriced),
-        cost_per_1k_output_tokens=_first_known(model.cost_per_1k_output_tokens, unpriced),
-    )
+    priced = attrs.evolve(with_known_prices(model), replicas=())
     endpoints = model.all_endpoints() or (f"{model.provider}://{model.name}",)
     return tuple(attrs.evolve(priced, endpoint=endpoint) for endpoint in endpoints)
-
-
-def _first_known(price: float | None, otherwise: float | None) -> float | None:
-    return otherwise if price is None else price
 
 
 @attrs.define
