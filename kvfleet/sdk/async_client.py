@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kvfleet.config.loader import load_config
+from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ class AsyncFleetClient:
             ConfigError: with all findings.
             FileNotFoundError: if there is no such file.
         """
-        return cls.from_config(load_config(path))
+        table = discover()
+        return cls.from_config(load_config(path, resolvers=(table.secret,)), table=table)
 
     @classmethod
     def from_config(cls, config: FleetConfig, **options: Any) -> Self:

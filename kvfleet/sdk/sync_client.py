@@ -12,6 +12,7 @@ import attrs
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from kvfleet.config.loader import load_config
+from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ class SyncFleetClient:
             ConfigError: with all findings.
             FileNotFoundError: if there is no such file.
         """
-        return cls.from_config(load_config(path))
+        table = discover()
+        return cls.from_config(load_config(path, resolvers=(table.secret,)), table=table)
 
     @classmethod
     def from_config(cls, config: FleetConfig, **options: Any) -> Self:

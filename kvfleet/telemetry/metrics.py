@@ -7,12 +7,12 @@ as routes end; what is a state (health, load, breakers) is read from its owner w
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, start_http_server
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -25,18 +25,23 @@ __all__ = ["METRICS", "MetricInfo", "MetricsExporter"]
 _MOST_LABELS = 4096
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _BREAKER = {"closed": 0.0, "half_open": 1.0, "open": 2.0}
 
 
 @attrs.frozen
 class MetricInfo:
-    """One metric: its name as scraped, its type, labels, meaning, and a histogram's buckets."""
+    """One metric: its name as scraped, its type, labels, meaning, and a histogram's buckets.
+
+    `is_read` marks a counter that somebody else keeps and that is read at each scrape.
+    """
 
     name: str
     type: str
     labels: tuple[str, ...]
     doc: str
     buckets: tuple[float, ...] = ()
+    is_read: bool = False
 
 
 METRICS: tuple[MetricInfo, ...] = (
@@ -66,7 +71,24 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("kvfleet_stage_failures_total", "counter", ("stage", "skipped"), "Stages that failed."),
     MetricInfo("kvfleet_admissions_refused_total", "counter", ("stage",), "Requests refused before any backend."),
     MetricInfo("kvfleet_shadow_requests_total", "counter", ("model",), "Requests mirrored to a model."),
-    MetricInfo("kvfleet_trace_store_dropped_total", "counter", (), "Traces the local store could not take."),
+    MetricInfo("kvfleet_shadow_outcomes_total", "counter", ("model", "outcome"), "Mirrored calls: `ok`, or the fault."),
+    MetricInfo(
+        "kvfleet_shadow_skipped_total",
+        "counter",
+        ("reason",),
+        "Sampled requests not mirrored: a filter, or a full queue.",
+    ),
+    MetricInfo("kvfleet_shadow_cost_usd_total", "counter", ("model",), "What mirrored calls cost; on nobody's budget."),
+    MetricInfo(
+        "kvfleet_reward", "histogram", ("strategy", "model"), "Rewards that a learned strategy took, 0..1.", _SHARES
+    ),
+    MetricInfo("kvfleet_feedback_total", "counter", ("model",), "Answers that somebody rated."),
+    MetricInfo(
+        "kvfleet_trace_store_dropped_total", "counter", (), "Traces the local store could not take.", is_read=True
+    ),
+    MetricInfo(
+        "kvfleet_observers_dropped_total", "counter", (), "Outcomes the observers' queue could not take.", is_read=True
+    ),
     MetricInfo("kvfleet_config_reload_total", "counter", ("outcome",), "Reloads of the configuration."),
     MetricInfo("kvfleet_model_health", "gauge", ("model", "endpoint"), "1 if the replica is healthy, else 0."),
     MetricInfo(
@@ -124,6 +146,7 @@ class _State(Collector):
     models: Sequence[ModelConfig] = ()
     told: dict[tuple[str, str, str], float] = attrs.field(factory=dict)
     fleet: tuple[str, str, str] | None = None
+    kept: dict[str, Callable[[], float]] = attrs.field(factory=dict)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing, so that registering does not read the state."""
@@ -137,6 +160,8 @@ class _State(Collector):
         if self.fleet is not None:
             families["kvfleet_fleet_info"].add_metric(self.fleet, 1.0)
         yield from families.values()
+        for name, read in self.kept.items():
+            yield CounterMetricFamily(name, _BY_NAME[name].doc, value=read())
 
     def _read(self) -> dict[tuple[str, str, str], float]:
         found: dict[tuple[str, str, str], float] = {}
@@ -176,7 +201,11 @@ class MetricsExporter:
         self.registry = registry if registry is not None else CollectorRegistry()
         self._state = _State()
         self._server: tuple[Any, threading.Thread] | None = None
-        self._families = {i.name: _Family(i, self.registry) for i in METRICS if i.type != "gauge"} if enabled else {}
+        self._families = (
+            {i.name: _Family(i, self.registry) for i in METRICS if i.type != "gauge" and not i.is_read}
+            if enabled
+            else {}
+        )
         if enabled:
             self.registry.register(self._state)
 
@@ -286,6 +315,10 @@ class MetricsExporter:
             told["kvfleet_model_queue_depth", model, endpoint] = queue_depth
         if gpu_memory_pct is not None:
             told["kvfleet_model_gpu_memory_pct", model, endpoint] = gpu_memory_pct
+
+    def read(self, name: str, kept: Callable[[], float]) -> None:
+        """Show a counter that somebody else keeps; it is read at each scrape."""
+        self._state.kept[name] = kept
 
     def set_fleet_info(self, fleet: str = "", strategy: str = "", version: str = "") -> None:
         """Name the fleet, its strategy and kvfleet's version."""

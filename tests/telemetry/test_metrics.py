@@ -168,3 +168,11 @@ def test_a_server_of_its_own_answers_and_stops() -> None:
     finally:
         metrics.stop_server()
         metrics.stop_server()
+
+
+def test_a_counter_that_somebody_else_keeps_is_read_at_each_scrape() -> None:
+    """What the trace store and the observers' queue drop is counted where it is dropped."""
+    metrics, dropped = MetricsExporter(), [0]
+    metrics.read("kvfleet_trace_store_dropped_total", lambda: dropped[0])
+    dropped[0] = 3
+    assert b"kvfleet_trace_store_dropped_total 3.0" in metrics.render()
