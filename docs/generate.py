@@ -28,7 +28,7 @@ from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.telemetry.metrics import METRICS
-from kvfleet.testing.vocabulary import Case
+from kvfleet.testing import vocabulary
 from kvfleet.trace.reference import names_markdown
 
 HERE = Path(__file__).parent / "reference"
@@ -242,6 +242,32 @@ def default_of(option: click.Option) -> str:
     return f"`{option.default}`" if option.show_default and not callable(option.default) else ""
 
 
+TESTS = """Words of `tests:` in a fleet file, or in a `*.test.yaml` file that names its pipeline. How they are used:
+[write and test a pipeline](../how-to/pipelines.md#test-it).
+"""
+
+
+def tests(_: ComponentTable) -> str:
+    """The vocabulary of pipeline tests."""
+    parts = ["# Pipeline tests\n", TESTS]
+    parts += [f"## {title}\n\n{inspect.getdoc(cls)}\n\n{option_table(described(cls))}" for title, cls in TESTED]
+    return "\n".join(parts)
+
+
+TESTED = (
+    ("A test", vocabulary.Case),
+    ("`request`", vocabulary.CaseRequest),
+    ("`given`", vocabulary.Given),
+    ("`given.backends.NAME`", vocabulary.BackendGiven),
+    ("`given.load.NAME`", vocabulary.LoadGiven),
+    ("`expect`", vocabulary.Expected),
+    ("`expect.dropped.NAME`", vocabulary.DropExpected),
+    ("`expect.scores.NAME`, `expect.cached.NAME`", vocabulary.Range),
+    ("`expect.share.NAME`", vocabulary.Share),
+    ("`turns`", vocabulary.Turn),
+)
+
+
 def metrics(_: ComponentTable) -> str:
     """The metrics table."""
     rows = [(f"`{m.name}`", m.type, ", ".join(f"`{label}`" for label in m.labels), m.doc) for m in METRICS]
@@ -269,13 +295,14 @@ def hooks(_: ComponentTable) -> str:
 def json_schema(found: ComponentTable) -> str:
     """The JSON Schema that the pipelines' modelines name."""
     own = [c for c in found.components if c.distribution == "kvfleet"]
-    return json.dumps(schema(own, case=Case), indent=1) + "\n"
+    return json.dumps(schema(own, case=vocabulary.Case), indent=1) + "\n"
 
 
 PAGES: dict[str, Callable[[ComponentTable], str]] = {
     "configuration.md": configuration,
     "components.md": components,
     "cli.md": command_line,
+    "tests.md": tests,
     "metrics.md": metrics,
     "traces.md": traces,
     "hooks.md": hooks,

@@ -6,7 +6,7 @@ What a fenced block is decides what is done with it:
 ``console``  Each line after ``$`` is run by bash; the lines below it are what it must print.
 ``python``   Run as a program; a first line ``# NAME.py`` makes it a file of that name instead.
 ``yaml``     A first line ``# NAME.yaml`` writes it to that file. A whole fleet file (one with ``models:``) is validated;
-             sections alone are validated over the page's last fleet file.
+             sections alone are validated over the page's last fleet file without a ``pipeline:``.
 ``json``     Parsed, as is ``toml``; both may name a file in a first comment.
 ``text``     Read, not run.
 ===========  ===========================================================================================================
@@ -244,7 +244,7 @@ class Page:
             stream = io.StringIO()
             ruamel.yaml.YAML().dump(whole, stream)
             path.write_text(stream.getvalue())
-        if "models" in data:
+        if "models" in data and "pipeline" not in data:
             self._fleet = whole
         self._validate(block, path)
 
@@ -380,8 +380,9 @@ class Page:
 
 
 _WITH_MEMORY = """
+page=$PWD
 [ -f home/exports ] && . home/exports
-page=$PWD; [ -f home/cwd ] && cd "$(cat home/cwd)"
+cd "$page"; [ -f home/cwd ] && cd "$(cat home/cwd)"
 eval "$1"; status=$?
 pwd > "$page/home/cwd"; declare -px > "$page/home/exports"
 exit $status
@@ -456,9 +457,10 @@ def _install(project: Path, site: Path) -> None:
     about = tomllib.loads((project / "pyproject.toml").read_text())["project"]
     name, version = about["name"], about["version"]
     for package in (project / "src").iterdir():
+        (site / package.name).unlink(missing_ok=True)
         (site / package.name).symlink_to(package)
     described = site / f"{name.replace('-', '_')}-{version}.dist-info"
-    described.mkdir()
+    described.mkdir(exist_ok=True)
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
     points = about["entry-points"]["kvfleet"]
     (described / "entry_points.txt").write_text(
