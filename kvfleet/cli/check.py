@@ -18,6 +18,7 @@ from kvfleet.config.expand import expand as expand_sections
 from kvfleet.config.findings import Finding
 from kvfleet.config.loader import check_config
 from kvfleet.config.schema import FleetConfig, StageConfig
+from kvfleet.gateway.headers import header_findings
 from kvfleet.pipeline.build import check
 from kvfleet.pipeline.graph import StageView, as_dot, as_mermaid, as_text, describe
 from kvfleet.plugin.manager import ComponentTable, discover
@@ -46,7 +47,8 @@ def check_file(path: Path, table: ComponentTable) -> Checked:
         return Checked(path, None, (), (Finding(what, file=str(path), code="file"),))
     if config is None:
         return Checked(path, None, (), tuple(found))
-    everything = (*found, *(one for one in check(config, table) if one not in found))
+    more = (*header_findings(config.gateway, config.origin), *check(config, table))
+    everything = (*found, *(one for one in more if one not in found))
     return Checked(path, config, describe(config, table), everything)
 
 

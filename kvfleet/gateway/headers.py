@@ -9,11 +9,11 @@ from typing import Any
 
 import attrs
 
-from kvfleet.config.findings import Finding
+from kvfleet.config.findings import NOWHERE, Finding, Origin
 from kvfleet.config.schema import DATA_CLASSES, GatewayConfig
 from kvfleet.errors import BadRequestError, ConfigError
 
-__all__ = ["HeaderNames", "Headers", "new_request_id", "read_by_conditions", "request_id"]
+__all__ = ["HeaderNames", "Headers", "header_findings", "new_request_id", "read_by_conditions", "request_id"]
 
 Headers = Mapping[bytes, bytes]
 """The headers of a request that the gateway looks at, by lower-case name."""
@@ -76,7 +76,7 @@ class HeaderNames:
         Raises:
             ConfigError: for a header that must not be passed through, or whose name is not one.
         """
-        findings = _findings(config)
+        findings = header_findings(config)
         if findings:
             raise ConfigError(findings)
         control = {field: getattr(config, option).lower().encode() for field, option in _CONTROL.items()}
@@ -138,20 +138,25 @@ _SEVERAL = (b"origin", b"access-control-request-headers", b"traceparent", b"trac
 _SINGLE = frozenset({b"authorization", b"content-length", b"content-encoding", b"x-request-id"})
 
 
-def _findings(config: GatewayConfig) -> list[Finding]:
+_WRITE = "use letters, digits and -"
+
+
+def header_findings(config: GatewayConfig, origin: Origin = NOWHERE) -> list[Finding]:
+    """Findings about the headers a configuration names: those that may never pass, and names that are none."""
     found = []
     for index, name in enumerate(config.passthrough_headers):
         path = ("gateway", "passthrough_headers", index)
         if name.lower() in _NEVER_PASSED:
             remedy = "take it out; the gateway or the backend's own `api_key` sets it"
-            found.append(Finding(f"{name} cannot be passed through", remedy, path, code="passthrough"))
+            found.append(origin.finding(path, f"{name} cannot be passed through", remedy, code="passthrough"))
         elif not _FIELD_NAME.fullmatch(name):
-            found.append(Finding(f"{name!r} is not a header's name", "use letters, digits and -", path, code="pattern"))
+            found.append(origin.finding(path, f"{name!r} is not a header's name", _WRITE, code="pattern"))
     for option in _CONTROL.values():
         name = getattr(config, option)
         if name and not _FIELD_NAME.fullmatch(name):
-            remedy = "use letters, digits and -"
-            found.append(Finding(f"{name!r} is not a header's name", remedy, ("gateway", option), code="pattern"))
+            found.append(
+                origin.finding(("gateway", option), f"{name!r} is not a header's name", _WRITE, code="pattern")
+            )
     return found
 
 

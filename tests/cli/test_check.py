@@ -179,3 +179,11 @@ def test_a_plugin_resolves_the_secrets_of_its_kind(tmp_path: Path) -> None:
     done = kvfleet(tmp_path, "validate", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_a_header_that_must_not_pass_is_a_finding(write: Callable[..., Path]) -> None:
+    """What the gateway would refuse at its start, `validate` finds before."""
+    path = write("models:\n  - {name: small, provider: mock}\ngateway:\n  passthrough_headers: [X-Ok, Authorization]\n")
+    status, out, _ = run("validate", path)
+    assert status == 1
+    assert f"{path}:4:31: gateway.passthrough_headers[1]: Authorization cannot be passed through; take it out" in out
