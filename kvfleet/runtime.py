@@ -7,6 +7,7 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Self
 
 import anyio
@@ -92,6 +93,7 @@ class Router:
         sinks: Where finished traces go, beside the OpenTelemetry export.
         bridge: How live spans are made; by default they are kvfleet's own, without the OpenTelemetry SDK.
         polls: False to leave health and load unpolled, as tests do.
+        state_dir: Where components keep what outlives the process; None to keep nothing.
 
     Raises:
         ConfigError: with every finding, if the pipeline cannot be built.
@@ -110,6 +112,7 @@ class Router:
         bridge: Bridge | None = None,
         polls: bool = True,
         seed: int | None = None,
+        state_dir: Path | None = None,
     ) -> None:
         self.config = config
         self.table = discover() if table is None else table
@@ -123,6 +126,7 @@ class Router:
             load=FleetLoad(self.clock),
             metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
             find=self.table.get,
+            state_dir=state_dir,
         )
         self.pipeline: Pipeline = build(config, self.table, self.services)
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
@@ -131,6 +135,7 @@ class Router:
         own = [model for model in self.models if not adapters or model.id not in adapters]
         built = build_adapters(config, self.table, own, connections=self.connections)
         self.adapters: dict[str, InferenceAdapter] = {**built, **(adapters or {})}
+        self.services.adapters = self.adapters
         self.sinks = tuple(sinks)
         self.bridge: Bridge = bridge or OwnBridge()
         self._polls = polls
@@ -140,6 +145,7 @@ class Router:
         self._observing = Observing(
             observers=(*self.pipeline.observe, *self.pipeline.listeners), finished=self._finished
         )
+        self.services.metrics.read("kvfleet_observers_dropped_total", lambda: self._observing.dropped)
         self._background: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._is_closed = False
@@ -361,6 +367,16 @@ class Router:
             "kv_usage": engine.kv_usage if engine else None,
             "prefix_hit_rate": engine.prefix_hit_rate if engine else None,
         }
+
+    # Watching --------------------------------------------------------------------------------------------------------
+
+    def add_sink(self, sink: TraceSink) -> None:
+        """Send finished traces there too, from now on."""
+        self.sinks = (*self.sinks, sink)
+
+    def remove_sink(self, sink: TraceSink) -> None:
+        """Send no more traces there; harmless if none were."""
+        self.sinks = tuple(one for one in self.sinks if one is not sink)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,13 @@ import attrs
 
 from kvfleet.config.expand import section_path
 from kvfleet.config.findings import Finding, Origin, Path
-from kvfleet.config.schema import AUTO_MODEL, FleetConfig
+from kvfleet.config.schema import AUTO_MODEL, SELF_HOSTED_PROVIDERS, FleetConfig
 
 __all__ = ["check_data", "check_stages", "model_names"]
+
+# Providers that are wherever their operator put them. Others may know their place, or have none (`mock`); an adapter of
+# a plugin's that needs one says so itself when it is built.
+_PLACED = (SELF_HOSTED_PROVIDERS - {"mock"}) | {"openai_compat", "custom_http", None}
 
 
 def model_names(data: Mapping[str, Any]) -> frozenset[str]:
@@ -66,7 +70,7 @@ def _check_endpoints(model: Any, path: Path, origin: Origin) -> Iterator[Finding
     written: list[tuple[Path, Any]] = [((*path, "endpoint"), endpoint)] if endpoint else []
     if isinstance(replicas, list | tuple):
         written += [((*path, "replicas", index), replica) for index, replica in enumerate(replicas)]
-    if not written and _get(model, "provider") != "mock":
+    if not written and _get(model, "provider") in _PLACED:
         yield origin.finding(path, "has neither `endpoint` nor `replicas`", "add `endpoint:`", code="missing")
     seen: dict[str, Path] = {}
     for place, url in written:
@@ -107,7 +111,12 @@ def _check_options(config: FleetConfig) -> Iterator[Finding]:
 def _check_guards(config: FleetConfig) -> Iterator[Finding]:
     """A policy that is written but not part of the pipeline would let everything through, silently."""
     used = {stage.use for stage in config.pipeline}
-    guards = (("filter.policy", "policy", config.policy.enabled), ("filter.tenant", "tenants", bool(config.tenants)))
+    guards = (
+        ("filter.policy", "policy", config.policy.enabled),
+        ("filter.tenant", "tenants", bool(config.tenants)),
+        ("filter.shadow_only", "shadow", config.shadow.exclusive),
+        ("observe.shadow", "shadow", config.shadow.enabled),
+    )
     for use, section, is_on in guards:
         if config.pipeline and is_on and use not in used:
             remedy = f"add `- {use}`, or remove the section"

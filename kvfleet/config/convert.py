@@ -38,7 +38,7 @@ _STAGE = re.compile(r"[a-z_]+(?:\.[a-z][a-z0-9_]*)?")
 _STAGE_KEYS = ("use", "name", "on_error", "with")
 
 _LATER: Mapping[type, frozenset[str]] = {
-    FleetConfig: frozenset({"shadow", "budget", "slo"}),
+    FleetConfig: frozenset({"budget", "slo"}),
     TenantConfig: frozenset({"budget"}),
 }
 """Documented keys that this version does not have: a finding of their own, because they are no typing mistakes."""

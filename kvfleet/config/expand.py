@@ -39,6 +39,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("admit.concurrency", config.gateway.max_concurrent > 0),
         ("filter.policy", _has_policy(config)),
         ("filter.tenant", bool(config.tenants)),
+        ("filter.shadow_only", config.shadow.exclusive and bool(config.shadow.shadow_models)),
         ("filter.capabilities", True),
         ("filter.health", True),
         ("affinity.prefix", affinity),
@@ -52,6 +53,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("execute.fallback", True),
         ("observe.metrics", True),
         ("observe.log", config.telemetry.log_route_decisions),
+        ("observe.shadow", config.shadow.enabled),
     ]
     return [use for use, is_on in wanted if is_on]
 
@@ -147,6 +149,20 @@ def _rules(config: FleetConfig) -> Options:
     return {"rules": [unstructure(rule) for rule in config.route_rules], **_weights(config)}
 
 
+def _shadow(config: FleetConfig) -> Options:
+    shadow = config.shadow
+    return {
+        "shadow_models": list(shadow.shadow_models),
+        "sample_rate": shadow.sample_rate,
+        "log_outputs": shadow.log_outputs,
+        "compare_outputs": shadow.compare_outputs,
+    }
+
+
+def _shadow_only(config: FleetConfig) -> Options:
+    return {"shadow_models": list(config.shadow.shadow_models)}
+
+
 def _default_model(config: FleetConfig) -> Options:
     return {"default_model": config.default_model}
 
@@ -158,6 +174,8 @@ def _concurrency(config: FleetConfig) -> Options:
 _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.policy": (("policy",), _policy),
     "filter.tenant": (("tenants",), _tenants),
+    "filter.shadow_only": (("shadow",), _shadow_only),
+    "observe.shadow": (("shadow",), _shadow),
     "execute.fallback": (("fallback",), _fallback),
     "affinity.prefix": (("cache_affinity",), _affinity),
     "select.hybrid_score": (("scoring_weights",), _weights),

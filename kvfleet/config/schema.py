@@ -17,6 +17,7 @@ from kvfleet.config.findings import NOWHERE, Origin
 __all__ = [
     "AUTO_MODEL",
     "DATA_CLASSES",
+    "DEFAULT_ENDPOINTS",
     "SELF_HOSTED_PROVIDERS",
     "AliasConfig",
     "CacheAffinityConfig",
@@ -46,6 +47,9 @@ DATA_CLASSES = ("public", "internal", "confidential", "restricted")
 
 SELF_HOSTED_PROVIDERS = frozenset({"vllm", "sglang", "llama_cpp", "ollama", "tgi", "triton", "mock"})
 """Providers whose engines run where their operator put them; a model of theirs is private unless it says otherwise."""
+
+DEFAULT_ENDPOINTS = {"anthropic": "https://api.anthropic.com"}
+"""Where a provider is, for a model that does not say."""
 
 _URL = r"https?://[^\s/?#@]+(?:/[^\s?#]*)?"
 _ENDPOINT = r"(https?|mock)://[^\s/?#@]+(?:/[^\s?#]*)?"  # a user:password@ would end up in traces

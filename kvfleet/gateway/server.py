@@ -24,6 +24,7 @@ from kvfleet.gateway.logs import set_up_logging
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import TraceSink
 from kvfleet.trace.otel import make_bridge
+from kvfleet.trace.rows import default_path
 from kvfleet.trace.store import TraceStore
 
 __all__ = ["Serving", "create_gateway_app", "running", "serve"]
@@ -142,6 +143,7 @@ async def running(
         await server.wait_until_started(task)
         yield Serving(url_of(sockets[0]), gateway)
     finally:
+        gateway.drain()
         server.stop()
         await task
         await gateway.stop()
@@ -201,9 +203,11 @@ async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncEx
         sinks.append(store)
     bridge = make_bridge(telemetry, os.environ)
     stack.push_async_callback(bridge.aclose)
-    router = Router(config, sinks=sinks, bridge=bridge)
+    router = Router(config, sinks=sinks, bridge=bridge, state_dir=default_path(os.environ).parent)
+    metrics = router.services.metrics
+    if store is not None:
+        metrics.read("kvfleet_trace_store_dropped_total", lambda: store.dropped)
     if telemetry.prometheus_port is not None:
-        metrics = router.services.metrics
         metrics.port = telemetry.prometheus_port
         metrics.start_server(host)
         stack.callback(metrics.stop_server)

@@ -16,6 +16,7 @@ from kvfleet.config.findings import Finding, Path
 from kvfleet.config.options import option_types
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 from kvfleet.errors import ComponentError, ConfigError
+from kvfleet.pipeline.guard import Guard
 from kvfleet.pipeline.order import check_facts, check_order
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Component, Services
@@ -75,12 +76,14 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
     pipeline = Pipeline(
         stages=before,
         select=select,
-        strategies=strategies,
+        strategies=_with_aliases(strategies, table),
         execute=execute,
         observe=tuple(watching),
         listeners=tuple(also),
+        markers=tuple(stage for stage in (*watching, *also) if callable(getattr(stage.component, "mark", None))),
         hash=_hash(config),
     )
+    services.excluded = Guard(tuple(stage for stage in before if stage.kind is Kind.FILTER))
     findings = _provision(config, pipeline.components, services, _places(config, built))
     if findings:
         raise ConfigError(findings)
@@ -117,7 +120,7 @@ def _read_stage(
                 (*place, "on_error"), f"{use} must hold and cannot be skipped", "remove on_error", code="must-hold"
             )
         )
-    options, path = _options(config, use, stage)
+    options, path = _options(config, component.key, stage)
     instance, wrong = structure(
         component.cls, options, path=path, origin=config.origin, models=[model.name for model in config.models]
     )
@@ -158,6 +161,18 @@ def _other_strategies(config: FleetConfig, table: ComponentTable, built: Sequenc
                 Kind.SELECT, component.name, instance, distribution=component.distribution
             )
     return found
+
+
+def _with_aliases(strategies: Mapping[str, BoundStage], table: ComponentTable) -> dict[str, BoundStage]:
+    """The strategies, also under their other names, which mean the same objects."""
+    of_component = {type(stage.component): stage for stage in strategies.values()}
+    found = {
+        alias: of_component[component.cls]
+        for component in table.of_kind(Kind.SELECT)
+        for alias in component.aliases
+        if component.cls in of_component
+    }
+    return {**found, **strategies}
 
 
 def _places(config: FleetConfig, built: Sequence[Built]) -> dict[int, Path]:

@@ -44,6 +44,8 @@ class Names:
         changes: dict[str, Any] = {}
         if not request.request_id:
             changes["request_id"] = uuid.uuid4().hex
+        if request.models is not None:
+            changes["allowlist"] = request.models
         if request.models is not None and (unknown := request.models - self._known):
             raise BadRequestError(
                 f"unknown model {min(unknown)!r} in the list of allowed models", code="model_not_found"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 
 import attrs
@@ -23,6 +24,8 @@ from kvfleet.trace.otel import Bridge, RouteHandle
 from kvfleet.trace.spans import AttributeValue, Span, SpanKind, Status, Trace
 
 __all__ = ["Route"]
+
+log = logging.getLogger(__name__)
 
 
 @attrs.define(kw_only=True)
@@ -200,8 +203,16 @@ class Route:
         )
         for lease in self.decision.leases:
             lease.release(outcome)
+        for stage in self.pipeline.markers:
+            self._mark(stage, outcome)
         self.bridge.end_route(self._handle, self.trace)
         self.closed(outcome)
+
+    def _mark(self, stage: BoundStage, outcome: Outcome) -> None:
+        try:
+            self.trace.route.attributes.update(stage.component.mark(outcome))
+        except Exception as error:  # noqa: BLE001 - the plugin border: an observer must not cost the answer
+            log.warning("marking failed stage=%s error=%s", stage.key, type(error).__name__)
 
     def _describe_end(
         self, span: Span, word: str, model: ModelConfig | None, error: RouteError | None, cost: float | None

@@ -84,6 +84,7 @@ class Pipeline:
         execute: Gets the answer.
         observe: The observe stages.
         listeners: Other components with an `observe`: they are told of every outcome too, after the observe stages.
+        markers: Observers with something to say in the route's record.
         hash: Tells one configuration from another.
     """
 
@@ -93,6 +94,7 @@ class Pipeline:
     execute: BoundStage
     observe: tuple[BoundStage, ...] = ()
     listeners: tuple[BoundStage, ...] = ()
+    markers: tuple[BoundStage, ...] = ()
     hash: str = ""
 
     @property

@@ -5,15 +5,17 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 
+from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
-from kvfleet.plugin.contract import Fact, Kind
+from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
@@ -44,6 +46,7 @@ class Component:
         gives: Facts it gives, all of them, each time.
         must_hold: True if it must never be skipped when it fails (policy).
         stability: See `Stability`.
+        aliases: Other names that mean the same.
         distribution: Who brought it; filled in by the manager.
     """
 
@@ -54,6 +57,7 @@ class Component:
     gives: tuple[Fact[Any], ...] = ()
     must_hold: bool = False
     stability: Stability = Stability.BETA
+    aliases: tuple[str, ...] = ()
     distribution: str = ""
 
     def __attrs_post_init__(self) -> None:
@@ -62,8 +66,9 @@ class Component:
         Raises:
             ComponentError: for a bad name, a class that is not an attrs class, or one without its kind's verb.
         """
-        if not _NAME.fullmatch(self.name):
-            raise ComponentError(f"component name {self.name!r} must be lower_snake_case")
+        for name in (self.name, *self.aliases):
+            if not _NAME.fullmatch(name):
+                raise ComponentError(f"component name {name!r} must be lower_snake_case")
         if not attrs.has(self.cls):
             raise ComponentError(
                 f"{self.key}: {self.cls.__qualname__} must be an attrs class; its fields are its options"
@@ -86,6 +91,10 @@ def _no_lookup(kind: Kind, name: str) -> Component:
     raise ComponentError(f"no {kind} component is called {name!r}")
 
 
+def _everybody(ctx: RoutingContext, models: Sequence[ModelConfig]) -> Sequence[tuple[str, Drop]]:  # noqa: ARG001
+    return [("", Drop(model, "no pipeline could be asked")) for model in models]
+
+
 @attrs.define(kw_only=True)
 class Services:
     """What a component may use, given to its ``provision(services)`` once, before any request.
@@ -97,6 +106,9 @@ class Services:
         load: What is in flight where, what the engines say, and measured times.
         metrics: Counters and histograms.
         find: Looks up another component by kind and name, for stages that use actions.
+        adapters: By replica id; filled before the components are opened.
+        excluded: Who, of any models, the pipeline's filters keep from a request: each drop with its stage's name. It
+            is for stages that call models beside the route, which must obey what the route obeys.
     """
 
     clock: Clock = attrs.field(factory=SystemClock)
@@ -105,3 +117,6 @@ class Services:
     load: FleetLoad = attrs.field(factory=FleetLoad)
     metrics: MetricsExporter = attrs.field(factory=MetricsExporter)
     find: Callable[[Kind, str], Component] = _no_lookup
+    adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)
+    excluded: Callable[[RoutingContext, Sequence[ModelConfig]], Sequence[tuple[str, Drop]]] = _everybody
+    state_dir: Path | None = None

@@ -36,6 +36,7 @@ __all__ = [
     "Filter",
     "Kind",
     "Lease",
+    "Marker",
     "Observer",
     "Outcome",
     "Refusal",
@@ -108,6 +109,8 @@ class RouteRequest:
         raw: The same, as the client sent it; empty if it came from Python.
         model: The model asked for; ``auto`` leaves the choice open.
         models: The only models allowed; None for all.
+        allowlist: The same as the caller wrote it, before the name of the model asked for narrowed it; filled in as
+            the request is resolved. What calls further models obeys it.
         strategy: The strategy asked for; empty for the pipeline's own.
         is_override: True if that strategy came from the request itself, not from an alias.
         request_id: The caller's, or one of ours.
@@ -124,6 +127,7 @@ class RouteRequest:
     raw: bytes = b""
     model: str = "auto"
     models: frozenset[str] | None = None
+    allowlist: frozenset[str] | None = None
     strategy: str = ""
     is_override: bool = False
     stream: bool = False
@@ -370,3 +374,11 @@ class Observer(Protocol):
 
     async def observe(self, outcome: Outcome) -> None:
         """Called after the answer has left."""
+
+
+@runtime_checkable
+class Marker(Protocol):
+    """An observer that has something to say in the route's own record, which is closed before it observes."""
+
+    def mark(self, outcome: Outcome) -> Mapping[str, AttributeValue]:
+        """Attributes for the route's span. Called as the route ends, on its path: quick, and without waiting."""

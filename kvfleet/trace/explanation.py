@@ -341,7 +341,7 @@ class Explanation:
             "fallback_chain": [self.labels[replica] for replica in self.fallback_chain],
             "cache_affinity_used": self.cache_affinity_used,
             "cache_hit": self.cache_hit,
-            "shadow_models": [attempt.model for attempt in self.attempts if attempt.reason == "shadow"],
+            "shadow_models": [model_of(replica) for replica in texts(route, names.SHADOW_REPLICAS)],
             "total_latency_ms": self.total_latency_ms,
             "ttfb_s": self.ttfb_s,
             "usage": self.usage.to_openai() if self.usage else None,

@@ -92,6 +92,15 @@ TTFB_S = _name(
 COST_USD = _name("kvfleet.cost", "route", "double", "What the answer cost; absent if a price is unknown.", "usd")
 PROMPT = _name("kvfleet.content.prompt", "route", "string", "The prompt, only under `telemetry.capture_content`.")
 ANSWER = _name("kvfleet.content.answer", "route", "string", "The answer, only under `telemetry.capture_content`.")
+SHADOW_REPLICAS = _name(
+    "kvfleet.shadow.replicas", "route", "string[]", "Replicas the answered request is mirrored to; absent for none."
+)
+SHADOW_EXCLUDED = _name(
+    "kvfleet.shadow.excluded",
+    "route",
+    "string[]",
+    "Shadow models a sampled request is not mirrored to, and why, as `model: reason [stage]`.",
+)
 
 # Stages
 STAGE_KIND = _name(

@@ -134,7 +134,7 @@ WRONG = [
     {"models": []},
     fleet(stratgy="x"),
     fleet(fleet_name=5),
-    fleet(shadow={}),
+    fleet(shadow={"sample_rate": 2}),
     fleet(pipeline=["Filter"]),
     fleet(pipeline=[{"with": {}}]),
     fleet(pipeline=[{"use": "filter.slow", "on_error": "ignore"}]),

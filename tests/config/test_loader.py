@@ -175,9 +175,9 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
             MODEL + "slo: {}\n", "f.yaml:3:1: slo: is not available in this version; remove it", id="slo-not-available"
         ),
         pytest.param(
-            MODEL + "shadow: {}\n",
-            "f.yaml:3:1: shadow: is not available in this version; remove it",
-            id="shadow-not-available",
+            MODEL + "shadow: {shadow_models: [nobody]}\n",
+            "f.yaml:3:25: shadow.shadow_models[0]: no model is called 'nobody'; the only one is 'm'",
+            id="shadow-unknown-model",
         ),
         pytest.param(
             MODEL + "tenants:\n  t:\n    budget: {enabled: true}\n",
