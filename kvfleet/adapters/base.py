@@ -59,12 +59,18 @@ _PATHS = {
 
 @attrs.frozen
 class Usage:
-    """Tokens an answer cost; `prompt_tokens` includes the cached ones, `cached_tokens` is None if nobody said."""
+    """Tokens an answer cost; `prompt_tokens` includes the cached ones, `completion_tokens` those of thinking.
+
+    `cached_tokens` were read from a cache, `cache_creation_tokens` written to one that is paid for, `reasoning_tokens`
+    thought; each is None if nobody said.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     cached_tokens: int | None = None
+    cache_creation_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
     @classmethod
     def from_openai(cls, usage: Mapping[str, Any] | None) -> Usage | None:
@@ -74,8 +80,14 @@ class Usage:
         prompt = int(usage.get("prompt_tokens") or 0)
         completion = int(usage.get("completion_tokens") or 0)
         details = usage.get("prompt_tokens_details") or {}
-        cached = details.get("cached_tokens")
-        return cls(prompt, completion, int(usage.get("total_tokens") or prompt + completion), cached)
+        return cls(
+            prompt,
+            completion,
+            int(usage.get("total_tokens") or prompt + completion),
+            details.get("cached_tokens"),
+            details.get("cache_creation_tokens"),
+            (usage.get("completion_tokens_details") or {}).get("reasoning_tokens"),
+        )
 
     def to_openai(self) -> dict[str, Any]:
         """The same as an OpenAI ``usage`` object."""
@@ -84,8 +96,11 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.total_tokens,
         }
-        if self.cached_tokens is not None:
-            out["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        cache = {"cached_tokens": self.cached_tokens, "cache_creation_tokens": self.cache_creation_tokens}
+        if known := {key: count for key, count in cache.items() if count is not None}:
+            out["prompt_tokens_details"] = known
+        if self.reasoning_tokens is not None:
+            out["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return out
 
 

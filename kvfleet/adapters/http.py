@@ -231,6 +231,8 @@ def _base_of(endpoint: str) -> httpx.URL:
         base = httpx.URL(endpoint.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
         raise ComponentError(f"the endpoint is no URL: {error}") from error
+    if base.scheme not in ("http", "https"):
+        raise ComponentError("an http:// or https:// endpoint is needed")
     if base.userinfo:  # it would be in every trace and metric that names the replica
         raise ComponentError("an endpoint must not hold a user or a password; use api_key or custom_headers")
     return base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvfleet.adapters.anthropic import AnthropicAdapter
 from kvfleet.adapters.custom_http import CustomHTTPAdapter
 from kvfleet.adapters.llama_cpp import LlamaCppAdapter
 from kvfleet.adapters.mock import MockAdapter
@@ -32,3 +33,4 @@ def kvfleet_components() -> Iterable[Component]:
     yield Component(Kind.ADAPTER, "tgi", TGIAdapter)
     yield Component(Kind.ADAPTER, "triton", TritonAdapter)
     yield Component(Kind.ADAPTER, "custom_http", CustomHTTPAdapter)
+    yield Component(Kind.ADAPTER, "anthropic", AnthropicAdapter)

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import Operation
-from kvfleet.config.schema import ModelConfig
+from kvfleet.config.schema import DEFAULT_ENDPOINTS, ModelConfig
 from kvfleet.telemetry.cost import with_known_prices
 
 __all__ = ["ModelRegistry", "replicas_of"]
@@ -31,15 +31,15 @@ def serves(model: ModelConfig, operation: Operation) -> bool:
 def replicas_of(model: ModelConfig) -> tuple[ModelConfig, ...]:
     """A model as its replicas: one `ModelConfig` for each endpoint, with the prices that hold.
 
-    A model without an endpoint runs in this process; its replica gets one of the form ``provider://name``. A
-    self-hosted engine without a price costs nothing; others get the built-in list's, and what it does not know stays
-    unknown (`kvfleet.telemetry.cost`).
+    A model without an endpoint is where its provider is; if that is nowhere in particular, its replica gets one of the
+    form ``provider://name``. A self-hosted engine without a price costs nothing; others get the built-in list's, and
+    what it does not know stays unknown (`kvfleet.telemetry.cost`).
 
     >>> [r.id for r in replicas_of(ModelConfig(name="m", endpoint="http://a:1", replicas=("http://b:1",)))]
     ['m@http://a:1', 'm@http://b:1']
     """
     priced = attrs.evolve(with_known_prices(model), replicas=())
-    endpoints = model.all_endpoints() or (f"{model.provider}://{model.name}",)
+    endpoints = model.all_endpoints() or (DEFAULT_ENDPOINTS.get(model.provider) or f"{model.provider}://{model.name}",)
     return tuple(attrs.evolve(priced, endpoint=endpoint) for endpoint in endpoints)
 
 

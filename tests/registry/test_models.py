@@ -52,6 +52,15 @@ def test_a_model_without_an_endpoint_runs_in_this_process() -> None:
     assert replica.id == "m@mock://m"
 
 
+def test_a_provider_that_is_in_one_place_needs_no_endpoint() -> None:
+    """Anthropic is where it is, unless a model says otherwise (a proxy); it is not self-hosted."""
+    (replica,) = replicas_of(ModelConfig(name="m", provider="anthropic"))
+    assert replica.endpoint == "https://api.anthropic.com"
+    assert not replica.is_self_hosted
+    (replica,) = replicas_of(ModelConfig(name="m", provider="anthropic", endpoint="http://proxy"))
+    assert replica.endpoint == "http://proxy"
+
+
 def test_disabled_models_have_no_replicas() -> None:
     """What is kept in the file but out of the fleet takes no part."""
     registry = ModelRegistry.from_configs([model("a"), model("b", enabled=False)])
