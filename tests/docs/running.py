@@ -11,9 +11,16 @@ What a fenced block is decides what is done with it:
 ``text``     Read, not run.
 ===========  ===========================================================================================================
 
-A comment ``<!-- test: WORDS -->`` on the line before a block says more: ``background`` (a server: started, and ended
-with the page or when another takes its place), ``status N`` (the last command's exit status), ``output`` (a text block:
-what the Python block before it prints), ``plain`` (YAML that is no fleet), ``skip REASON``.
+A comment ``<!-- test: WORDS -->`` on the line before a block says more:
+
+================  ======================================================================================================
+``background``    A server: started, and ended with the page, or when the next one takes its place. It is on port 8000
+                  unless a number follows.
+``status N``      The exit status of the last command.
+``output``        A text block: what the Python block before it prints.
+``plain``         YAML that is no fleet, or not a good one.
+``skip REASON``   It is not run.
+================  ======================================================================================================
 
 In what a command must print, ``…`` stands for anything, and a line of it alone for any lines. Identifiers, dates and
 durations are never the same twice, so any stands for any, as either of the quickstart's equal replicas does for the
@@ -55,7 +62,7 @@ _FENCE = re.compile(r"^( *)```(\w*)[^`]*$")
 _COMMENT = re.compile(r"^ *<!-- test: (.+?) -->$")
 _FILE = re.compile(r"^# (\S+\.\w+)$")
 _PORTS = (8000, 4318)
-_PORT = r"(?P<before>127\.0\.0\.1:|localhost:|0\.0\.0\.0:|--port |port: )%s\b"
+_PORT = r"(?P<before>127\.0\.0\.1:|127\.0\.0\.1\", |localhost:|0\.0\.0\.0:|--port |port: )%s\b"
 _INSTALLS = re.compile(
     r"python3 -m venv \.venv && \.venv/bin/pip install [^&]+ && |(?:\.venv/bin/)?pip install -e (\S+)$"
 )
@@ -70,6 +77,7 @@ _SAME = (
     (re.compile(r"(?<=demo-small)(@small-|#)[12]\b"), r"\g<1>N"),  # equal replicas take turns, and chance begins
     (re.compile(r"\s+"), " "),
 )
+_READS = ("kvfleet trace ", "kvfleet fleet ", "sort ")  # commands that may be asked again: what they read comes later
 _START_S = 30.0
 _PATIENCE_S = 8.0
 _COMMAND_S = 60.0
@@ -239,21 +247,20 @@ class Page:
         if isinstance(data.get("pipeline"), str):  # tests in a file of their own, which `kvfleet test` reads
             return
         whole = {**({} if "models" in data else self._fleet), **data}
-        path = self.folder / (block.file if "models" in data and block.file else "section.yaml")
-        if path.name == "section.yaml":
-            stream = io.StringIO()
-            ruamel.yaml.YAML().dump(whole, stream)
-            path.write_text(stream.getvalue())
         if "models" in data and "pipeline" not in data:
             self._fleet = whole
-        self._validate(block, path)
+        stream = io.StringIO()
+        ruamel.yaml.YAML().dump(whole, stream)
+        self._validate(block, stream.getvalue())
 
-    def _validate(self, block: Block, path: Path) -> None:
-        named = re.findall(r"\benv:(\w+)", path.read_text())
-        config, found = check_config(path, environ=dict.fromkeys(named, "a stand-in"))
-        found = found if config is None else (*found, *check(config, self.table))
-        if found:
-            raise block.wrong("the fleet file has findings:\n" + "\n".join(map(str, found)))
+    def _validate(self, block: Block, text: str) -> None:
+        """Check a fleet file; its secrets are taken to be there."""
+        path = self.folder / "home" / "checked.yaml"
+        path.write_text(re.sub(r"\b(?:env|file):[\w/.-]+", "env:STAND_IN", text))
+        config, found = check_config(path, environ={"STAND_IN": "a stand-in"})
+        everything = found if config is None else (*found, *check(config, self.table))
+        if everything:
+            raise block.wrong("the fleet file has findings:\n" + "\n".join(map(str, everything)))
 
     # Commands --------------------------------------------------------------------------------------------------------
 
@@ -271,7 +278,7 @@ class Page:
     def _command(self, block: Block, command: str, shown: Sequence[str], status: int) -> None:
         """Run one command and compare; one that reads what the gateway writes later is asked again for a while."""
         by_s = time.monotonic() + _PATIENCE_S
-        reads = command.startswith(("kvfleet trace ", ".venv/bin/kvfleet trace ", "kvfleet fleet "))
+        reads = command.removeprefix(".venv/bin/").startswith(_READS)
         while True:
             done = self._start(block, ["bash", "-c", _WITH_MEMORY, "bash", self._here(self._installed(command))])
             try:
@@ -304,7 +311,7 @@ class Page:
 
     def _serve(self, block: Block, command: str, shown: Sequence[str]) -> None:
         """Start a server, and wait until it listens and has said what it says."""
-        port = next((p for p in _PORTS if re.search(rf"\b{p}\b", command)), _PORTS[0])
+        port = int(block.rest or _PORTS[0])
         if (before := self._servers.pop(port, None)) is not None:
             _end(before)
         said = self.folder / "home" / f"server-{port}.log"
