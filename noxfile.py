@@ -27,7 +27,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types, strictly."""
-    session.install("-e", ".", *GROUPS["types"])
+    session.install("-e", ".", *GROUPS["types"], *GROUPS["test"])
     session.run("mypy")
 
 
