@@ -326,6 +326,30 @@ class Router:
         """Decide as `route` would, and call nobody. Takes what `route` takes."""
         return await self.simulate_request(request_from(messages, prompt, **options))
 
+    def feedback(self, request_id: str, score: float) -> str:
+        """Tell the strategies that learn how good an answer was; gives the model that gave it.
+
+        Args:
+            request_id: The identifier of the answered request, or of its trace.
+            score: 0, useless, to 1, perfect.
+
+        Raises:
+            RouteError: 404 if no strategy that learns remembers the request.
+            ValueError: if the score is not between 0 and 1.
+        """
+        for component in self.pipeline.components:
+            learn = getattr(component, "feedback", None)
+            model: str | None = learn(request_id, score) if callable(learn) else None
+            if model is not None:
+                self.services.metrics.count("kvfleet_feedback_total", model)
+                return model
+        raise RouteError(
+            "no strategy that learns remembers an answer to this request: it is unknown, too long ago, not answered "
+            "yet, or another strategy decided it",
+            status=404,
+            code="unknown_request",
+        )
+
     # State -----------------------------------------------------------------------------------------------------------
 
     async def health_check_all(self) -> dict[str, EndpointHealth]:

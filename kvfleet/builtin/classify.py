@@ -8,15 +8,16 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import Operation
-from kvfleet.builtin.facts import MODALITY, PII, PROMPT, PromptFacts, messages_of, prompt_texts
+from kvfleet.builtin.facts import DOMAIN, MODALITY, PII, PROMPT, PromptFacts, messages_of, prompt_of, prompt_texts
 from kvfleet.config.fields import listing
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.policy.pii import PII_PATTERNS, PIIDetector
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
+from kvfleet.router.semantic import describe_prompt
 
-__all__ = ["ModalityClassifier", "PIIClassifier", "PromptClassifier"]
+__all__ = ["DomainClassifier", "ModalityClassifier", "PIIClassifier", "PromptClassifier"]
 
 
 @attrs.frozen
@@ -37,6 +38,15 @@ class ModalityClassifier:
         if ctx.request.operation is not Operation.CHAT:
             return {MODALITY: TEXT_ONLY}
         return {MODALITY: detect_modality(messages_of(ctx.request.body))}
+
+
+@attrs.frozen
+class DomainClassifier:
+    """See what the user's last message is about, by its words and phrases, and how much it asks for."""
+
+    async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
+        """Gives `DOMAIN`."""
+        return {DOMAIN: describe_prompt(prompt_of(ctx).question)}
 
 
 @attrs.define
@@ -70,3 +80,4 @@ def kvfleet_components() -> Iterable[Component]:
     yield Component(Kind.CLASSIFY, "prompt", PromptClassifier, gives=(PROMPT,), stability=Stability.STABLE)
     yield Component(Kind.CLASSIFY, "modality", ModalityClassifier, gives=(MODALITY,), stability=Stability.STABLE)
     yield Component(Kind.CLASSIFY, "pii", PIIClassifier, gives=(PII,), must_hold=True)
+    yield Component(Kind.CLASSIFY, "domain", DomainClassifier, gives=(DOMAIN,))

@@ -12,8 +12,19 @@ from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, e
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
 from kvfleet.router.multimodal import ModalityDetection
+from kvfleet.router.semantic import PromptDomain
 
-__all__ = ["MODALITY", "PII", "PROMPT", "PromptFacts", "estimate_prompt", "messages_of", "prompt_of", "prompt_texts"]
+__all__ = [
+    "DOMAIN",
+    "MODALITY",
+    "PII",
+    "PROMPT",
+    "PromptFacts",
+    "estimate_prompt",
+    "messages_of",
+    "prompt_of",
+    "prompt_texts",
+]
 
 
 def prompt_texts(operation: Operation, body: Mapping[str, Any]) -> Iterator[str]:
@@ -95,6 +106,15 @@ class PromptFacts:
             self._text = "\n".join(prompt_texts(self.operation, self._body))
         return self._text
 
+    @property
+    def question(self) -> str:
+        """What it asks: in a chat the last message of its user, else all its texts."""
+        if self.operation is Operation.CHAT:
+            for message in reversed(messages_of(self._body)):
+                if message.get("role") == "user":
+                    return "\n".join(_strings(message.get("content")))
+        return self.text
+
     def texts(self) -> Iterator[str]:
         """Its texts one by one, without a copy."""
         return prompt_texts(self.operation, self._body)
@@ -157,9 +177,14 @@ def _describe_pii(pii: PIIDetectionResult) -> Sequence[str]:
     return tuple(pii.pii_types)
 
 
+def _describe_domain(found: PromptDomain) -> str:
+    return found.domain
+
+
 PROMPT: Fact[PromptFacts] = Fact("prompt", _describe_prompt)
 MODALITY: Fact[ModalityDetection] = Fact("modality", _describe_modality)
 PII: Fact[PIIDetectionResult] = Fact("pii", _describe_pii)
+DOMAIN: Fact[PromptDomain] = Fact("domain", _describe_domain)
 
 
 def prompt_of(ctx: RoutingContext) -> PromptFacts:

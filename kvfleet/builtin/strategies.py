@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvfleet.builtin.facts import DOMAIN
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, RoundRobinStrategy
+from kvfleet.router.learned import EpsilonGreedyStrategy, Exp3Strategy, ThompsonSamplingStrategy, UCB1Strategy
+from kvfleet.router.semantic import DomainStrategy, SemanticStrategy
 from kvfleet.router.strategies import (
     CheapCascadeStrategy,
     CostFirstStrategy,
@@ -35,9 +38,21 @@ _STRATEGIES: dict[str, type] = {
     "least_requests": LeastRequestsStrategy,
 }
 
+_LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {
+    "epsilon_greedy": (EpsilonGreedyStrategy, ("bandit",)),
+    "ucb1": (UCB1Strategy, ("learned",)),
+    "thompson_sampling": (ThompsonSamplingStrategy, ("thompson",)),
+    "exp3": (Exp3Strategy, ()),
+}
+"""Each with its other names."""
+
 
 @hookimpl
 def kvfleet_components() -> Iterable[Component]:
     """The strategies."""
     for name, cls in _STRATEGIES.items():
         yield Component(Kind.SELECT, name, cls, stability=Stability.STABLE)
+    for name, (cls, aliases) in _LEARNED.items():
+        yield Component(Kind.SELECT, name, cls, aliases=aliases)
+    yield Component(Kind.SELECT, "semantic", SemanticStrategy, needs=(DOMAIN,))
+    yield Component(Kind.SELECT, "domain", DomainStrategy, needs=(DOMAIN,))

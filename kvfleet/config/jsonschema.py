@@ -41,6 +41,10 @@ class ComponentLike(Protocol):
         """Its name, as in ``health``."""
 
     @property
+    def aliases(self) -> tuple[str, ...]:
+        """Other names that mean the same."""
+
+    @property
     def cls(self) -> type:
         """Its class, whose init fields are its options."""
 
@@ -72,7 +76,8 @@ class _Writer:
 
     def words(self, kind: str) -> Schema:
         """The names of a kind's components, as suggestions: a plugin may bring others."""
-        names = sorted(component.name for component in self._components if str(component.kind) == kind)
+        own = [component for component in self._components if str(component.kind) == kind]
+        names = sorted(name for component in own for name in (component.name, *component.aliases))
         return {"anyOf": [{"enum": names}, {"type": "string"}]} if names else {}
 
     def object(self, cls: type, *, leave_out: frozenset[str] = frozenset()) -> Schema:

@@ -130,15 +130,22 @@ class ComponentTable:
 
     plugins: tuple[PluginInfo, ...] = ()
     _by_key: Mapping[tuple[Kind, str], tuple[Component, ...]] = attrs.field(factory=dict, repr=False)
+    _aliases: Mapping[tuple[Kind, str], str] = attrs.field(init=False, repr=False)
     _hooks: _Hooks = attrs.field(factory=_Hooks, repr=False)
 
+    @_aliases.default
+    def _make_aliases(self) -> dict[tuple[Kind, str], str]:
+        """The one table of other names; a component's own name goes before another's alias."""
+        usable = [found[0] for found in self._by_key.values() if len(found) == 1]
+        return {(c.kind, a): c.name for c in usable for a in c.aliases if (c.kind, a) not in self._by_key}
+
     def get(self, kind: Kind, name: str) -> Component:
-        """The component of that kind and name.
+        """The component of that kind and name, or alias.
 
         Raises:
             ComponentError: if there is none, or two distributions bring one; says what to do.
         """
-        found = self._by_key.get((kind, name), ())
+        found = self._by_key.get((kind, self._aliases.get((kind, name), name)), ())
         if len(found) == 1:
             return found[0]
         if found:
@@ -258,7 +265,7 @@ class ComponentTable:
         return tuple(problems)
 
     def _unknown(self, kind: Kind, name: str) -> str:
-        names = self.names(kind)
+        names = (*self.names(kind), *(alias for k, alias in self._aliases if k is kind))
         label = f"{kind}.{name}" if kind.is_stage else f"{kind} {name!r}"
         shown = [f"{kind}.{n}" for n in names] if kind.is_stage else list(names)
         remedy = did_you_mean(f"{kind}.{name}" if kind.is_stage else name, shown)

@@ -46,7 +46,7 @@ class Names:
             models=models,
             targets=models | {replica.id for replica in ModelRegistry.from_configs(config.models).replicas},
             asked=models | set(config.aliases) | {AUTO_MODEL},
-            strategies={component.name for component in table.of_kind(Kind.SELECT)},
+            strategies={name for one in table.of_kind(Kind.SELECT) for name in (one.name, *one.aliases)},
             stages={f"{entry.component.kind}.{entry.name}" for entry in built},
             facts={fact.name for entry in built for fact in entry.component.gives},
         )

@@ -23,6 +23,7 @@ class Thing:
     kind: str
     name: str
     cls: type
+    aliases: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,536 @@
+"""Strategies that learn from outcomes which model answers best: epsilon-greedy, UCB1, Thompson sampling and Exp3.
+
+Their arms are models; the replicas of a model are ranked by expected time. Each strategy says with which probability it
+wants each model, guard rails bound how far that may go from the best known one, and the choice is drawn from what
+remains. So the probability of every choice, its propensity, is known exactly and stands in the ranking: recorded
+decisions can be evaluated off-policy. A strategy sees only the candidates that the filters left, so it never explores
+into a policy's drop.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import anyio.to_thread
+import attrs
+
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.fields import number, text
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import ComponentError
+from kvfleet.router.arms import ArmStats, ArmStore
+from kvfleet.router.chances import among, chances_to_be_best, draw
+from kvfleet.router.learning import Answered, RecentAnswers, result_of
+from kvfleet.router.replicas import Replicas
+from kvfleet.router.scoring import Ranking, ScoringContext
+from kvfleet.telemetry.metrics import MetricsExporter
+
+if TYPE_CHECKING:
+    from kvfleet.plugin.contract import Outcome
+
+__all__ = [
+    "ArmStats",
+    "EpsilonGreedyStrategy",
+    "Exp3Strategy",
+    "LearnedRanking",
+    "LearnedStrategy",
+    "ThompsonSamplingStrategy",
+    "UCB1Strategy",
+    "compute_reward",
+]
+
+log = logging.getLogger(__name__)
+
+_MOST_ARMS = 4096
+_SAVE_EVERY_S = 10.0
+_MOST_PENDING = 1000
+_WIDEST = 50.0
+"""Exp3 keeps the logarithms of its weights within this, so that whoever was bad can still become good."""
+
+
+def compute_reward(
+    latency_ms: float,
+    quality_score: float,
+    cost: float | None,
+    success: bool = True,
+    target_latency_ms: float = 2000,
+) -> float:
+    """What an answer was worth, 0..1: 0.4 for its time, 0.3 for its quality, 0.3 for its price; 0 if it failed.
+
+    Args:
+        latency_ms: How long it took; worth nothing from the target on.
+        quality_score: How good it was, 0..1.
+        cost: What it cost in US dollars, worth nothing from a cent on. None if that is not known: time and quality then
+            share its weight, so that an unknown price is neither good nor bad.
+        success: False for a failure.
+        target_latency_ms: See above.
+
+    >>> round(compute_reward(latency_ms=350, quality_score=0.85, cost=0.001, success=True), 3)
+    0.855
+    """
+    if not success:
+        return 0.0
+    earned = 0.4 * max(0.0, 1 - latency_ms / target_latency_ms) + 0.3 * quality_score
+    return min(1.0, earned / 0.7 if cost is None else earned + 0.3 * max(0.0, 1 - 100 * cost))
+
+
+class LearnedRanking(Ranking):
+    """A ranking whose first place was drawn.
+
+    Attributes:
+        by: The strategy that drew it.
+        chance: With which probability its first model was to be chosen: the propensity.
+        arms: How many models there were.
+    """
+
+    __slots__ = ("arms", "by", "chance")
+
+    by: LearnedStrategy
+    chance: float
+    arms: int
+
+
+class HasServices(Protocol):
+    """The part of the services that is used here."""
+
+    @property
+    def clock(self) -> Clock:
+        """The time."""
+
+    @property
+    def metrics(self) -> MetricsExporter:
+        """Counters and histograms."""
+
+    @property
+    def state_dir(self) -> Path | None:
+        """Where state outlives the process; None for nowhere."""
+
+
+_UNTRIED = ArmStats()
+
+
+@attrs.define(kw_only=True)
+class LearnedStrategy:
+    """What the four have in common: arms, guard rails, rewards from live outcomes, ratings, and their state on disk."""
+
+    name: ClassVar[str] = ""
+
+    min_samples: int = number(1, ge=0, doc="Rewards a model must have before others are preferred to it.")
+    max_exploration: float = number(
+        1.0, ge=0, le=1, doc="Largest share of requests that may go to another model than the best known one."
+    )
+    target_latency_ms: float = number(
+        2000, gt=0, unit="ms", doc="An answer that takes this long or longer earns nothing for its time."
+    )
+    state_path: str = text(
+        "", doc="SQLite file in which the arms outlive a restart; in the gateway's state directory if empty."
+    )
+    _arms: dict[str, ArmStats] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _answers: RecentAnswers = attrs.field(init=False, factory=RecentAnswers, repr=False, eq=False)
+    _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
+    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
+    _metrics: MetricsExporter | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _store: ArmStore | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _is_dirty: bool = attrs.field(init=False, default=False, repr=False, eq=False)
+    _saved_s: float = attrs.field(init=False, default=0.0, repr=False, eq=False)
+
+    # Choosing --------------------------------------------------------------------------------------------------------
+
+    def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
+        """Draw the first model; the others follow by their mean reward, and a model's replicas by expected time.
+
+        The totals are mean rewards, 0.5 for a model without one. The terms hold each model's propensity and samples.
+        """
+        # Without a context there is no seed, and a library's user expects a draw all the same.
+        context = context or ScoringContext(seed=self._random.getrandbits(32))
+        replicas = Replicas.of(models, context)
+        names = list(replicas.groups)
+        if not names:
+            return Ranking((), ())
+        arms = [self._arms.get(name, _UNTRIED) for name in names]
+        best = self._best(names, arms, [models[at[0]].quality_score for at in replicas.groups.values()])
+        chances = self._guarded(self._wanted(names, arms), best)
+        chosen = draw(chances, context.seed)
+        if not context.dry_run:
+            self._choose(names, chances, chosen)
+        expected = [arm.mean_reward if arm.pulls else 0.5 for arm in arms]
+        places = sorted(range(len(names)), key=lambda i: (i != chosen, -expected[i]))
+        order = replicas.order([names[i] for i in places])
+        of = {name: i for i, name in enumerate(names)}
+        at = [of[models[i].name] for i in order]
+        ranking = LearnedRanking(
+            [models[i] for i in order],
+            [expected[i] for i in at],
+            terms={"propensity": [chances[i] for i in at], "samples": [float(arms[i].pulls) for i in at]},
+            mode="exploit" if chosen == best else "explore",
+        )
+        ranking.by, ranking.chance, ranking.arms = self, chances[chosen], len(names)
+        return ranking
+
+    def _best(self, names: Sequence[str], arms: Sequence[ArmStats], declared: Sequence[float]) -> int:
+        """The best known model: by what was learned, or by its declared quality while nothing is known of any."""
+        least = max(self.min_samples, 1)
+        known = [i for i, arm in enumerate(arms) if arm.pulls >= least]
+        if not known:
+            return max(range(len(names)), key=declared.__getitem__)
+        return max(known, key=lambda i: self._value(names[i], arms[i]))
+
+    def _wanted(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:
+        """The chance of each model before the guard rail: first those that are short of samples."""
+        short = [arm.pulls < self.min_samples for arm in arms]
+        if any(short):
+            return [is_short / sum(short) for is_short in short]
+        return self._chances(names, arms)
+
+    def _guarded(self, chances: list[float], best: int) -> list[float]:
+        """The chances, with no more than the allowed share beside the best."""
+        share = 1 - chances[best]
+        if share <= self.max_exploration:
+            return chances
+        guarded = [chance * self.max_exploration / share for chance in chances]
+        guarded[best] = 1 - self.max_exploration
+        return guarded
+
+    def _chances(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:
+        """With which probability the algorithm wants each model; they sum to 1."""
+        raise NotImplementedError
+
+    def _value(self, name: str, arm: ArmStats) -> float:  # noqa: ARG002 - others look at the name
+        """What makes a model the best known one."""
+        return arm.mean_reward
+
+    def _choose(self, names: Sequence[str], chances: Sequence[float], chosen: int) -> None:
+        """Note a choice that is acted upon."""
+
+    def _settle(self, name: str) -> None:
+        """Note that a choice has come to its end."""
+
+    # Learning --------------------------------------------------------------------------------------------------------
+
+    def update(self, model_name: str, reward: float) -> None:
+        """Learn the reward of a model's answer.
+
+        Raises:
+            ValueError: if the reward is not between 0 and 1.
+        """
+        self._settle(model_name)
+        self._learn(model_name, reward, None, 0)
+
+    def _learn(self, name: str, reward: float, chance: float | None, count: int) -> None:
+        if not 0 <= reward <= 1:
+            raise ValueError(f"a reward must be between 0 and 1, not {reward!r}")
+        arm = self._arms.get(name)
+        if arm is None:
+            if len(self._arms) >= _MOST_ARMS:
+                self._forget(next(iter(self._arms)))
+            arm = self._arms[name] = ArmStats()
+        arm.add(reward)
+        self._is_dirty = True
+        self._learned(name, reward, chance, count)
+
+    def _learned(self, name: str, change: float, chance: float | None, count: int) -> None:
+        """Take a reward, or the change of one, into what an algorithm keeps beside its arms."""
+
+    def _forget(self, name: str) -> None:
+        del self._arms[name]
+
+    async def observe(self, outcome: Outcome) -> None:
+        """Learn how a route ended that this strategy decided; others say nothing about its own choices.
+
+        A model that failed earns 0. Who was refused, left, or sent a wrong request teaches nothing.
+        """
+        ranking = outcome.ranking
+        if not isinstance(ranking, LearnedRanking) or ranking.by is not self:
+            return
+        first = ranking.models[0].name
+        self._settle(first)
+        result = result_of(outcome)
+        for name in result.failed:
+            self._learn(name, 0.0, ranking.chance if name == first else None, ranking.arms if name == first else 0)
+            self._show(name, 0.0)
+        if result.served and outcome.served_by is not None:
+            self._learn_answer(outcome, ranking, outcome.served_by, result.latency_ms)
+        await self._save_now_and_then()
+
+    def _learn_answer(self, outcome: Outcome, ranking: LearnedRanking, served: ModelConfig, latency_ms: float) -> None:
+        quality = self._arms.get(served.name, _UNTRIED).quality(served.quality_score)
+        reward = compute_reward(latency_ms, quality, outcome.cost_usd, True, self.target_latency_ms)
+        is_first = served.name == ranking.models[0].name
+        chance, count = (ranking.chance, ranking.arms) if is_first else (None, 0)
+        self._learn(served.name, reward, chance, count)
+        self._show(served.name, reward)
+        answered = Answered(served.name, latency_ms, outcome.cost_usd, quality, reward, chance, count)
+        self._answers.add(answered, outcome.context.request.request_id, outcome.trace.trace_id)
+
+    def _show(self, name: str, reward: float) -> None:
+        if self._metrics is not None:
+            self._metrics.observe("kvfleet_reward", reward, self.name, name)
+
+    def feedback(self, identifier: str, score: float) -> str | None:
+        """Learn how good an answer was.
+
+        The answer's reward is corrected by the score in place of the quality that was supposed, and later answers of
+        its model are supposed to be as good as its ratings. A second rating of an answer replaces the first.
+
+        Args:
+            identifier: Of the request, or of its trace.
+            score: 0..1.
+
+        Returns:
+            The model that gave the answer; None if the answer is not remembered: it is too old, had another strategy,
+            or never was.
+
+        Raises:
+            ValueError: if the score is not between 0 and 1.
+        """
+        if not 0 <= score <= 1:
+            raise ValueError(f"a score must be between 0 and 1, not {score!r}")
+        answered = self._answers.get(identifier)
+        arm = None if answered is None else self._arms.get(answered.model)
+        if answered is None or arm is None:
+            return None
+        reward = compute_reward(answered.latency_ms, score, answered.cost_usd, True, self.target_latency_ms)
+        arm.correct(answered.reward, reward)
+        arm.rate(score, answered.score)
+        self._learned(answered.model, reward - answered.reward, answered.chance, answered.arms)
+        answered.reward, answered.score = reward, score
+        self._is_dirty = True
+        return answered.model
+
+    # Showing and keeping ---------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """What is known: ``arms`` by model, each with pulls, mean reward, variance, ratings and their mean."""
+        arms = {
+            name: {
+                "pulls": arm.pulls,
+                "mean_reward": arm.mean_reward,
+                "variance": arm.variance,
+                "ratings": arm.ratings,
+                "mean_rating": arm.mean_rating if arm.ratings else None,
+            }
+            for name, arm in self._arms.items()
+        }
+        return {"total_pulls": sum(arm.pulls for arm in self._arms.values()), "arms": arms, **self._more()}
+
+    def state(self) -> Mapping[str, Any]:
+        """As `stats`."""
+        return self.stats()
+
+    def _more(self) -> dict[str, Any]:
+        """What an algorithm keeps beside its arms, as numbers."""
+        return {}
+
+    def _restore(self, more: Mapping[str, Any]) -> None:
+        """Take back what `_more` gave."""
+
+    def provision(self, services: HasServices) -> None:
+        """Find the place of the state."""
+        self._clock, self._metrics = services.clock, services.metrics
+        if self.state_path:
+            self._store = ArmStore(Path(self.state_path).expanduser())
+        elif services.state_dir is not None:
+            self._store = ArmStore(services.state_dir / "learned.sqlite")
+
+    async def aopen(self) -> None:
+        """Take up what was learned before the last restart.
+
+        Raises:
+            ComponentError: if the state cannot be read.
+        """
+        self._saved_s = self._clock.now_s()
+        if self._store is None or self._arms:
+            return
+        kept = await anyio.to_thread.run_sync(self._store.load, self.name)
+        more = kept.pop("", {})
+        try:
+            self._arms = {name: ArmStats(**known) for name, known in kept.items()}
+            self._restore(more)
+        except (TypeError, ValueError) as error:
+            raise ComponentError(f"the state of {self.name} at {self._store.path} is not from this version") from error
+
+    async def aclose(self) -> None:
+        """Keep what was learned."""
+        await self._save()
+
+    async def _save_now_and_then(self) -> None:
+        if self._store is not None and self._clock.now_s() - self._saved_s >= _SAVE_EVERY_S:
+            self._saved_s = self._clock.now_s()
+            await self._save()
+
+    async def _save(self) -> None:
+        """Write the state, in a thread; a disk that fails costs the state, never a request."""
+        if self._store is None or not self._is_dirty:
+            return
+        kept: dict[str, dict[str, Any]] = {name: attrs.asdict(arm) for name, arm in self._arms.items()}
+        kept[""] = self._more()
+        self._is_dirty = False
+        try:
+            await anyio.to_thread.run_sync(self._store.save, self.name, kept)
+        except ComponentError as error:
+            self._is_dirty = True
+            log.warning("arms_not_kept strategy=%s error=%s", self.name, error)
+
+
+@attrs.define
+class EpsilonGreedyStrategy(LearnedStrategy):
+    """Mostly choose the model with the best mean reward, and sometimes any; the less often, the more is known."""
+
+    name = "epsilon_greedy"
+
+    epsilon: float = number(0.1, ge=0, le=1, doc="Share of requests that go to any model, at the start.")
+    decay: float = number(0.999, gt=0, le=1, doc="What the share is multiplied by with each reward.")
+    min_epsilon: float = number(0.01, ge=0, le=1, doc="The share never falls below this.")
+    _epsilon: float = attrs.field(init=False, repr=False, eq=False)
+
+    @_epsilon.default
+    def _start(self) -> float:
+        return self.epsilon
+
+    def _chances(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:  # noqa: ARG002 - means suffice
+        top = max(arm.mean_reward for arm in arms)
+        best = among([i for i, arm in enumerate(arms) if arm.mean_reward == top], len(arms))
+        return [self._epsilon / len(arms) + (1 - self._epsilon) * chance for chance in best]
+
+    def _learn(self, name: str, reward: float, chance: float | None, count: int) -> None:
+        super()._learn(name, reward, chance, count)
+        floor = min(self.min_epsilon, self.epsilon)
+        self._epsilon = max(floor, self._epsilon * self.decay)
+
+    def _more(self) -> dict[str, Any]:
+        return {"epsilon": self._epsilon}
+
+    def _restore(self, more: Mapping[str, Any]) -> None:
+        self._epsilon = min(float(more.get("epsilon", self.epsilon)), self.epsilon)
+
+
+@attrs.define
+class UCB1Strategy(LearnedStrategy):
+    """Choose the model with the greatest upper confidence bound of its reward (Auer, Cesa-Bianchi and Fischer 2002).
+
+    A choice counts as made before its reward is there, so that a burst does not all go to one model.
+    """
+
+    name = "ucb1"
+
+    exploration_constant: float = number(1.41, ge=0, doc="How much uncertainty counts; the square root of 2 in theory.")
+    _pending: dict[str, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def _chances(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:
+        pulls = [arm.pulls + self._pending.get(name, 0) for name, arm in zip(names, arms, strict=True)]
+        whole = math.log(max(sum(pulls), 1))
+        bounds = [
+            arm.mean_reward + self.exploration_constant * math.sqrt(whole / n) if n else math.inf
+            for arm, n in zip(arms, pulls, strict=True)
+        ]
+        top = max(bounds)
+        return among([i for i, bound in enumerate(bounds) if bound == top], len(arms))
+
+    def _choose(self, names: Sequence[str], chances: Sequence[float], chosen: int) -> None:  # noqa: ARG002 - counted alike
+        name = names[chosen]
+        if len(self._pending) < _MOST_ARMS:
+            self._pending[name] = min(self._pending.get(name, 0) + 1, _MOST_PENDING)
+
+    def _settle(self, name: str) -> None:
+        left = self._pending.pop(name, 0) - 1
+        if left > 0:
+            self._pending[name] = left
+
+
+@attrs.define
+class ThompsonSamplingStrategy(LearnedStrategy):
+    """Choose each model with the probability that it is the best, by what its rewards let one believe (Thompson 1933).
+
+    A model's belief is a Beta distribution to which each reward adds its share of a success. The probability of being
+    the best is computed from the beliefs' means and deviations, not sampled, so that it is the choice's propensity.
+    """
+
+    name = "thompson_sampling"
+
+    prior_alpha: float = number(1.0, gt=0, doc="Successes supposed before the first reward.")
+    prior_beta: float = number(1.0, gt=0, doc="Failures supposed before the first reward.")
+    _known: dict[tuple[str, ...], list[float]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def _chances(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:
+        key = tuple(names)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= _MOST_ARMS:
+                self._known.clear()
+            found = self._known[key] = chances_to_be_best([self._belief(arm) for arm in arms])
+        return found
+
+    def _belief(self, arm: ArmStats) -> tuple[float, float]:
+        """Mean and standard deviation."""
+        alpha = self.prior_alpha + arm.pulls * arm.mean_reward
+        beta = self.prior_beta + arm.pulls * (1 - arm.mean_reward)
+        whole = alpha + beta
+        return alpha / whole, math.sqrt(alpha * beta / (whole * whole * (whole + 1)))
+
+    def _learned(self, *_: object) -> None:
+        self._known.clear()
+
+
+@attrs.define
+class Exp3Strategy(LearnedStrategy):
+    """Choose by exponential weights, which hold where rewards change, even on purpose (Auer et al. 2002).
+
+    Each reward counts inversely to the probability of its choice; a model that answered as a fallback was not chosen,
+    and its reward counts in its mean alone.
+    """
+
+    name = "exp3"
+
+    gamma: float = number(0.1, gt=0, le=1, doc="Share of requests spread evenly, and how fast weights move.")
+    _weights: dict[str, float] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _last: dict[str, tuple[float, int]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def _chances(self, names: Sequence[str], arms: Sequence[ArmStats]) -> list[float]:  # noqa: ARG002 - weights suffice
+        logs = [self._weights.get(name, 0.0) for name in names]  # a model nobody knows begins beside the best
+        highest = max(logs)
+        weights = [math.exp(one - highest) for one in logs]
+        whole = sum(weights)
+        return [(1 - self.gamma) * weight / whole + self.gamma / len(names) for weight in weights]
+
+    def _value(self, name: str, arm: ArmStats) -> float:  # noqa: ARG002 - weights say more than means
+        return self._weights.get(name, 0.0)
+
+    def _choose(self, names: Sequence[str], chances: Sequence[float], chosen: int) -> None:
+        if len(self._weights) < _MOST_ARMS:
+            for name in names:
+                self._weights.setdefault(name, 0.0)
+        if len(self._last) < _MOST_ARMS or names[chosen] in self._last:
+            self._last[names[chosen]] = chances[chosen], len(names)
+
+    def update(self, model_name: str, reward: float) -> None:
+        """Learn the reward of a model's answer, by the probability with which `select` chose it last.
+
+        Raises:
+            ValueError: if the reward is not between 0 and 1.
+        """
+        self._learn(model_name, reward, *self._last.get(model_name, (1.0, max(len(self._weights), 1))))
+
+    def _learned(self, name: str, change: float, chance: float | None, count: int) -> None:
+        if chance is None:
+            return
+        weights = self._weights
+        weights[name] = weights.get(name, 0.0) + self.gamma * change / (chance * count)
+        highest = max(weights.values())
+        for one in weights:
+            weights[one] = max(weights[one] - highest, -_WIDEST)
+
+    def _forget(self, name: str) -> None:
+        del self._arms[name]
+        self._weights.pop(name, None)
+
+    def _more(self) -> dict[str, Any]:
+        return {"log_weights": dict(self._weights)}
+
+    def _restore(self, more: Mapping[str, Any]) -> None:
+        kept = more.get("log_weights", {})
+        self._weights = {str(name): min(float(weight), 0.0) for name, weight in kept.items()}

@@ -1,0 +1,103 @@
+"""From a route's outcome to what a learned strategy can learn of it, and the answers that may still be rated."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kvfleet.errors import Fault
+from kvfleet.trace import names
+from kvfleet.trace.spans import Span, Status
+
+if TYPE_CHECKING:
+    from kvfleet.plugin.contract import Outcome
+
+__all__ = ["Answered", "RecentAnswers", "Result", "result_of"]
+
+_MOST_ANSWERS = 20_000
+_NOT_THE_MODELS = frozenset({*(fault.value for fault in Fault if fault.is_callers), Fault.CANCELLED.value})
+"""Faults that say nothing of the model: the caller's own, and a client that left."""
+
+
+@attrs.frozen
+class Result:
+    """What a route says of the models.
+
+    Attributes:
+        failed: Models whose calls failed, and who did not answer in the end.
+        served: The model that gave a whole answer; empty if none did.
+        latency_ms: From the first call to that model to the end of its answer.
+    """
+
+    failed: tuple[str, ...] = ()
+    served: str = ""
+    latency_ms: float = 0.0
+
+
+def result_of(outcome: Outcome) -> Result:
+    """Read a route's attempts."""
+    attempts = [span for span in outcome.trace.stages if names.REPLICA in span.attributes]
+    whole = outcome.served_by is not None and outcome.error is None
+    served = outcome.served_by.name if outcome.served_by is not None and whole else ""
+    failed = dict.fromkeys(_model(span) for span in attempts if _has_failed(span))
+    failed.pop(served, None)
+    own = [span for span in attempts if _model(span) == served]
+    latency_ms = (own[-1].end_ns - own[0].start_ns) / 1e6 if own else outcome.duration_s * 1000
+    return Result(tuple(failed), served, latency_ms)
+
+
+def _model(span: Span) -> str:
+    return str(span.attributes.get(names.MODEL, ""))
+
+
+def _has_failed(span: Span) -> bool:
+    return span.status is Status.ERROR and span.attributes.get(names.ERROR_TYPE) not in _NOT_THE_MODELS
+
+
+@attrs.define
+class Answered:
+    """An answer whose reward was learned, and can be corrected when somebody rates it.
+
+    Attributes:
+        model: Who gave it.
+        latency_ms, cost_usd, quality: What its reward was made of.
+        reward: What was learned.
+        chance: With which probability its model had been chosen; None for a fallback, which nobody chose.
+        arms: How many models there were to choose from.
+        score: Its rating; None until there is one.
+    """
+
+    model: str
+    latency_ms: float
+    cost_usd: float | None
+    quality: float
+    reward: float
+    chance: float | None
+    arms: int
+    score: float | None = None
+
+
+@attrs.define
+class RecentAnswers:
+    """The last answers by the identifiers of their requests and traces; the oldest go first."""
+
+    most: int = _MOST_ANSWERS
+    _by_id: OrderedDict[str, Answered] = attrs.field(init=False, factory=OrderedDict, repr=False)
+
+    def add(self, answered: Answered, *identifiers: str) -> None:
+        """Remember an answer."""
+        for one in identifiers:
+            if one:
+                self._by_id[one] = answered
+                self._by_id.move_to_end(one)
+        while len(self._by_id) > self.most:
+            self._by_id.popitem(last=False)
+
+    def get(self, identifier: str) -> Answered | None:
+        """The answer, if it is remembered."""
+        return self._by_id.get(identifier)
+
+    def __len__(self) -> int:
+        return len(self._by_id)

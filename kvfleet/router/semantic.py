@@ -1,0 +1,265 @@
+"""Routing by what a prompt is about: a classifier by words and phrases, and the strategies that use it.
+
+Terms are matched as whole words (a plural counts as its singular), never as parts of words: "capital" does not mean
+"api". How often the classifier is right on labelled prompts is in ``docs/how-to/semantic.md``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import attrs
+
+from kvfleet.config.fields import mapping
+from kvfleet.config.findings import did_you_mean
+from kvfleet.config.schema import ModelConfig
+from kvfleet.router.keywords import DOMAIN_KEYWORDS, PATTERNS
+from kvfleet.router.replicas import Replicas
+from kvfleet.router.scoring import Ranking, ScoringContext, arranged
+
+__all__ = [
+    "DOMAINS",
+    "DomainStrategy",
+    "PromptDomain",
+    "SemanticStrategy",
+    "classify_domain",
+    "describe_prompt",
+    "estimate_complexity",
+]
+
+GENERAL = "general"
+DOMAINS = (*DOMAIN_KEYWORDS, GENERAL)
+"""The eight domains, and the one of everything else."""
+
+_NEUTRAL = ScoringContext()
+_LONGEST_HEAD = 4000
+_LONGEST_TAIL = 2000
+"""Characters that are read of a long prompt: what is asked stands at its beginning or its end."""
+_LEAST = 0.9
+"""What the terms of a domain must weigh; less is chance."""
+_WORD = re.compile(r"[a-z0-9]+(?:\+\+|#)?")
+_TECHNICAL = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\b(?:algorithm|architecture|implement|optimi[sz]e|complexity|concurren\w+|distributed)\b",
+        r"\b(?:prove|proof|derive|theorem|equation|integral|derivative)\b",
+        r"\b(?:analy[sz]e|compare|evaluate|critique|trade-?offs?)\b",
+        r"\b(?:explain why|step by step|in detail|reason(?:ing)?)\b",
+        r"```|\bdef |\bclass |\bSELECT\b.{1,200}\bFROM\b",
+    )
+)
+
+
+def _index() -> tuple[dict[str, list[tuple[str, float]]], frozenset[str]]:
+    """Each term's domains and weights, and the first words of the terms that are phrases."""
+    terms: dict[str, list[tuple[str, float]]] = {}
+    for domain, weights in DOMAIN_KEYWORDS.items():
+        for term, weight in weights.items():
+            terms.setdefault(term, []).append((domain, weight))
+    return terms, frozenset(term.partition(" ")[0] for term in terms if " " in term)
+
+
+_TERMS, _FIRST_WORDS = _index()
+
+
+def classify_domain(text: str) -> tuple[str, float]:
+    """What a text is about, and how sure that is.
+
+    Args:
+        text: A prompt; of a long one its beginning and its end are read.
+
+    Returns:
+        One of the eight domains or ``general``, and 0.5 to 1: a half and a tenth of the weight by which its terms
+        exceed the next domain's.
+
+    >>> classify_domain("Write a Python function to sort a list")
+    ('coding', 0.7)
+    >>> classify_domain("What is the capital of France?")
+    ('general', 0.5)
+    """
+    scores = _scores(_read(text))
+    if not scores:
+        return GENERAL, 0.5
+    domain = max(scores, key=scores.__getitem__)
+    best = scores.pop(domain)
+    if best < _LEAST:
+        return GENERAL, 0.5
+    margin = best - max(scores.values(), default=0.0)
+    return domain, round(min(1.0, 0.5 + 0.1 * margin), 4)
+
+
+def _read(text: str) -> str:
+    if len(text) <= _LONGEST_HEAD + _LONGEST_TAIL:
+        return text
+    return f"{text[:_LONGEST_HEAD]}\n{text[-_LONGEST_TAIL:]}"
+
+
+def _scores(text: str) -> dict[str, float]:
+    """By domain, the weight of its terms in a text; each term counts once."""
+    words = [_singular(word) for word in _WORD.findall(text.lower())]
+    found = _TERMS.keys() & set(words)
+    for at, word in enumerate(words):
+        if word in _FIRST_WORDS:
+            found.update(phrase for n in (2, 3, 4) if (phrase := " ".join(words[at : at + n])) in _TERMS)
+    scores: dict[str, float] = {}
+    for term in found:
+        for domain, weight in _TERMS[term]:
+            scores[domain] = scores.get(domain, 0.0) + weight
+    for domain, pattern, weight in PATTERNS:
+        if pattern.search(text):
+            scores[domain] = scores.get(domain, 0.0) + weight
+    return scores
+
+
+def _singular(word: str) -> str:
+    """A word without the ending of its plural, if it is known so."""
+    if word in _TERMS or not word.endswith("s") or word in _FIRST_WORDS:
+        return word
+    for short in (word[:-1], word[:-2], f"{word[:-3]}y"):
+        if short in _TERMS or short in _FIRST_WORDS:
+            return short
+    return word
+
+
+def estimate_complexity(text: str) -> float:
+    """How much a prompt asks for, 0..1: by its length, its questions, and words of technical work.
+
+    >>> estimate_complexity("Hello")
+    0.0
+    """
+    words = len(text.split(None, 201))
+    questions = text.count("?")
+    score = 0.3 if words > 200 else 0.2 if words > 50 else 0.1 if words > 20 else 0.0
+    score += 0.2 if questions > 2 else 0.1 if questions else 0.0
+    read = _read(text)
+    score += 0.1 * sum(pattern.search(read) is not None for pattern in _TECHNICAL)
+    return round(min(score, 1.0), 4)
+
+
+@attrs.frozen
+class PromptDomain:
+    """What a prompt is about (`domain`, and `confidence` 0.5..1), and how much it asks for (`complexity` 0..1)."""
+
+    domain: str = GENERAL
+    confidence: float = 0.5
+    complexity: float = 0.0
+
+
+def describe_prompt(text: str) -> PromptDomain:
+    """The domain and the complexity of a prompt."""
+    return PromptDomain(*classify_domain(text), estimate_complexity(text))
+
+
+class _HasQuestion(Protocol):
+    @property
+    def question(self) -> str:
+        """What the prompt asks."""
+
+
+def _domain_of(context: ScoringContext) -> PromptDomain:
+    """What a classifier found; or, where none looked, what is found now in the prompt."""
+    metadata = context.metadata
+    found = metadata.get("domain")
+    if isinstance(found, PromptDomain):
+        return found
+    text = metadata.get("prompt_text")
+    if not isinstance(text, str):
+        prompt: _HasQuestion | None = metadata.get("prompt")
+        text = "" if prompt is None else prompt.question
+    return describe_prompt(text)
+
+
+def _rank_models(
+    models: Sequence[ModelConfig],
+    context: ScoringContext,
+    terms: Mapping[str, Sequence[float]],
+    totals: Sequence[float],
+    mode: str,
+) -> Ranking:
+    """Models by their totals, the replicas within each by expected time."""
+    replicas = Replicas.of(models, context)
+    of = {model.name: total for model, total in zip(models, totals, strict=True)}
+    names = sorted(replicas.groups, key=of.__getitem__, reverse=True)
+    return arranged(models, replicas.order(names), totals, terms=terms, mode=mode)
+
+
+@attrs.define
+class SemanticStrategy:
+    """Choose the model made for what the prompt is about, and no stronger than it needs.
+
+    A model's domain is its tag `domain`, or else what its description is about. The total is 0.6 for the domain (0.3 of
+    that for another one) and 0.4 for a quality close to the prompt's complexity.
+    """
+
+    model_descriptions: Mapping[str, str] = mapping(
+        doc="What a model is good at, in words, by model; read where it has no tag `domain`.",
+        example={"code-model": "Expert at coding tasks"},
+    )
+    _described: dict[str, str] = attrs.field(init=False, repr=False, eq=False)
+
+    @_described.default
+    def _read_descriptions(self) -> dict[str, str]:
+        return {name: classify_domain(text)[0] for name, text in self.model_descriptions.items()}
+
+    def provision(self, services: Any) -> None:
+        """Check the models' names.
+
+        Raises:
+            ValueError: for a model that is not there.
+        """
+        _check_models("model_descriptions", self.model_descriptions, services.models)
+
+    def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
+        """Rank models by domain and fit."""
+        context = context or _NEUTRAL
+        prompt = _domain_of(context)
+        domains = [model.tags.get("domain") or self._described.get(model.name, GENERAL) for model in models]
+        matches = [1.0 if domain == prompt.domain else 0.3 for domain in domains]
+        fits = [1 - abs(model.quality_score - prompt.complexity) for model in models]
+        totals = [0.6 * match + 0.4 * fit for match, fit in zip(matches, fits, strict=True)]
+        return _rank_models(models, context, {"domain": matches, "fit": fits}, totals, f"domain {prompt.domain}")
+
+
+@attrs.define
+class DomainStrategy:
+    """Choose the model that a map names for what the prompt is about.
+
+    A mapped model's total is 1, that of a model whose tag `domain` says the same 0.8, and any other's half its quality.
+    """
+
+    domain_model_map: Mapping[str, str] = mapping(
+        doc="The model for each domain.", example={"coding": "deepseek-coder", "medical": "med-llama"}
+    )
+
+    def provision(self, services: Any) -> None:
+        """Check the names of domains and models.
+
+        Raises:
+            ValueError: for one that is not there.
+        """
+        for domain in self.domain_model_map:
+            if domain not in DOMAINS:
+                raise ValueError(f"there is no domain {domain!r}; {did_you_mean(domain, DOMAINS)}")
+        _check_models("the domain map", self.domain_model_map.values(), services.models)
+
+    def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
+        """Rank models by domain."""
+        context = context or _NEUTRAL
+        prompt = _domain_of(context)
+        mapped = self.domain_model_map.get(prompt.domain)
+        totals = [self._total(model, prompt.domain, mapped) for model in models]
+        return _rank_models(models, context, {}, totals, f"domain {prompt.domain}")
+
+    def _total(self, model: ModelConfig, domain: str, mapped: str | None) -> float:
+        if model.name == mapped:
+            return 1.0
+        return 0.8 if model.tags.get("domain") == domain else model.quality_score * 0.5
+
+
+def _check_models(what: str, named: Any, models: Sequence[ModelConfig]) -> None:
+    known = dict.fromkeys(model.name for model in models)
+    for name in named:
+        if name not in known:
+            raise ValueError(f"{what} names the model {name!r}, which is not in the fleet; {did_you_mean(name, known)}")
