@@ -64,8 +64,9 @@ class ShadowRow:
 
 
 _COLUMNS = tuple(attribute.name for attribute in attrs.fields(ShadowRow))
-_INSERT = f"INSERT INTO shadow ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - our names
-_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM shadow ORDER BY id DESC LIMIT ?"  # noqa: S608 - our names
+_NAMES = ", ".join(f'"{name}"' for name in _COLUMNS)  # quoted: PRIMARY is a word of SQL
+_INSERT = f"INSERT INTO shadow ({_NAMES}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608 - our names
+_SELECT = f"SELECT {_NAMES} FROM shadow ORDER BY id DESC LIMIT ?"  # noqa: S608 - our names
 _TRIM = "DELETE FROM shadow WHERE id <= (SELECT max(id) FROM shadow) - ?"
 
 
@@ -135,7 +136,7 @@ class ShadowStore:
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
     if not connection.execute("PRAGMA schema_version").fetchone()[0]:
-        columns = ", ".join(f"{name} {_type(name)}" for name in _COLUMNS)
+        columns = ", ".join(f'"{name}" {_type(name)}' for name in _COLUMNS)
         connection.execute(f"CREATE TABLE shadow (id INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {_VERSION}")
