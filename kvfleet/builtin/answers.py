@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -11,12 +10,15 @@ import attrs
 import orjson
 
 from kvfleet.adapters.base import Operation, Reply, Tally, Usage
+from kvfleet.cache.answer_memory import AnswerMemory, Held
 from kvfleet.config.fields import flag, number
 from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Answer, Kind, Outcome, RoutingContext
 from kvfleet.plugin.spec import hookimpl
+from kvfleet.trace import names
+from kvfleet.trace.spans import AttributeValue
 
-__all__ = ["ExactCache"]
+__all__ = ["ExactCache", "GivenAnswer", "digest_of", "may_keep", "may_look", "replay"]
 
 # What names the caller or books the request, and changes no answer. Everything else is part of the key.
 _NEUTRAL = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "store", "service_tier"})
@@ -25,13 +27,13 @@ _FIXED = (Operation.EMBEDDING, Operation.RERANK)
 
 
 @attrs.frozen
-class _Kept:
+class GivenAnswer:
     """An answer that was given."""
 
     model: str
     content: bytes = attrs.field(repr=False)
     usage: Usage | None
-    until_s: float
+    cost_usd: float | None = None
 
 
 @attrs.define
@@ -40,7 +42,7 @@ class ExactCache:
 
     Only requests that leave nothing to chance are looked up and kept: those of temperature 0, embeddings and rankings.
     An answer is given again only while its model is among the candidates, so that policy holds for it too; and a
-    stream is given as a stream.
+    stream is given as a stream. `Cache-Control: no-cache` passes it by, `no-store` leaves nothing in it.
     """
 
     ttl_s: float = number(3600.0, gt=0, unit="s", doc="How long an answer is kept.")
@@ -48,23 +50,27 @@ class ExactCache:
     max_answer_bytes: int = number(262_144, gt=0, unit="bytes", doc="Larger answers are not kept.")
     any_temperature: bool = flag(False, doc="Also keep answers to requests that leave something to chance.")
     wants_content: ClassVar[bool] = True
-    _answers: OrderedDict[bytes, _Kept] = attrs.field(init=False, factory=OrderedDict, repr=False)
-    _size: int = attrs.field(init=False, default=0)
+    reads_headers: ClassVar[tuple[str, ...]] = ("cache-control",)
+    _memory: AnswerMemory[GivenAnswer] = attrs.field(init=False, repr=False)
     _hits: int = attrs.field(init=False, default=0)
     _misses: int = attrs.field(init=False, default=0)
 
+    def __attrs_post_init__(self) -> None:
+        """Make the memory."""
+        self._memory = AnswerMemory(self.max_megabytes * 1e6)
+
     async def answer(self, ctx: RoutingContext) -> Answer | None:
         """The answer given before, or None."""
-        if not self._is_fit(ctx):
+        if not self._is_fit(ctx) or not may_look(ctx):
             return None
-        key = _key(ctx)
-        kept = self._answers.get(key)
-        is_good = kept is not None and kept.until_s >= ctx.now_s and any(m.name == kept.model for m in ctx.candidates)
+        key = digest_of(ctx)
+        held = self._memory.get(key, ctx.now_s)
+        is_good = held is not None and any(m.name == held.value.model for m in ctx.candidates)
         if not ctx.dry_run:
             self._count(key, is_good)
-        if kept is None or not is_good:
+        if held is None or not is_good:
             return None
-        return Answer(_replay(kept, is_stream=ctx.request.stream))
+        return replay(held, ctx)
 
     async def observe(self, outcome: Outcome) -> None:
         """Keep a whole answer."""
@@ -72,18 +78,16 @@ class ExactCache:
         content = outcome.content
         if served is None or not outcome.is_success or not 0 < len(content) <= self.max_answer_bytes:
             return
-        if not self._is_fit(ctx) or (ctx.request.stream and _DONE not in content[-32:]):
+        if not self._is_fit(ctx) or not may_keep(ctx) or (ctx.request.stream and _DONE not in content[-32:]):
             return
-        key = _key(ctx)
-        self._drop(key)
-        self._answers[key] = _Kept(served.name, content, outcome.usage, ctx.now_s + self.ttl_s)
-        self._size += len(content)
-        while self._size > self.max_megabytes * 1e6:
-            self._drop(next(iter(self._answers)))
+        value = GivenAnswer(served.name, content, outcome.usage, outcome.cost_usd)
+        held = Held(value, len(content), ctx.now_s, ctx.now_s + self.ttl_s, ctx.tenant)
+        self._memory.put(digest_of(ctx), held)
 
     def state(self) -> Mapping[str, float]:
         """How much is kept, and how often it was of use."""
-        return {"answers": len(self._answers), "bytes": self._size, "hits": self._hits, "misses": self._misses}
+        memory = self._memory
+        return {"answers": len(memory), "bytes": memory.size, "hits": self._hits, "misses": self._misses}
 
     def _is_fit(self, ctx: RoutingContext) -> bool:
         """True if the same request deserves the same answer."""
@@ -92,20 +96,21 @@ class ExactCache:
     def _count(self, key: bytes, is_hit: bool) -> None:
         if is_hit:
             self._hits += 1
-            self._answers.move_to_end(key)
+            self._memory.touch(key)
         else:
             self._misses += 1
 
-    def _drop(self, key: bytes) -> None:
-        kept = self._answers.pop(key, None)
-        if kept is not None:
-            self._size -= len(kept.content)
 
+def digest_of(ctx: RoutingContext, body: Mapping[str, Any] | None = None) -> bytes:
+    """Everything that tells one answer from another, as a digest that cannot be made to collide.
 
-def _key(ctx: RoutingContext) -> bytes:
-    """Everything that tells one answer from another, as a digest that cannot be made to collide."""
+    Args:
+        ctx: The request's.
+        body: Its body if it is not the request's own, as without the question.
+    """
     request = ctx.request
-    body: dict[str, Any] = {name: value for name, value in request.body.items() if name not in _NEUTRAL}
+    whole = request.body if body is None else body
+    known: dict[str, Any] = {name: value for name, value in whole.items() if name not in _NEUTRAL}
     who = [
         request.operation,
         ctx.tenant,
@@ -115,11 +120,42 @@ def _key(ctx: RoutingContext) -> bytes:
         sorted(request.models) if request.models is not None else None,
         request.strategy,
         request.stream,
+        # What `auto` means may hang on them.
+        dict(request.tags),
     ]
-    return hashlib.sha256(orjson.dumps([who, body], option=orjson.OPT_SORT_KEYS)).digest()
+    return hashlib.sha256(orjson.dumps([who, known], option=orjson.OPT_SORT_KEYS)).digest()
 
 
-def _replay(kept: _Kept, *, is_stream: bool) -> Reply:
+def may_look(ctx: RoutingContext) -> bool:
+    """True unless the client wants an answer made for this request."""
+    asked = ctx.request.condition_headers.get("cache-control", "").lower()
+    return "no-cache" not in asked and "no-store" not in asked
+
+
+def may_keep(ctx: RoutingContext) -> bool:
+    """True unless the client forbids to keep the answer."""
+    return "no-store" not in ctx.request.condition_headers.get("cache-control", "").lower()
+
+
+def replay(held: Held[GivenAnswer], ctx: RoutingContext, *, match: str = "exact", similarity: float = 1.0) -> Answer:
+    """A kept answer as the client gets it, and as the trace tells of it."""
+    kept = held.value
+    usage = kept.usage
+    details: dict[str, AttributeValue] = {
+        names.ANSWER_MATCH: match,
+        names.ANSWER_SIMILARITY: float(similarity),
+        names.ANSWER_AGE_S: max(0.0, ctx.now_s - held.kept_s),
+        names.ANSWER_MODEL: kept.model,
+    }
+    if usage is not None:
+        details[names.ANSWER_SAVED_PROMPT] = usage.prompt_tokens
+        details[names.ANSWER_SAVED_COMPLETION] = usage.completion_tokens
+    if kept.cost_usd is not None:
+        details[names.ANSWER_SAVED_USD] = float(kept.cost_usd)
+    return Answer(_reply(kept, is_stream=ctx.request.stream), details=details)
+
+
+def _reply(kept: GivenAnswer, *, is_stream: bool) -> Reply:
     tally = Tally(usage=kept.usage, model=kept.model, is_complete=True)
     if not is_stream:
         return Reply(headers={"content-type": "application/json"}, body=kept.content, tally=tally)

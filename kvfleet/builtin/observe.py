@@ -101,12 +101,24 @@ class MetricsObserver:
                     metrics.record_policy_block(rule or key)
         elif kind == Kind.ANSWER:
             metrics.count("kvfleet_answers_total", key, "true" if attributes.get(names.ANSWERED) else "false")
+            if names.ANSWER_MATCH in attributes:
+                self._count_savings(key, attributes)
         elif kind == Kind.ADMIT and attributes.get(names.ADMITTED) is False:
             metrics.count("kvfleet_admissions_refused_total", key)
         if span.status is Status.ERROR and names.ERROR_TYPE in attributes:
             metrics.count(
                 "kvfleet_stage_failures_total", key, "true" if attributes.get(names.STAGE_SKIPPED) else "false"
             )
+
+    def _count_savings(self, key: str, attributes: Mapping[str, AttributeValue]) -> None:
+        """What an answer from memory saved."""
+        metrics = self._metrics
+        metrics.count("kvfleet_answer_hits_total", key, str(attributes[names.ANSWER_MATCH]))
+        for kind, name in (("prompt", names.ANSWER_SAVED_PROMPT), ("completion", names.ANSWER_SAVED_COMPLETION)):
+            if isinstance(count := attributes.get(name), int):
+                metrics.count("kvfleet_answer_saved_tokens_total", key, kind, by=count)
+        if isinstance(cost := attributes.get(names.ANSWER_SAVED_USD), float):
+            metrics.count("kvfleet_answer_saved_usd_total", key, by=cost)
 
 
 @attrs.frozen

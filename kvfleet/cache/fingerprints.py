@@ -79,6 +79,17 @@ class PromptFingerprint:
         """What prompts of one kind share: the hash of the system messages, or else of the first tokens."""
         return int(self.system_hash if self.system_tokens else self.prefix_hash, 16)
 
+    def before(self, question: str) -> int | None:
+        """What stands before the question, as a hash; None unless the last message is this text of a user alone.
+
+        None too for a question so long that one of the fixed distances lies within it.
+        """
+        if not self.marks:
+            return None
+        earlier = self.marks[-2][0] if len(self.marks) > 1 else int(self.system_hash, 16)
+        text = question.encode("utf-8", "surrogatepass")
+        return earlier if _hash(text, _hash(b"user", earlier)) == self.marks[-1][0] else None
+
     def similarity(self, other: PromptFingerprint) -> float:
         """1 for the same prompt; else 0.5 for the same system messages, 0.3 for the same first tokens, 0.2 for the
         same opening of the user, added up.

@@ -36,12 +36,16 @@ def _uses(config: FleetConfig) -> list[str]:
         ("classify.prompt", True),
         ("classify.modality", True),
         ("classify.pii", _looks_for_pii(config)),
+        ("classify.domain", config.strategy in ("semantic", "domain")),
         ("admit.concurrency", config.gateway.max_concurrent > 0),
         ("filter.policy", _has_policy(config)),
         ("filter.tenant", bool(config.tenants)),
         ("filter.shadow_only", config.shadow.exclusive and bool(config.shadow.shadow_models)),
+        ("answer.semantic_cache", config.semantic_cache.enabled),
         ("filter.capabilities", True),
+        ("filter.budget", _has_budget(config)),
         ("filter.health", True),
+        ("admit.budget", _has_budget(config)),
         ("affinity.prefix", affinity),
         ("score.cost", True),
         ("score.latency", True),
@@ -62,6 +66,10 @@ def _has_policy(config: FleetConfig) -> bool:
     """True if the policy is on, or a model declares who may see what: what models declare holds in any case."""
     usual = attrs.fields(ModelConfig).allowed_data_classes.default
     return config.policy.enabled or any(model.allowed_data_classes != usual for model in config.models)
+
+
+def _has_budget(config: FleetConfig) -> bool:
+    return config.budget.enabled or any(tenant.budget.enabled for tenant in config.tenants.values())
 
 
 def _looks_for_pii(config: FleetConfig) -> bool:
@@ -117,6 +125,16 @@ def _tenants(config: FleetConfig) -> Options:
     return {"tenants": {name: unstructure(tenant) for name, tenant in config.tenants.items()}}
 
 
+def _budget(config: FleetConfig) -> Options:
+    tenants = {name: unstructure(tenant.budget) for name, tenant in config.tenants.items() if tenant.budget.enabled}
+    options: Options = {"budget": unstructure(config.budget)} if config.budget.enabled else {}
+    return {**options, "tenants": tenants} if tenants else options
+
+
+def _ledger(config: FleetConfig) -> Options:
+    return {**_budget(config), "fleet": config.fleet_name}
+
+
 def _fallback(config: FleetConfig) -> Options:
     fallback = config.fallback
     if not fallback.enabled:
@@ -138,6 +156,16 @@ def _affinity(config: FleetConfig) -> Options:
         "prefix_tokens": section.prefix_hash_tokens,
         "virtual_nodes": section.consistent_hash_replicas,
         "min_affinity": section.min_affinity_score,
+    }
+
+
+def _semantic_cache(config: FleetConfig) -> Options:
+    section = config.semantic_cache
+    return {
+        "max_size": section.max_size,
+        "ttl_s": section.ttl_seconds,
+        "similarity_threshold": section.similarity_threshold,
+        "any_temperature": section.any_temperature,
     }
 
 
@@ -167,6 +195,10 @@ def _default_model(config: FleetConfig) -> Options:
     return {"default_model": config.default_model}
 
 
+def _domain_models(config: FleetConfig) -> Options:
+    return {"domain_model_map": dict(config.domain_models)} if config.domain_models else {}
+
+
 def _concurrency(config: FleetConfig) -> Options:
     return {"max_concurrent": config.gateway.max_concurrent}
 
@@ -177,9 +209,13 @@ _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.shadow_only": (("shadow",), _shadow_only),
     "observe.shadow": (("shadow",), _shadow),
     "execute.fallback": (("fallback",), _fallback),
+    "answer.semantic_cache": (("semantic_cache",), _semantic_cache),
     "affinity.prefix": (("cache_affinity",), _affinity),
     "select.hybrid_score": (("scoring_weights",), _weights),
     "select.rules": (("route_rules",), _rules),
     "select.static": (("default_model",), _default_model),
+    "select.domain": (("domain_models",), _domain_models),
+    "filter.budget": (("budget",), _budget),
+    "admit.budget": (("budget",), _ledger),
     "admit.concurrency": (("gateway", "max_concurrent"), _concurrency),
 }

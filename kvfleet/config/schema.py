@@ -20,6 +20,7 @@ __all__ = [
     "DEFAULT_ENDPOINTS",
     "SELF_HOSTED_PROVIDERS",
     "AliasConfig",
+    "BudgetConfig",
     "CacheAffinityConfig",
     "FallbackConfig",
     "FleetConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyRule",
     "RouteRuleConfig",
     "ScoringWeights",
+    "SemanticCacheConfig",
     "ShadowConfig",
     "StageConfig",
     "TelemetryConfig",
@@ -243,6 +245,17 @@ class ShadowConfig:
 
 
 @attrs.frozen(kw_only=True)
+class SemanticCacheConfig:
+    """Answering from memory what was answered before."""
+
+    enabled: bool = flag(doc="Keep answers, and give them again.")
+    max_size: int = number(10_000, ge=1, unit="answers", doc="Most answers kept; the least recently used go first.")
+    ttl_seconds: float = number(3600, gt=0, unit="s", doc="How long an answer is kept.")
+    similarity_threshold: float = number(0.85, ge=0, le=1, doc="Least similarity of a question that asks the same.")
+    any_temperature: bool = flag(doc="Also keep answers to requests whose `temperature` is not 0.")
+
+
+@attrs.frozen(kw_only=True)
 class PolicyRule:
     """One rule: if the condition holds for the request, the action restricts the candidates."""
 
@@ -265,6 +278,30 @@ class PolicyConfig:
 
 
 @attrs.frozen(kw_only=True)
+class BudgetConfig:
+    """What may be spent: by the month, by one request, by the minute."""
+
+    enabled: bool = flag(doc="Hold requests to it.")
+    monthly_budget_usd: float = number(1000.0, ge=0, unit="usd", doc="Most that a calendar month (UTC) may cost.")
+    per_request_max_usd: float | None = number(
+        1.0, gt=0, unit="usd", doc="Candidates with which one request could cost more are dropped."
+    )
+    alert_threshold_pct: float = number(
+        80.0, gt=0, le=100, unit="%", doc="Share of the month's money at which an alert is logged and counted."
+    )
+    throttle_on_exceed: bool = flag(True, doc="Refuse requests beyond the month's money; else only alert.")
+    requests_per_minute: int | None = number(None, ge=1, unit="requests", doc="Most requests in any minute.")
+    tokens_per_minute: int | None = number(
+        None, ge=1, unit="tokens", doc="Most tokens, of prompts and answers, in any minute."
+    )
+    unknown_price: str = choice(
+        "refuse",
+        of=("refuse", "allow"),
+        doc="A model whose price nobody knows: refused when the fleet is checked, or used and counted as `unpriced`.",
+    )
+
+
+@attrs.frozen(kw_only=True)
 class TenantConfig:
     """What one tenant may use, and prefers."""
 
@@ -275,6 +312,13 @@ class TenantConfig:
         ("public", "internal"), of=DATA_CLASSES, doc="Data classes this tenant may send.", example=["public"]
     )
     region: str = text("", doc="The region its requests come from, if the request does not say.")
+    max_cost_per_request: float | None = number(
+        None, gt=0, unit="usd", doc="Candidates with which a request is expected to cost more are dropped."
+    )
+    max_latency_ms: float | None = number(
+        None, gt=0, unit="ms", doc="Candidates whose typical time to an answer is longer are dropped."
+    )
+    budget: BudgetConfig = section(BudgetConfig, doc="What the tenant may spend.")
 
 
 @attrs.frozen(kw_only=True)
@@ -395,10 +439,15 @@ class FleetConfig:
     scoring_weights: ScoringWeights = section(ScoringWeights, doc="Weights of `hybrid_score`.")
     default_model: str = text("", doc="The model of the `static` strategy.", refers_to="model")
     route_rules: tuple[RouteRuleConfig, ...] = listing((), doc="Rules of the `rules` strategy.")
+    domain_models: Mapping[str, str] = mapping(
+        doc="The model of the `domain` strategy for each domain.", example={"coding": "deepseek-coder"}
+    )
     fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
     cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
     shadow: ShadowConfig = section(ShadowConfig, doc="Mirroring requests to other models.")
+    semantic_cache: SemanticCacheConfig = section(SemanticCacheConfig, doc="Answers from memory.")
     policy: PolicyConfig = section(PolicyConfig, doc="Who may see what.")
+    budget: BudgetConfig = section(BudgetConfig, doc="What the whole fleet may spend, all tenants together.")
     tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
     aliases: Mapping[str, AliasConfig] = mapping(
         doc="Model names of the fleet's own.", example={"fast": {"strategy": "latency_first"}}

@@ -15,7 +15,8 @@ Pairs = list[tuple[bytes, bytes]]
 def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs:
     """Model, replica (by its opaque name), strategy, trace identifier, and times in milliseconds.
 
-    A short-circuit answer (from a cache) has no model and no replica.
+    A short-circuit answer (from a cache) has no model and no replica. ``x-kvfleet-cache`` (hit, near or miss) is there
+    if a stage looked for one.
     """
     route = trace.route
     headers = [
@@ -26,6 +27,10 @@ def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs
     if answer.served_by is not None:
         model, replica = names.header_values(answer.served_by)
         headers += [(b"x-kvfleet-model", model), (b"x-kvfleet-replica", replica)]
+    if looked := [span.attributes for span in trace.spans if n.ANSWERED in span.attributes]:
+        last = looked[-1]
+        word = b"miss" if not last[n.ANSWERED] else b"near" if last.get(n.ANSWER_MATCH) == "near" else b"hit"
+        headers.append((b"x-kvfleet-cache", word))
     return headers
 
 

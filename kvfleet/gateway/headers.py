@@ -114,14 +114,17 @@ class HeaderNames:
 
 
 def read_by_conditions(components: Iterable[Any]) -> tuple[str, ...]:
-    """The request headers that the conditions of a pipeline's rules read; never a credential.
+    """The request headers that a pipeline's components read; never a credential.
 
     Args:
-        components: The pipeline's; those with ``rules`` that have a ``condition`` count.
+        components: The pipeline's; those with ``rules`` that have a ``condition`` count, and the names a component
+            lists as ``reads_headers``.
     """
+    components = tuple(components)
     rules = [rule for component in components for rule in getattr(component, "rules", ())]
     texts = [rule.condition for rule in rules if isinstance(getattr(rule, "condition", None), str)]
     found = {name.lower() for text in texts for name in _IN_CONDITION.findall(text)}
+    found.update(name.lower() for component in components for name in getattr(component, "reads_headers", ()))
     return tuple(sorted(found - _NEVER_PASSED))
 
 

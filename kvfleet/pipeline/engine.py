@@ -103,16 +103,21 @@ class Decision:
         span.attributes[names.ADMITTED] = granted = not isinstance(got, Refusal)
         if granted:
             self.leases.append(got)
+            span.attributes.update(getattr(got, "attributes", ()))
             return
         span.attributes[names.REFUSAL] = got.reason
         if got.retry_after_s is not None:
             span.attributes[names.RETRY_AFTER_S] = got.retry_after_s
-        raise AdmissionError(got.reason, retry_after_s=got.retry_after_s, details={"stage": stage.key})
+        raise AdmissionError(
+            got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key}
+        )
 
     async def answer(self, stage: BoundStage, span: Span) -> Answer | None:
         """The short-circuit answer, if there is one."""
         answer: Answer | None = await stage.run(self.ctx)
         span.attributes[names.ANSWERED] = answer is not None
+        if answer is not None:
+            span.attributes.update(answer.details)
         return answer
 
     def filter(self, stage: BoundStage, span: Span) -> None:

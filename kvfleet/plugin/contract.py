@@ -221,10 +221,14 @@ class Drop:
 
 @attrs.frozen(kw_only=True)
 class Refusal:
-    """An admission refused: why, and after how many seconds to come back (None if unknown)."""
+    """An admission refused: why, and after how many seconds to come back (None if unknown).
+
+    `code` is the error's code if it is not the usual ``rate_limit_exceeded``.
+    """
 
     reason: str
     retry_after_s: float | None = None
+    code: str = ""
 
 
 @attrs.define
@@ -234,10 +238,12 @@ class Answer:
     Attributes:
         reply: The answer in the OpenAI shape, whole or streamed.
         served_by: The replica that answered; None for a short-circuit answer.
+        details: What the trace is to say of a short-circuit answer, by attribute name; never content.
     """
 
     reply: Reply
     served_by: ModelConfig | None = None
+    details: Mapping[str, AttributeValue] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -284,7 +290,10 @@ class Classifier(Protocol):
 
 @runtime_checkable
 class Lease(Protocol):
-    """What an admission reserved, until the route ends."""
+    """What an admission reserved, until the route ends.
+
+    A lease may have `attributes`, a mapping that the trace shows on the admission's span.
+    """
 
     def release(self, outcome: Outcome) -> None:
         """Settle: called once, however the route ends. Must not raise or wait."""

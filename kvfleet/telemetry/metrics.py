@@ -64,12 +64,20 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_cache_affinity_hits_total", "counter", ("type",), "Requests sent where their prompt was known to be."
     ),
     MetricInfo("kvfleet_answers_total", "counter", ("stage", "hit"), "Lookups of stages that may answer at once."),
+    MetricInfo("kvfleet_answer_hits_total", "counter", ("stage", "match"), "Answers from memory: `exact`, or `near`."),
+    MetricInfo(
+        "kvfleet_answer_saved_tokens_total", "counter", ("stage", "type"), "Tokens that no backend read or wrote."
+    ),
+    MetricInfo("kvfleet_answer_saved_usd_total", "counter", ("stage",), "What those answers had cost, where known."),
     MetricInfo("kvfleet_tokens_total", "counter", ("model", "type"), "Tokens: prompt, cached (of those), completion."),
     MetricInfo("kvfleet_cost_usd_total", "counter", ("model",), "What answers cost, where prices are known."),
     MetricInfo("kvfleet_policy_blocks_total", "counter", ("rule",), "Candidates dropped by a policy rule."),
     MetricInfo("kvfleet_drops_total", "counter", ("stage", "rule"), "Candidates dropped."),
     MetricInfo("kvfleet_stage_failures_total", "counter", ("stage", "skipped"), "Stages that failed."),
     MetricInfo("kvfleet_admissions_refused_total", "counter", ("stage",), "Requests refused before any backend."),
+    MetricInfo("kvfleet_budget_spend_usd_total", "counter", ("account",), "What was booked to a budget."),
+    MetricInfo("kvfleet_budget_refusals_total", "counter", ("account", "code"), "Requests a budget refused."),
+    MetricInfo("kvfleet_budget_alerts_total", "counter", ("account",), "Months in which a budget reached its alert."),
     MetricInfo("kvfleet_shadow_requests_total", "counter", ("model",), "Requests mirrored to a model."),
     MetricInfo("kvfleet_shadow_outcomes_total", "counter", ("model", "outcome"), "Mirrored calls: `ok`, or the fault."),
     MetricInfo(

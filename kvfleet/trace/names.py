@@ -141,8 +141,30 @@ TERM_PREFIX = "kvfleet.term."
 _name("kvfleet.term.<term>", "select", "double[]", "One part of the totals, one for each replica.")
 SELECT_MODE = _name("kvfleet.select.mode", "select", "string", "exploit, explore, or a strategy's own word.")
 ANSWERED = _name("kvfleet.answer.hit", "answer", "bool", "True if the stage had the answer.")
+ANSWER_MATCH = _name("kvfleet.answer.match", "answer", "string", "exact, or near for a question that asks the same.")
+ANSWER_SIMILARITY = _name("kvfleet.answer.similarity", "answer", "double", "How alike the two questions are, 0 to 1.")
+ANSWER_AGE_S = _name("kvfleet.answer.age", "answer", "double", "How old the answer is.", "s")
+ANSWER_MODEL = _name("kvfleet.answer.model", "answer", "string", "The model that gave the answer.")
+ANSWER_SAVED_PROMPT = _name(
+    "kvfleet.answer.saved.input_tokens", "answer", "int", "Prompt tokens that no backend read.", "tokens"
+)
+ANSWER_SAVED_COMPLETION = _name(
+    "kvfleet.answer.saved.output_tokens", "answer", "int", "Answer tokens that no backend wrote.", "tokens"
+)
+ANSWER_SAVED_USD = _name(
+    "kvfleet.answer.saved.cost", "answer", "double", "What the answer cost when it was made, if that is known.", "usd"
+)
 ADMITTED = _name("kvfleet.admit.granted", "admit", "bool", "True if the request was let in.")
 REFUSAL = _name("kvfleet.admit.refusal", "admit", "string", "Why it was not.")
+BUDGET_ACCOUNTS = _name(
+    "kvfleet.budget.accounts", "admit", "string[]", "Budgets the request is held to: `fleet`, `tenant/NAME`."
+)
+BUDGET_RESERVED_USD = _name(
+    "kvfleet.budget.reserved", "admit", "double", "Most the request may cost, held until its end.", "usd"
+)
+BUDGET_REMAINING_USD = _name(
+    "kvfleet.budget.remaining", "admit", "double", "Left of the tightest of these budgets, less what is held.", "usd"
+)
 RETRY_AFTER_S = _name("kvfleet.retry_after", "admit, attempt", "double", "Seconds after which to try again.", "s")
 
 # Attempts

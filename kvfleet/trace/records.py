@@ -61,6 +61,7 @@ class StageRecord:
         terms: Parts of a choice's totals, by name, in the order of `scored`.
         mode: How the first was chosen.
         is_answer: True if the stage answered the request itself.
+        match, similarity, age_s: How its answer was found, and how old it is, if the stage says so.
         refusal, retry_after_s: Why an admission refused, and when to come back.
         is_policy: True if the stage must hold.
         is_skipped: True if it failed and the pipeline went on without it.
@@ -82,6 +83,9 @@ class StageRecord:
     terms: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
     mode: str = ""
     is_answer: bool = False
+    match: str = ""
+    similarity: float | None = None
+    age_s: float | None = None
     refusal: str = ""
     retry_after_s: float | None = None
     is_policy: bool = False
@@ -109,6 +113,9 @@ class StageRecord:
             terms={term: numbers(a, names.TERM_PREFIX + term) for term in with_prefix(a, names.TERM_PREFIX)},
             mode=text(a, names.SELECT_MODE),
             is_answer=flag(a, names.ANSWERED),
+            match=text(a, names.ANSWER_MATCH),
+            similarity=number(a, names.ANSWER_SIMILARITY),
+            age_s=number(a, names.ANSWER_AGE_S),
             refusal=text(a, names.REFUSAL),
             retry_after_s=number(a, names.RETRY_AFTER_S),
             is_policy=flag(a, names.STAGE_POLICY),
@@ -149,6 +156,9 @@ class StageRecord:
             "modes": dict(zip(self.scored, self.modes, strict=False)),
             "mode": self.mode,
             "answered": self.is_answer,
+            "match": self.match,
+            "similarity": self.similarity,
+            "age_s": self.age_s,
             "refusal": self.refusal,
             "retry_after_s": self.retry_after_s,
             "policy": self.is_policy,

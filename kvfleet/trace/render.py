@@ -132,10 +132,19 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
         pieces.append((stage.mode, _bare))
     elif stage.kind == "answer" and not stage.error:
         pieces.append(("had the answer", paint.good) if stage.is_answer else ("had no answer", _bare))
+        pieces += [(piece, _bare) for piece in _from_memory(stage)]
     if stage.refusal:
         again = "" if stage.retry_after_s is None else f"; again in {duration(stage.retry_after_s * 1000)}"
         pieces.append((f"refused: {stage.refusal}{again}", paint.bad))
     return pieces
+
+
+def _from_memory(stage: StageRecord) -> Iterator[str]:
+    """How an answer was found, and how old it is."""
+    if stage.match == "near" and stage.similarity is not None:
+        yield f"near, similarity {stage.similarity:.2f}"
+    if stage.age_s is not None:
+        yield f"{duration(stage.age_s * 1000)} old"
 
 
 def _affinity(explanation: Explanation, stage: StageRecord) -> Iterator[str]:
