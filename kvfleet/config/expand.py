@@ -217,5 +217,6 @@ _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "select.domain": (("domain_models",), _domain_models),
     "filter.budget": (("budget",), _budget),
     "admit.budget": (("budget",), _ledger),
+    "select.domain": (("domain_models",), _domain_models),
     "admit.concurrency": (("gateway", "max_concurrent"), _concurrency),
 }

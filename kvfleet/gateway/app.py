@@ -21,6 +21,7 @@ from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.decision_headers import decision_headers
 from kvfleet.gateway.errors import error_headers, error_object, shutting_down
 from kvfleet.gateway.exchange import ClientLeftError, Exchange, Message, Presence, Receive, Send
+from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
 from kvfleet.gateway.meters import Meters
@@ -116,6 +117,7 @@ class Gateway:
             Route("POST", "/v2/rerank", Access.KEY, rerank),
             Route("POST", "/rerank", Access.KEY, rerank),
             Route("POST", "/v1/route/explain", Access.KEY, self._explain),
+            Route("POST", "/v1/feedback", Access.KEY, self._feedback),
             Route("GET", "/v1/models", Access.KEY, self._models),
             Route("GET", "/v1/models/{id}", Access.KEY, self._model),
             Route("GET", "/health", Access.KEY, self._health),
@@ -291,6 +293,11 @@ class Gateway:
         request = self._reader.read_any(raw, exchange.headers, exchange.request_id)
         explanation = await self.router.simulate_request(request)
         await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
+
+    async def _feedback(self, exchange: Exchange) -> None:
+        given = read_feedback(await exchange.body(self._max_body_bytes))
+        model = self.router.feedback(given.identifier, given.score)
+        await exchange.json(200, {"object": "feedback", "model": model, "score": given.score})
 
     # The rest --------------------------------------------------------------------------------------------------------
 
