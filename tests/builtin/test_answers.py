@@ -10,6 +10,7 @@ from kvfleet.adapters.base import Operation, Usage
 from kvfleet.builtin.answers import ExactCache
 from kvfleet.errors import RouteError
 from kvfleet.plugin.contract import Answer, RoutingContext
+from kvfleet.trace import names
 from tests.builtin.making import context, model, outcome, user
 
 A, B = model("a"), model("b")
@@ -180,3 +181,34 @@ async def test_no_content_is_shown() -> None:
     cache = await filled(ask())
     assert "Four" not in repr(cache)
     assert "Four" not in repr(cache.state())
+
+
+async def test_the_trace_learns_where_an_answer_came_from() -> None:
+    """How it was found, how old it is, and what it saved."""
+    cache = ExactCache()
+    kept = outcome(ask(now_s=1000.0), A, content=BODY, usage=Usage(10, 2), cost_usd=0.25)
+    await cache.observe(kept)
+    answer = await cache.answer(ask(now_s=1005.0))
+    assert answer is not None
+    assert answer.details == {
+        names.ANSWER_MATCH: "exact",
+        names.ANSWER_SIMILARITY: 1.0,
+        names.ANSWER_AGE_S: 5.0,
+        names.ANSWER_MODEL: "a",
+        names.ANSWER_SAVED_PROMPT: 10,
+        names.ANSWER_SAVED_COMPLETION: 2,
+        names.ANSWER_SAVED_USD: 0.25,
+    }
+
+
+@pytest.mark.parametrize(("said", "keeps", "looks"), [("no-store", False, False), ("No-Cache, max-age=0", True, False)])
+async def test_a_client_may_pass_the_memory_by(said: str, keeps: bool, looks: bool) -> None:
+    """`Cache-Control` counts: no-cache asks anew and keeps the answer, no-store leaves nothing behind."""
+    header = {"condition_headers": {"cache-control": said}}
+    assert (await told(await filled(ask(**header)), ask()) is not None) == keeps
+    assert (await told(await filled(ask()), ask(**header)) is not None) == looks
+
+
+async def test_other_tags_make_another_question() -> None:
+    """What `auto` means may hang on them."""
+    assert await told(await filled(ask()), ask(tags={"domain": "coding"})) is None
