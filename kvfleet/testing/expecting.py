@@ -123,6 +123,10 @@ def _lists(expect: Expected, seen: Seen) -> Iterator[Mismatch]:
         tried = [attempt.replica for attempt in explanation.attempts] if explanation else []
         if not _agree(expect.attempts, tried):
             yield Mismatch(("attempts",), _listed(expect.attempts), _listed(_in_words(expect.attempts, tried)))
+    if expect.shadowed is not None:
+        mirrored = texts(explanation.trace.route.attributes, names.SHADOW_REPLICAS) if explanation else ()
+        if not _agree(expect.shadowed, mirrored):
+            yield Mismatch(("shadowed",), _listed(expect.shadowed), _listed(_in_words(expect.shadowed, mirrored)))
     if expect.ranking:
         choice = explanation.choice if explanation else None
         ranked = choice.scored[: len(expect.ranking)] if choice else ()

@@ -120,6 +120,7 @@ class Expected:
     served_by: str = text("", doc="Who answers: a model or a replica.")
     answered_by: str = text("", doc="The stage that answers instead of a backend, as in `answer.exact_cache`.")
     attempts: tuple[str, ...] | None = listing(None, doc="Every backend call, in order: models or replicas.")  # type: ignore[arg-type]
+    shadowed: tuple[str, ...] | None = listing(None, doc="Whom the request is mirrored to: models or replicas.")  # type: ignore[arg-type]
     ranking: tuple[str, ...] = listing((), doc="The beginning of the ranking: models or replicas.")
     dropped: Mapping[str, DropExpected] = mapping(doc=f"Who is dropped, {_REPLICA}.")
     kept: tuple[str, ...] = listing((), doc="Who is not dropped: models (any replica of each) or replicas.")
