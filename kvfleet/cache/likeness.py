@@ -21,7 +21,7 @@ import xxhash
 
 __all__ = ["Likeness", "Meaning", "Sketch", "Wording"]
 
-_MOST_CHARACTERS = 2000
+_MOST_CHARACTERS = 500
 _WORD = re.compile(r"\w+(?:[.'/:@-]\w+)*|[^\w\s]")
 # Code and layout carry meaning in what is normalised away elsewhere.
 _LAYOUT = re.compile(r"[\n\r\t`{}<>\\|]| {3}")
