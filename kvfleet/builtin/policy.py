@@ -7,10 +7,10 @@ from typing import Any
 
 import attrs
 
-from kvfleet.builtin.facts import PII, PROMPT
-from kvfleet.config.fields import choice, flag, listing, mapping
+from kvfleet.builtin.facts import PII, PROMPT, answer_tokens, prompt_tokens
+from kvfleet.config.fields import choice, flag, listing, mapping, number
 from kvfleet.config.findings import Finding, Path
-from kvfleet.config.schema import DATA_CLASSES, PolicyConfig, PolicyRule, TenantConfig
+from kvfleet.config.schema import DATA_CLASSES, ModelConfig, PolicyConfig, PolicyRule, TenantConfig
 from kvfleet.errors import ComponentError, ConfigError
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
@@ -19,6 +19,7 @@ from kvfleet.policy.conditions import ConditionError, PolicyContext, parse
 from kvfleet.policy.engine import Action, PolicyEngine
 from kvfleet.policy.residency import ResidencyEngine, ResidencyRule
 from kvfleet.policy.tenant import TenantManager
+from kvfleet.telemetry.cost import Price
 
 __all__ = ["PolicyFilter", "ResidencyFilter", "TenantFilter"]
 
@@ -144,11 +145,14 @@ class ResidencyFilter:
 
 @attrs.define(kw_only=True)
 class TenantFilter:
-    """Drop models the tenant may not use, or does not prefer while it prefers others."""
+    """Drop models the tenant may not use, or does not prefer while it prefers others, and what is beyond its limits."""
 
     tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
     unknown: str = choice(
         "refuse", of=("refuse", "allow"), doc="What a request of an unknown tenant, or of none, gets."
+    )
+    answer_tokens: int = number(
+        1024, ge=0, unit="tokens", doc="Length taken for an answer where the request sets no `max_tokens`."
     )
     _manager: TenantManager = attrs.field(init=False, repr=False, eq=False)
 
@@ -162,7 +166,28 @@ class TenantFilter:
             reason = f"tenant {ctx.tenant} may not send {ctx.data_class} data"
             return [Drop(model, reason, "tenant_data_classes") for model in ctx.candidates]
         out = self._manager.excluded(ctx.tenant, [model.name for model in ctx.candidates])
-        return [Drop(model, *out[model.name]) for model in ctx.candidates if model.name in out] if out else ()
+        drops = [Drop(model, *out[model.name]) for model in ctx.candidates if model.name in out] if out else []
+        tenant = self.tenants.get(ctx.tenant)
+        if tenant is None or (tenant.max_cost_per_request is None and tenant.max_latency_ms is None):
+            return drops
+        return [*drops, *self._beyond_limits(tenant, ctx, [m for m in ctx.candidates if m.name not in out])]
+
+    def _beyond_limits(
+        self, tenant: TenantConfig, ctx: RoutingContext, models: Sequence[ModelConfig]
+    ) -> Iterator[Drop]:
+        """One drop for each model that would cost more, or usually takes longer, than the tenant's limits."""
+        most_usd, most_ms = tenant.max_cost_per_request, tenant.max_latency_ms
+        prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
+        for model in models:
+            if most_ms is not None and model.latency_p50_ms > most_ms:
+                reason = f"it usually takes {model.latency_p50_ms:g} ms, and the tenant's limit is {most_ms:g}"
+                yield Drop(model, reason, "max_latency_ms")
+            elif most_usd is not None:
+                price = Price.of(model)
+                cost = None if price is None else price.cost_usd(prompt, answer)
+                if cost is None or cost > most_usd:
+                    what = "the request may cost an unknown amount" if cost is None else f"it may cost {cost:.4g} USD"
+                    yield Drop(model, f"{what}, and the tenant's limit is {most_usd:g}", "max_cost_per_request")
 
 
 @hookimpl

@@ -111,7 +111,9 @@ def _check_options(config: FleetConfig) -> Iterator[Finding]:
 def _check_guards(config: FleetConfig) -> Iterator[Finding]:
     """A policy that is written but not part of the pipeline would let everything through, silently."""
     used = {stage.use for stage in config.pipeline}
+    has_budget = config.budget.enabled or any(tenant.budget.enabled for tenant in config.tenants.values())
     guards = (
+        ("admit.budget", "budget" if config.budget.enabled else "tenants", has_budget),
         ("filter.policy", "policy", config.policy.enabled),
         ("filter.tenant", "tenants", bool(config.tenants)),
         ("filter.shadow_only", "shadow", config.shadow.exclusive),

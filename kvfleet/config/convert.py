@@ -24,7 +24,7 @@ from kvfleet.config.fields import FieldInfo
 from kvfleet.config.findings import NOWHERE, Finding, Origin, Path, did_you_mean
 from kvfleet.config.options import Option, options
 from kvfleet.config.plain import to_plain
-from kvfleet.config.schema import FleetConfig, StageConfig, TenantConfig
+from kvfleet.config.schema import FleetConfig, StageConfig
 from kvfleet.config.secrets import Problem, Secret, SecretReader
 from kvfleet.config.wording import bounds, named, remedy_for, wanted
 from kvfleet.errors import ConfigError
@@ -38,8 +38,7 @@ _STAGE = re.compile(r"[a-z_]+(?:\.[a-z][a-z0-9_]*)?")
 _STAGE_KEYS = ("use", "name", "on_error", "with")
 
 _LATER: Mapping[type, frozenset[str]] = {
-    FleetConfig: frozenset({"budget", "slo"}),
-    TenantConfig: frozenset({"budget"}),
+    FleetConfig: frozenset({"slo"}),
 }
 """Documented keys that this version does not have: a finding of their own, because they are no typing mistakes."""
 

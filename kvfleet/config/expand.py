@@ -40,6 +40,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("admit.concurrency", config.gateway.max_concurrent > 0),
         ("filter.policy", _has_policy(config)),
         ("filter.tenant", bool(config.tenants)),
+        ("filter.budget", _has_budget(config)),
         ("filter.shadow_only", config.shadow.exclusive and bool(config.shadow.shadow_models)),
         ("answer.semantic_cache", config.semantic_cache.enabled),
         ("filter.capabilities", True),
@@ -218,5 +219,7 @@ _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.budget": (("budget",), _budget),
     "admit.budget": (("budget",), _ledger),
     "select.domain": (("domain_models",), _domain_models),
+    "filter.budget": (("budget",), _budget),
+    "admit.budget": (("budget",), _ledger),
     "admit.concurrency": (("gateway", "max_concurrent"), _concurrency),
 }

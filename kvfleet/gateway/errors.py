@@ -77,7 +77,7 @@ def error_headers(error: RouteError) -> Pairs:
     if wait_s is not None:
         found.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
         found.append((b"retry-after-ms", b"%d" % max(0, math.ceil(wait_s * 1000))))
-    elif error.code not in _WORTH_RETRYING:
+    if error.code == "insufficient_quota" or (wait_s is None and error.code not in _WORTH_RETRYING):
         found.append((b"x-should-retry", b"false"))
     return found
 

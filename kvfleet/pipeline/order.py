@@ -74,7 +74,7 @@ def _check_answers(places: Sequence[tuple[Component, str, StageConfig]], origin:
     for component, _, stage in places:
         if component.kind is Kind.ANSWER:
             answer = answer or component.key
-        elif answer and component.must_hold:
+        elif answer and component.must_hold and component.kind is not Kind.ADMIT:  # an answer from memory is free
             what = f"{component.key} comes after {answer}, which could answer around it"
             findings.append(origin.finding(_at(stage), what, f"move it before {answer}", code="order"))
     return findings

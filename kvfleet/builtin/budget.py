@@ -1,0 +1,263 @@
+"""Budgets in the pipeline: candidates too dear for a request are dropped, and money is reserved before it is spent."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+
+from kvfleet.builtin.facts import answer_tokens, prompt_tokens
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.fields import mapping, number, section, text
+from kvfleet.config.findings import Finding
+from kvfleet.config.schema import BudgetConfig, ModelConfig
+from kvfleet.errors import ConfigError
+from kvfleet.plugin.component import Component, Services
+from kvfleet.plugin.contract import Drop, Kind, Lease, Outcome, Refusal, RoutingContext
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.policy.budget import NANO, Account, Denial, Reservation, Spending, month_of, nano, reserve
+from kvfleet.policy.ledger import Ledger
+from kvfleet.telemetry.cost import Price, with_known_prices
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
+from kvfleet.trace.spans import AttributeValue
+
+__all__ = ["BudgetAdmission", "BudgetFilter", "ledger_path"]
+
+log = logging.getLogger(__name__)
+
+_ANSWER = 1024
+_ANSWER_DOC = "Length taken for an answer where the request sets no `max_tokens`."
+_BUDGET_DOC = "What the whole fleet may spend, all tenants together."
+_TENANTS_DOC = "What each tenant may spend, by the identifier requests carry."
+
+
+class _Nothing:
+    """What a dry run reserves, or a request that no budget speaks of."""
+
+    def release(self, outcome: Outcome) -> None:
+        """Nothing to give back."""
+
+
+@attrs.define(eq=False)
+class _Held:
+    """One request's reservation."""
+
+    owner: BudgetAdmission
+    reservation: Reservation
+    expected: tuple[int, int]
+
+    @property
+    def attributes(self) -> Mapping[str, AttributeValue]:
+        """What the trace shows of it."""
+        return {
+            names.BUDGET_ACCOUNTS: tuple(account.name for account in self.reservation.accounts),
+            names.BUDGET_RESERVED_USD: self.reservation.amount / NANO,
+            names.BUDGET_REMAINING_USD: min(account.remaining for account in self.reservation.accounts) / NANO,
+        }
+
+    def release(self, outcome: Outcome) -> None:
+        self.owner.settle(self.reservation, spending_of(outcome, self.expected))
+
+
+def spending_of(outcome: Outcome, expected: tuple[int, int]) -> Spending:
+    """What a route came to.
+
+    An answer whose engine reports no tokens is booked as it was expected: `expected` prompt and answer tokens. A route
+    that broke off before its engine reported any is booked at nothing.
+    """
+    model, usage = outcome.served_by, outcome.usage
+    if model is None or (usage is None and not outcome.is_success):
+        return Spending(requests=1)
+    prompt, answer = (usage.prompt_tokens, usage.completion_tokens) if usage is not None else expected
+    cached = (usage.cached_tokens or 0) if usage is not None else 0
+    cost = outcome.cost_usd
+    if cost is None:
+        price = Price.of(model)
+        cost = None if price is None else price.cost_usd(prompt, answer, cached)
+    return Spending(
+        nano_usd=nano(cost or 0.0),
+        requests=1,
+        prompt_tokens=prompt,
+        completion_tokens=answer,
+        cached_tokens=cached,
+        unpriced=int(cost is None),
+    )
+
+
+@attrs.define(kw_only=True)
+class BudgetAdmission:
+    """Let a request in if its budgets hold: reserve the most it may cost, and settle for what it did cost.
+
+    The most is an estimate: the prompt and an answer of `max_tokens`, at the price of the dearest candidate left. So
+    stand this after the filters. A refusal is a 429: `insufficient_quota` if the month's money is used up,
+    `rate_limit_exceeded` if waiting a moment helps.
+    """
+
+    budget: BudgetConfig | None = section(None, doc=_BUDGET_DOC)
+    tenants: Mapping[str, BudgetConfig] = mapping(doc=_TENANTS_DOC)
+    answer_tokens: int = number(_ANSWER, ge=0, unit="tokens", doc=_ANSWER_DOC)
+    path: str = text("", doc="The SQLite file of what was spent; in the user's state directory if empty.")
+    fleet: str = text("default", doc="The fleet's name, which tells its ledger from another fleet's.")
+    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
+    _metrics: MetricsExporter = attrs.field(
+        init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
+    )
+    _prices: dict[str, Price | None] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _shared: tuple[Account, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
+    _accounts: dict[str, tuple[Account, ...]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _ledger: Ledger | None = attrs.field(init=False, default=None, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Open the accounts."""
+        self._open_accounts()
+
+    def provision(self, services: Services) -> None:
+        """Note the prices, and where the ledger is.
+
+        Raises:
+            ConfigError: for models whose price nobody knows, if a budget refuses them.
+        """
+        self._clock, self._metrics = services.clock, services.metrics
+        self._open_accounts()
+        self._prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
+        unpriced = sorted({m.name for m in services.models if m.enabled and self._prices[m.id] is None})
+        refusing = [name for name, budget in self._budgets() if budget.enabled and budget.unknown_price == "refuse"]
+        if unpriced and refusing:
+            what = f"nobody knows the price of {', '.join(unpriced)}, so no budget ({', '.join(refusing)}) can hold it"
+            remedy = "give it cost_per_1k_input_tokens and cost_per_1k_output_tokens, or set unknown_price: allow"
+            raise ConfigError([Finding(what, remedy, code="unknown-price")])
+        if self._every() and (self.path or services.state_dir is not None):
+            state_dir = services.state_dir or Path()
+            self._ledger = Ledger(Path(self.path).expanduser() if self.path else ledger_path(state_dir, self.fleet))
+
+    def _open_accounts(self) -> None:
+        shared = (Account("fleet", self.budget, self._clock),) if self.budget and self.budget.enabled else ()
+        self._shared = shared
+        self._accounts = {
+            name: (*shared, Account(f"tenant/{name}", budget, self._clock))
+            for name, budget in self.tenants.items()
+            if budget.enabled
+        }
+
+    def _budgets(self) -> Iterator[tuple[str, BudgetConfig]]:
+        if self.budget is not None:
+            yield "fleet", self.budget
+        yield from ((f"tenant/{name}", budget) for name, budget in self.tenants.items())
+
+    async def aopen(self) -> None:
+        """Read what this month came to so far."""
+        if self._ledger is None:
+            return
+        found = await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns()))
+        for account in self._every():
+            account.spent = found.get(account.name, account.spent)
+            # Reached before this process began: the alert has been given.
+            account.is_alerted = account.reaches_threshold
+
+    async def aclose(self) -> None:
+        """Write what was spent."""
+        if self._ledger is not None:
+            await anyio.to_thread.run_sync(self._ledger.close)
+
+    async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
+        """A reservation, or a refusal."""
+        accounts = self._accounts.get(ctx.tenant, self._shared)
+        if not accounts:
+            return _Nothing()
+        prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
+        amount = nano(self._dearest(ctx, prompt, answer))
+        if ctx.dry_run:
+            denials = (account.check(amount, prompt + answer) for account in accounts)
+            denial = next((one for one in denials if one is not None), None)
+            return _Nothing() if denial is None else _refusal(denial)
+        held = reserve(accounts, amount, prompt + answer)
+        if isinstance(held, Denial):
+            self._metrics.count("kvfleet_budget_refusals_total", held.account, held.code)
+            return _refusal(held)
+        return _Held(self, held, (prompt, answer))
+
+    def _dearest(self, ctx: RoutingContext, prompt: int, answer: int) -> float:
+        """The most that any candidate left would cost, in US dollars; unknown prices count as nothing."""
+        known = self._prices
+        prices = {known[model.id] if model.id in known else Price.of(model) for model in ctx.candidates}
+        return max((price.cost_usd(prompt, answer) for price in prices if price is not None), default=0.0)
+
+    def settle(self, reservation: Reservation, spending: Spending) -> None:
+        """Give a reservation back, and book what it came to."""
+        for account, month in reservation.settle(spending):
+            if self._ledger is not None:
+                self._ledger.book(account.name, month, spending)
+            if spending.nano_usd:
+                self._metrics.count("kvfleet_budget_spend_usd_total", account.name, by=spending.nano_usd / NANO)
+            if account.reaches_threshold:
+                self._metrics.count("kvfleet_budget_alerts_total", account.name)
+                share = account.statement()["spent_pct"]
+                log.warning("budget_alert account=%s month=%s spent_pct=%s", account.name, account.month, share)
+
+    def statements(self) -> list[dict[str, object]]:
+        """What each account came to this month: the fleet's, then the tenants' by name."""
+        return [account.statement() for account in self._every()]
+
+    def state(self) -> Mapping[str, Any]:
+        """The statements, and whether they can be written."""
+        failed = 0 if self._ledger is None else self._ledger.failed
+        return {"accounts": self.statements(), "ledger_failures": failed}
+
+    def _every(self) -> list[Account]:
+        return [*self._shared, *(self._accounts[name][-1] for name in sorted(self._accounts))]
+
+
+def _refusal(denial: Denial) -> Refusal:
+    return Refusal(reason=denial.reason, retry_after_s=denial.retry_after_s, code=denial.code)
+
+
+def ledger_path(state_dir: Path, fleet: str) -> Path:
+    """Where a fleet's ledger lies in a state directory."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in fleet)
+    return state_dir / f"budgets-{plain}.sqlite"
+
+
+@attrs.define(kw_only=True)
+class BudgetFilter:
+    """Drop candidates with which this one request could cost more than one request may."""
+
+    budget: BudgetConfig | None = section(None, doc=_BUDGET_DOC)
+    tenants: Mapping[str, BudgetConfig] = mapping(doc=_TENANTS_DOC)
+    answer_tokens: int = number(_ANSWER, ge=0, unit="tokens", doc=_ANSWER_DOC)
+    _prices: dict[str, Price | None] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Note the prices."""
+        self._prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """One drop for each candidate that is too dear."""
+        limits = [
+            budget.per_request_max_usd
+            for budget in (self.budget, self.tenants.get(ctx.tenant))
+            if budget is not None and budget.enabled and budget.per_request_max_usd is not None
+        ]
+        if not limits:
+            return ()
+        prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
+        return list(self._too_dear(ctx.candidates, prompt, answer, min(limits)))
+
+    def _too_dear(self, models: Iterable[ModelConfig], prompt: int, answer: int, most: float) -> Iterator[Drop]:
+        for model in models:
+            price = self._prices[model.id] if model.id in self._prices else Price.of(model)
+            cost = 0.0 if price is None else price.cost_usd(prompt, answer)
+            if cost > most:
+                reason = f"the request may cost {cost:.4g} USD there, and {most:g} is the most for one"
+                yield Drop(model, reason, "per_request_max_usd")
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The budget's filter and admission."""
+    yield Component(Kind.FILTER, "budget", BudgetFilter, must_hold=True)
+    yield Component(Kind.ADMIT, "budget", BudgetAdmission, must_hold=True)

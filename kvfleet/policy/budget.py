@@ -1,0 +1,304 @@
+"""Budgets: money by the month, requests and tokens by the minute; reserved before, settled after.
+
+Money is counted in whole nanodollars, so that what was reserved and what was settled sum up exactly. All methods run to
+their end without waiting: within one event loop no two requests can spend the same dollar.
+"""
+
+from __future__ import annotations
+
+import calendar
+import datetime as dt
+import math
+from collections import deque
+from collections.abc import Sequence
+
+import attrs
+
+from kvfleet.clock import Clock
+from kvfleet.config.schema import BudgetConfig
+
+__all__ = [
+    "Account",
+    "Denial",
+    "Minute",
+    "Reservation",
+    "Spending",
+    "month_of",
+    "nano",
+    "reserve",
+    "until_next_month_s",
+]
+
+NANO = 1_000_000_000
+INSUFFICIENT_QUOTA = "insufficient_quota"
+RATE_LIMITED = "rate_limit_exceeded"
+_WINDOW_S = 60
+_SOON_S = 1.0
+
+
+def nano(usd: float) -> int:
+    """US dollars as whole nanodollars, rounded to the nearest.
+
+    >>> nano(0.0000000014)
+    1
+    """
+    return round(usd * NANO)
+
+
+def month_of(time_ns: int) -> str:
+    """The month of a moment, in UTC, as ``YYYY-MM``.
+
+    >>> month_of(1_700_000_000_000_000_000)
+    '2023-11'
+    """
+    return f"{_utc(time_ns):%Y-%m}"
+
+
+def until_next_month_s(time_ns: int) -> float:
+    """Seconds until the next month begins, in UTC."""
+    now = _utc(time_ns)
+    days = calendar.monthrange(now.year, now.month)[1]
+    first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    return (first + dt.timedelta(days=days) - now).total_seconds()
+
+
+def _utc(time_ns: int) -> dt.datetime:
+    return dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC)
+
+
+@attrs.frozen
+class Denial:
+    """Why a budget does not let a request through, and after how many seconds it may; None if it never will."""
+
+    account: str
+    code: str
+    reason: str
+    retry_after_s: float | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Spending:
+    """What a request, or a month of them, came to."""
+
+    nano_usd: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    unpriced: int = 0
+
+    def plus(self, more: Spending) -> Spending:
+        """Both together."""
+        mine, theirs = attrs.astuple(self), attrs.astuple(more)
+        names = [field.name for field in attrs.fields(Spending)]
+        return Spending(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
+
+
+@attrs.define
+class Minute:
+    """Requests and tokens of the last minute, by the second: at most 61 entries.
+
+    A second counts until it has been over for a whole minute, so that no 60 seconds ever hold more than is allowed.
+    """
+
+    _seconds: deque[list[int]] = attrs.field(init=False, factory=deque, repr=False)
+    requests: int = attrs.field(init=False, default=0)
+    tokens: int = attrs.field(init=False, default=0)
+
+    def trim(self, now_s: float) -> None:
+        """Forget what is over."""
+        while self._seconds and self._seconds[0][0] + 1 + _WINDOW_S <= now_s:
+            _, requests, tokens = self._seconds.popleft()
+            self.requests -= requests
+            self.tokens -= tokens
+
+    def add(self, now_s: float, requests: int, tokens: int) -> int:
+        """Count; gives the second it was counted in."""
+        second = math.floor(now_s)
+        if not self._seconds or self._seconds[-1][0] != second:
+            self._seconds.append([second, 0, 0])
+        self._seconds[-1][1] += requests
+        self._seconds[-1][2] += tokens
+        self.requests += requests
+        self.tokens += tokens
+        return second
+
+    def correct(self, second: int, tokens: int) -> None:
+        """Add so many tokens, or fewer than none, to a second that still counts."""
+        for entry in self._seconds:
+            if entry[0] == second:
+                entry[2] += tokens
+                self.tokens += tokens
+                return
+
+    def wait_s(self, now_s: float, *, requests: int = 0, tokens: int = 0) -> float:
+        """Seconds until so many requests and tokens have been forgotten, if nothing else comes."""
+        for second, gone_requests, gone_tokens in self._seconds:
+            requests -= gone_requests
+            tokens -= gone_tokens
+            if requests <= 0 and tokens <= 0:
+                return max(second + 1 + _WINDOW_S - now_s, 0.0)
+        return _WINDOW_S + 1.0
+
+
+@attrs.define
+class Account:
+    """One budget, and what has been spent and reserved of it this month.
+
+    Attributes:
+        name: ``fleet``, or ``tenant/NAME``.
+        config: The limits.
+        clock: The time; months are in UTC.
+        spent: What the month came to so far.
+        reserved: Nanodollars held for requests in flight.
+        refused: Requests refused this month.
+        is_alerted: True once the month's spending has reached the threshold.
+    """
+
+    name: str
+    config: BudgetConfig
+    clock: Clock
+    spent: Spending = attrs.field(factory=Spending)
+    month: str = attrs.field(init=False)
+    reserved: int = attrs.field(init=False, default=0)
+    refused: int = attrs.field(init=False, default=0)
+    is_alerted: bool = attrs.field(init=False, default=False)
+    minute: Minute = attrs.field(init=False, factory=Minute)
+
+    @month.default
+    def _now(self) -> str:
+        return month_of(self.clock.time_ns())
+
+    @property
+    def limit(self) -> int:
+        """The month's nanodollars."""
+        return nano(self.config.monthly_budget_usd)
+
+    @property
+    def remaining(self) -> int:
+        """Nanodollars neither spent nor reserved; below 0 if more was spent than was there."""
+        return self.limit - self.spent.nano_usd - self.reserved
+
+    def roll(self) -> None:
+        """Begin a new month if it is one: what is in flight is still billed to the month it was let in."""
+        month = self._now()
+        if month != self.month:
+            self.month, self.spent = month, Spending()
+            self.reserved = self.refused = 0
+            self.is_alerted = False
+
+    def check(self, amount: int, tokens: int) -> Denial | None:
+        """Why a request of so many nanodollars and tokens may not be made now; None if it may."""
+        self.roll()
+        return self._check_money(amount) or self._check_minute(tokens)
+
+    def _check_money(self, amount: int) -> Denial | None:
+        # A request that costs nothing takes nothing from anybody, however little is left.
+        if not self.config.throttle_on_exceed or not amount or amount <= self.remaining:
+            return None
+        limit = f"{self.config.monthly_budget_usd:g} USD of {self.month}"
+        if self.spent.nano_usd + amount > self.limit:
+            wait_s = until_next_month_s(self.clock.time_ns()) if amount <= self.limit else None
+            return Denial(self.name, INSUFFICIENT_QUOTA, f"the budget {self.name} of {limit} is used up", wait_s)
+        return Denial(self.name, RATE_LIMITED, f"the rest of the budget {self.name} is held by requests", _SOON_S)
+
+    def _check_minute(self, tokens: int) -> Denial | None:
+        most_requests, most_tokens = self.config.requests_per_minute, self.config.tokens_per_minute
+        if most_requests is None and most_tokens is None:
+            return None
+        now_s, minute = self.clock.now_s(), self.minute
+        minute.trim(now_s)
+        if most_requests is not None and minute.requests + 1 > most_requests:
+            wait_s = minute.wait_s(now_s, requests=minute.requests + 1 - most_requests)
+            return Denial(self.name, RATE_LIMITED, f"{self.name} is at its {most_requests} requests a minute", wait_s)
+        if most_tokens is not None and minute.tokens + tokens > most_tokens:
+            fits = tokens <= most_tokens
+            wait_s = minute.wait_s(now_s, tokens=minute.tokens + tokens - most_tokens) if fits else 0.0
+            reason = f"{self.name} is at its {most_tokens} tokens a minute"
+            return Denial(self.name, RATE_LIMITED, reason, wait_s if fits else None)
+        return None
+
+    def book(self, month: str, spending: Spending) -> None:
+        """Add to what the month came to."""
+        self.roll()
+        if month == self.month:
+            self.spent = self.spent.plus(spending)
+
+    @property
+    def reaches_threshold(self) -> bool:
+        """True the first time in a month that its spending has reached the threshold; it is then noted."""
+        threshold = self.limit * self.config.alert_threshold_pct / 100
+        if self.is_alerted or self.spent.nano_usd < threshold or not self.spent.nano_usd:
+            return False
+        self.is_alerted = True
+        return True
+
+    def statement(self) -> dict[str, object]:
+        """What a person reads of it."""
+        self.roll()
+        spent = self.spent
+        return {
+            "account": self.name,
+            "tenant": self.name.removeprefix("tenant/") if self.name.startswith("tenant/") else None,
+            "month": self.month,
+            "limit_usd": self.config.monthly_budget_usd,
+            "spent_usd": spent.nano_usd / NANO,
+            "reserved_usd": self.reserved / NANO,
+            "remaining_usd": max(self.remaining, 0) / NANO,
+            "spent_pct": round(100 * spent.nano_usd / self.limit, 2) if self.limit else None,
+            "alert": self.is_alerted,
+            "requests": spent.requests,
+            "refused": self.refused,
+            "prompt_tokens": spent.prompt_tokens,
+            "completion_tokens": spent.completion_tokens,
+            "cached_tokens": spent.cached_tokens,
+            "unpriced": spent.unpriced,
+            "resets_in_s": round(until_next_month_s(self.clock.time_ns())),
+        }
+
+
+@attrs.define
+class Reservation:
+    """What one request holds in each of its accounts; given back or settled once."""
+
+    accounts: Sequence[Account]
+    amount: int
+    tokens: int
+    _months: tuple[str, ...] = attrs.field(init=False)
+    _seconds: tuple[int, ...] = attrs.field(init=False)
+    _is_over: bool = attrs.field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Hold it."""
+        now_s = [account.clock.now_s() for account in self.accounts]
+        self._months = tuple(account.month for account in self.accounts)
+        self._seconds = tuple(a.minute.add(s, 1, self.tokens) for a, s in zip(self.accounts, now_s, strict=True))
+        for account in self.accounts:
+            account.reserved += self.amount
+
+    def settle(self, spending: Spending) -> Sequence[tuple[Account, str]]:
+        """Give the reservation back and book what it really was; each account with the month it was booked to.
+
+        Only the first call counts; later ones give nothing.
+        """
+        if self._is_over:
+            return ()
+        self._is_over = True
+        used = spending.prompt_tokens + spending.completion_tokens
+        for account, month, second in zip(self.accounts, self._months, self._seconds, strict=True):
+            account.roll()
+            if month == account.month:
+                account.reserved -= self.amount
+            account.minute.correct(second, used - self.tokens)
+            account.book(month, spending)
+        return tuple(zip(self.accounts, self._months, strict=True))
+
+
+def reserve(accounts: Sequence[Account], amount: int, tokens: int) -> Reservation | Denial:
+    """Hold so many nanodollars and tokens in every account, or in none."""
+    for account in accounts:
+        denial = account.check(amount, tokens)
+        if denial is not None:
+            account.refused += 1
+            return denial
+    return Reservation(accounts, amount, tokens)
