@@ -16,6 +16,7 @@ import attrs
 from kvfleet.adapters.base import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
 from kvfleet.gateway.auth import Keys
+from kvfleet.gateway.board import PATH, Board
 from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.decision_headers import decision_headers
@@ -95,6 +96,7 @@ class Gateway:
         self.cors = Cors.of(config.gateway.cors_origins) if cors is None else cors
         self.replicas = ReplicaNames.of(router.models)
         self.meters = Meters()
+        self.board = Board(router, self.replicas)
         self.phase = Phase.STARTING
         self._headers = HeaderNames.of(config.gateway, condition_headers)
         self._reader = RequestReader(self._headers)
@@ -122,6 +124,10 @@ class Gateway:
             Route("GET", "/v1/models/{id}", Access.KEY, self._model),
             Route("GET", "/health", Access.KEY, self._health),
             Route("GET", "/metrics", Access.KEY, self._metrics),
+            Route("GET", PATH, Access.OPEN, self.board.page),
+            Route("GET", f"{PATH}/api/state", Access.KEY, self.board.state),
+            Route("GET", f"{PATH}/api/route/{{id}}", Access.KEY, self.board.route),
+            Route("GET", f"{PATH}/events", Access.KEY, self.board.events),
             Route("GET", "/livez", Access.OPEN, self._livez),
             Route("GET", "/readyz", Access.OPEN, self._readyz),
         )
@@ -153,17 +159,19 @@ class Gateway:
         """Open the router and be ready."""
         await self.router.open()
         self.router.services.metrics.registry.register(self.meters)
+        self.board.open()
         self.phase = Phase.SERVING
 
     async def stop(self) -> None:
         """Close the router; whoever calls has waited for the requests in flight."""
-        self.phase = Phase.STOPPING
+        self.drain()
         self.router.services.metrics.registry.unregister(self.meters)
         await self.router.aclose()
 
     def drain(self) -> None:
-        """Be not ready any more, but go on answering."""
+        """Be not ready any more, but go on answering; only dashboards, which never end by themselves, end here."""
         self.phase = Phase.STOPPING
+        self.board.close()
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope["path"], {}, "", receive, send, [])

@@ -14,6 +14,7 @@ from kvfleet.gateway.auth import Keys
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, RouteRequest
 from kvfleet.trace import names
+from kvfleet.trace.explanation import TraceSink
 from kvfleet.trace.spans import Span, SpanKind, Trace
 
 ENDPOINTS = ("http://gpu-1.internal:8000", "http://gpu-2.internal:8000/v1")
@@ -81,6 +82,7 @@ class FakeRouter:
         self.services = Services(models=self.models)
         self.respond = respond
         self.healthy = healthy
+        self.sinks: tuple[TraceSink, ...] = ()
         self.requests: list[RouteRequest] = []
         self.opened = self.closed = 0
 
@@ -89,6 +91,12 @@ class FakeRouter:
 
     async def aclose(self) -> None:
         self.closed += 1
+
+    def add_sink(self, sink: TraceSink) -> None:
+        self.sinks = (*self.sinks, sink)
+
+    def remove_sink(self, sink: TraceSink) -> None:
+        self.sinks = tuple(one for one in self.sinks if one is not sink)
 
     async def dispatch(self, request: RouteRequest, *, kind: SpanKind) -> Dispatched:
         assert kind is SpanKind.SERVER

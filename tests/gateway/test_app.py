@@ -104,11 +104,11 @@ class TestInference:
 
 class TestTable:
     async def test_every_route_has_an_auth_policy(self) -> None:
-        """Without the key, every route but the two probes refuses; there is no third kind."""
+        """Without the key, every route but the probes and the empty page refuses; there is no third kind."""
         app = await gateway(FakeRouter(fleet()), key="s3cret")
         for route in app.routes:
             answer = await call(app, route.method, route.path, CHAT)
-            expected = 200 if route.path in ("/livez", "/readyz") else 401
+            expected = 200 if route.path in ("/livez", "/readyz", "/dashboard") else 401
             assert (route.access is Access.OPEN) == (expected == 200)
             assert answer.status == expected, route.path
 

@@ -1,0 +1,171 @@
+"""The dashboard of a running gateway: its page, its data, and the data's changes as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from kvfleet.errors import RouteError
+from kvfleet.gateway.exchange import Exchange, Presence
+from kvfleet.gateway.health import is_usable
+from kvfleet.gateway.page import load_page
+from kvfleet.gateway.recent import RecentRoutes, detail_of
+from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.tallies import Tallies
+
+if TYPE_CHECKING:
+    from kvfleet.runtime import Router
+
+__all__ = ["PATH", "Board"]
+
+PATH = "/dashboard"
+_MOST_ROWS = 50
+_SHOWN = (
+    "model", "provider", "enabled", "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage",
+    "prefix_hit_rate", "expected_ttfb_s", "cache_mode",
+)  # fmt: skip
+_STREAM = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Board:
+    """Shows a fleet to whoever looks. While nobody does, a request costs one append to `recent`.
+
+    Args:
+        router: Whose fleet.
+        names: Names for its replicas; their addresses are not shown.
+        every_s: Seconds between two events; what they say is gathered once for all watchers.
+        most_watchers: Most event streams at a time.
+    """
+
+    def __init__(self, router: Router, names: ReplicaNames, *, every_s: float = 1.0, most_watchers: int = 16) -> None:
+        self.recent = RecentRoutes()
+        self.watchers = 0
+        self._router = router
+        self._names = names
+        self._every_s = every_s
+        self._most_watchers = most_watchers
+        self._clock = router.services.clock
+        self._since_s = self._clock.now_s()
+        self._gathered: tuple[float, bytes] = (float("-inf"), b"")
+        self._over = asyncio.Event()
+
+    def open(self) -> None:
+        """Begin to keep traces."""
+        self._since_s = self._clock.now_s()
+        self._router.add_sink(self.recent)
+
+    def close(self) -> None:
+        """Keep no more traces and end every event stream; twice is harmless."""
+        self._router.remove_sink(self.recent)
+        self._over.set()
+
+    # Handlers --------------------------------------------------------------------------------------------------------
+
+    async def page(self, exchange: Exchange) -> None:
+        """The page itself, which holds no data."""
+        page = load_page(api="dashboard/api", events="dashboard/events")
+        await exchange.whole(200, page.body, list(page.headers))
+
+    async def state(self, exchange: Exchange) -> None:
+        """What the page shows, as JSON."""
+        no_store = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+        await exchange.whole(200, self._gather(), no_store)
+
+    async def route(self, exchange: Exchange) -> None:
+        """One of the last decisions, whole.
+
+        Raises:
+            RouteError: 404 if it is not kept.
+        """
+        trace = self.recent.find(exchange.path.removeprefix(f"{PATH}/api/route/"))
+        if trace is None:
+            raise RouteError(
+                f"this route is not among the last {self.recent.size}; 'kvfleet trace show ID' has older ones",
+                status=404,
+                code="trace_not_found",
+            )
+        await exchange.json(200, detail_of(trace, self._names.hide_in), [(b"cache-control", b"no-store")])
+
+    async def events(self, exchange: Exchange) -> None:
+        """The same as `state` every second, until the watcher leaves or the gateway stops.
+
+        Raises:
+            RouteError: 503 if too many watch.
+        """
+        if self.watchers >= self._most_watchers:
+            raise RouteError(
+                f"{self.watchers} dashboards are open, and no more may be", status=503, code="too_many_watchers"
+            )
+        presence = Presence()
+        self.watchers += 1
+        presence.watch(exchange.receive)
+        try:
+            await self._push(exchange, presence)
+        except asyncio.CancelledError:
+            if not presence.has_left:
+                raise
+            # That is how a watcher's visit ends.
+            presence.forgive()
+        finally:
+            self.watchers -= 1
+            presence.stop()
+
+    async def _push(self, exchange: Exchange, presence: Presence) -> None:
+        await exchange.start(200, _STREAM)
+        while not self._over.is_set():
+            await exchange.piece(b"data: " + self._gather() + b"\n\n")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._every_s):
+                    await self._over.wait()
+        presence.stop()
+        await exchange.end()
+
+    # Gathering -------------------------------------------------------------------------------------------------------
+
+    def _gather(self) -> bytes:
+        """The state as JSON, at most `every_s` old."""
+        now_s = self._clock.now_s()
+        if now_s - self._gathered[0] >= 0.9 * self._every_s:  # timers may be early
+            self._gathered = (now_s, orjson.dumps(self.snapshot(), option=orjson.OPT_NON_STR_KEYS))
+        return self._gathered[1]
+
+    def snapshot(self) -> dict[str, Any]:
+        """The fleet, its counters and its last decisions, without addresses."""
+        router, names = self._router, self._names
+        state, metrics = router.state(), router.services.metrics
+        tallies = Tallies.read(metrics.registry) if metrics.enabled else None
+        rows = self.recent.rows(_MOST_ROWS)
+        return {
+            "fleet": {
+                "name": state["fleet"],
+                "strategy": state["strategy"],
+                "pipeline": state["pipeline"],
+                "models": len({replica["model"] for replica in state["replicas"]}),
+                "replicas": len(state["replicas"]),
+                "uptime_seconds": self._clock.now_s() - self._since_s,
+                "version": version("kvfleet"),
+            },
+            "counters": None if tallies is None else tallies.counters(),
+            "series": None if tallies is None else tallies.series(),
+            "model_stats": {} if tallies is None else tallies.by_model(),
+            "replicas": [self._replica(replica) for replica in state["replicas"]],
+            "stages": names.hide_in(state["stages"]),
+            "recent_routes": [{**row, "served_by": names.by_id.get(row["served_by"], "")} for row in rows],
+        }
+
+    def _replica(self, state: dict[str, Any]) -> dict[str, Any]:
+        replica = f"{state['model']}@{state['endpoint']}"
+        found = {key: state.get(key) for key in _SHOWN}
+        found["name"] = self._names.by_id.get(replica, state["model"])
+        found["reason"] = self._names.hide(state.get("reason") or "")
+        found["usable"] = is_usable(state)
+        found["cache_mode"] = state.get("cache_mode") or self.recent.modes.get(replica)
+        return found

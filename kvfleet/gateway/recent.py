@@ -1,0 +1,124 @@
+"""The last decisions: a bounded ring of finished traces, read only when somebody looks."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from kvfleet.trace import names
+from kvfleet.trace.attributes import text
+from kvfleet.trace.explanation import Explanation
+from kvfleet.trace.spans import Trace
+
+__all__ = ["RecentRoutes", "detail_of", "row_of"]
+
+_CONTENT = (names.PROMPT, names.ANSWER)
+_MOST_CONTENT = 8_000
+
+Hide = Callable[[Any], Any]
+
+
+@attrs.define
+class _Kept:
+    number: int
+    trace: Trace
+    row: dict[str, Any] | None = None
+
+
+@attrs.define
+class RecentRoutes:
+    """A `TraceSink` that keeps the newest traces; each costs one append, and is read when a dashboard asks.
+
+    Routes are numbered, since several of them may belong to one trace of a caller.
+
+    Attributes:
+        size: Most traces kept.
+        modes: By replica: how its cache was known when it was last expected to hold a part of a prompt. From the
+            decisions that were looked at.
+    """
+
+    size: int = 200
+    modes: dict[str, str] = attrs.field(init=False, factory=dict)
+    _kept: deque[_Kept] = attrs.field(init=False, repr=False)
+    _count: int = attrs.field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        self._kept = deque(maxlen=self.size)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def write(self, trace: Trace) -> None:
+        """Keep a trace; with `telemetry.capture_content`, no more than the beginning of what it captured."""
+        self._count += 1
+        if _CONTENT[0] not in trace.route.attributes and _CONTENT[1] not in trace.route.attributes:
+            self._kept.append(_Kept(self._count, trace))
+        else:
+            self._kept.append(_Kept(self._count, _shortened(trace)))
+
+    def rows(self, most: int) -> list[dict[str, Any]]:
+        """The newest routes, newest first, one line each; addresses are still in them."""
+        newest = [kept for kept, _ in zip(reversed(tuple(self._kept)), range(most), strict=False)]
+        return [self._row(kept) for kept in reversed(newest)][::-1]
+
+    def _row(self, kept: _Kept) -> dict[str, Any]:
+        if kept.row is None:
+            explanation = Explanation(kept.trace)
+            kept.row = {"id": str(kept.number), **row_of(explanation)}
+            for stage in explanation.stages:
+                if stage.kind == "affinity":
+                    self.modes.update((r, m) for r, m in zip(stage.scored, stage.modes, strict=False) if m != "none")
+        return kept.row
+
+    def find(self, name: str) -> Trace | None:
+        """The newest trace with this number or trace identifier; None if it is not kept any more."""
+        return next((k.trace for k in reversed(tuple(self._kept)) if name in (str(k.number), k.trace.trace_id)), None)
+
+
+def _shortened(trace: Trace) -> Trace:
+    route = trace.route
+    short = {key: str(route.attributes[key])[:_MOST_CONTENT] for key in _CONTENT if key in route.attributes}
+    return attrs.evolve(trace, spans=[attrs.evolve(route, attributes={**route.attributes, **short}), *trace.stages])
+
+
+def row_of(explanation: Explanation) -> dict[str, Any]:
+    """One line about a route, without anything that was asked or answered."""
+    route = explanation.trace.route.attributes
+    usage, ttfb_s = explanation.usage, explanation.ttfb_s
+    return {
+        "trace_id": explanation.trace_id,
+        "request_id": explanation.request_id,
+        "timestamp": explanation.timestamp.isoformat(timespec="milliseconds"),
+        "operation": text(route, names.OPERATION),
+        "tenant": text(route, names.TENANT),
+        "model_requested": text(route, names.MODEL_REQUESTED),
+        "selected_model": explanation.selected_model,
+        "served_by": explanation.served_replica,
+        "strategy": explanation.strategy,
+        "outcome": explanation.outcome,
+        "error": explanation.error_code,
+        "latency_ms": explanation.total_latency_ms,
+        "ttfb_ms": None if ttfb_s is None else ttfb_s * 1000,
+        "attempts": len(explanation.attempts),
+        "fallback": explanation.fallback_triggered,
+        "cache_hit": explanation.outcome == "cached" or explanation.cache_hit,
+        "tokens": None if usage is None else usage.total_tokens,
+        "cost_usd": explanation.cost_usd,
+    }
+
+
+def detail_of(trace: Trace, hide: Hide) -> dict[str, Any]:
+    """Everything a trace tells: the explanation, and the content if it was captured.
+
+    Args:
+        trace: Of a finished route.
+        hide: Replaces addresses of backends in JSON data.
+    """
+    found: dict[str, Any] = hide(Explanation(trace).to_dict())
+    route = trace.route.attributes
+    if any(key in route for key in _CONTENT):
+        found["content"] = {key.rpartition(".")[2]: str(route[key]) for key in _CONTENT if key in route}
+    return found
