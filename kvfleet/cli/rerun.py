@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
+import attrs
 import click
 
 from kvfleet.adapters.base import ChatResponse, Operation
@@ -80,7 +81,12 @@ async def _decide(path: Path, against: Path | None, records: Sequence[RecordedRe
     if against is not None:
         before = await decide_again(path, decided)
     after = await decide_again(against or path, decided)
-    return [move(old, new) for old, new in zip(before, after, strict=True)], len(records) - len(decided)
+    # Each is told by the trace that was recorded, which `kvfleet trace show` may still know.
+    moves = [
+        attrs.evolve(move(old, new), trace_id=one.trace.trace_id)
+        for one, old, new in zip(decided, before, after, strict=True)
+    ]
+    return moves, len(records) - len(decided)
 
 
 async def decide_again(path: Path, records: Sequence[RecordedRequest]) -> list[Explanation]:

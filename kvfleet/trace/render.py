@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from kvfleet.trace import names
-from kvfleet.trace.attributes import flag, text
+from kvfleet.trace.attributes import flag, text, texts
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.flow import PLAIN, Flow, Paint, Style
 from kvfleet.trace.records import AttemptRecord, StageRecord
@@ -53,9 +53,20 @@ def render(explanation: Explanation, *, columns: int | None = None, paint: Paint
             rows = _rows_below(explanation, step, paint, most)
             for row in rows:
                 flow.add("  " if is_last else "│ ", row, then=("  " if is_last else "│ ") + " " * 6)
+    _mirrors(flow, explanation, paint)
     if explanation.error:
         flow.add("", [(f"✗ {explanation.error_code}", paint.bad), (explanation.error, _bare)], then="  ")
     return flow.text()
+
+
+def _mirrors(flow: Flow, explanation: Explanation, paint: Paint) -> None:
+    """Whom the request was mirrored to, and whom not, and why."""
+    attributes = explanation.trace.route.attributes
+    mirrored = [explanation.labels.get(one, one) for one in texts(attributes, names.SHADOW_REPLICAS)]
+    if mirrored:
+        flow.add("", [(f"mirrored to {', '.join(mirrored)}", paint.dim)])
+    for told in texts(attributes, names.SHADOW_EXCLUDED):
+        flow.add("", [(f"not mirrored to {told}", paint.dim)])
 
 
 def _order(step: _Step) -> tuple[float, bool]:

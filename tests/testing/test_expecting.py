@@ -46,6 +46,7 @@ class TestExpectations:
                 selected: cloud
                 served_by: large
                 attempts: []
+                shadowed: [cloud]
                 ranking: [large]
                 dropped: {small: {by: filter.health}, cloud: {rule: no-such-rule}}
                 kept: [cloud]
@@ -65,6 +66,7 @@ class TestExpectations:
             "expect.selected: expected cloud, got small",
             "expect.served_by: expected large, got small",
             "expect.attempts: expected [], got [small]",
+            "expect.shadowed: expected [cloud], got []",
             "expect.ranking: expected [large], got [small]",
             "expect.dropped.small: expected it to be dropped by filter.health, got it kept",
             f"expect.dropped.cloud: expected it to be dropped [no-such-rule], got it {_CLOUD_DROPPED}",
