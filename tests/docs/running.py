@@ -23,7 +23,7 @@ A comment ``<!-- test: WORDS -->`` on the line before a block says more:
 ================  ======================================================================================================
 
 In what a command must print, ``…`` stands for anything, and a line of it alone for any lines. Identifiers, dates and
-durations are never the same twice, so any stands for any, as either of the quickstart's equal replicas does for the
+durations are never the same twice, so any stands for any, as either of two equal replicas does for the
 other; and the width of a column does not count.
 """
 
@@ -39,6 +39,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ _SAME = (
     (re.compile(r"dur=[\d.]+"), "dur=TIME"),
     (re.compile(r"\b(?:req-|chatcmpl-)?[0-9a-f]{8,32}\b"), "ID"),
     (re.compile(r'"created": ?\d+'), '"created":WHEN'),
-    (re.compile(r"(?<=demo-small)(@small-|#)[12]\b"), r"\g<1>N"),  # equal replicas take turns, and chance begins
+    (re.compile(r"(?<=\w)(@\w+-|#)[12]\b"), r"\g<1>N"),  # equal replicas take turns, and chance begins
     (re.compile(r"\s+"), " "),
 )
 _READS = ("kvfleet trace ", "kvfleet fleet ", "sort ")  # commands that may be asked again: what they read comes later
@@ -146,6 +147,24 @@ def blocks_of(page: Path) -> Iterator[Block]:
             directive = comment[1] if comment else directive if not line.strip() else ""
 
 
+_GIVEN: set[int] = set()
+_GIVING = threading.Lock()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback that are free, and that no other page was given: several run at a time."""
+    with _GIVING, contextlib.ExitStack() as stack:
+        found: list[int] = []
+        while len(found) < count:
+            one = stack.enter_context(socket.socket())
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+            if port not in _GIVEN:
+                found.append(port)
+                _GIVEN.add(port)
+        return found
+
+
 @attrs.define
 class Page:
     """A page's examples being run; a context manager that ends what they started.
@@ -163,12 +182,8 @@ class Page:
     _printed: str = attrs.field(init=False, default="")
 
     @_ports.default
-    def _free_ports(self) -> Mapping[int, int]:
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in _PORTS]
-            for one in sockets:
-                one.bind(("127.0.0.1", 0))
-            return {port: one.getsockname()[1] for port, one in zip(_PORTS, sockets, strict=True)}
+    def _own_ports(self) -> Mapping[int, int]:
+        return dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
 
     def __enter__(self) -> Self:
         shutil.copytree(ROOT / "pipelines", self.folder / "pipelines")
