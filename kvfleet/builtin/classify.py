@@ -13,7 +13,7 @@ from kvfleet.config.fields import listing
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
-from kvfleet.policy.pii import PII_PATTERNS, PIIDetector
+from kvfleet.policy.pii import PIIDetector
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
 from kvfleet.router.semantic import describe_prompt
 
@@ -63,10 +63,7 @@ class PIIClassifier:
         Raises:
             ValueError: for a type there is no pattern for; the build makes a finding of it.
         """
-        unknown = sorted(set(self.types).difference(PII_PATTERNS))
-        if unknown:
-            raise ValueError(f"no pattern for the type {unknown[0]!r}; known: {', '.join(PII_PATTERNS)}")
-        return PIIDetector({name: PII_PATTERNS[name] for name in self.types} if self.types else PII_PATTERNS)
+        return PIIDetector.of_types(self.types)
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `PII`."""

@@ -17,7 +17,7 @@ from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import Answer, RouteRequest
+from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest
 from kvfleet.trace import names
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
@@ -146,11 +146,18 @@ class Attempts:
     _made: int = attrs.field(init=False, default=0)
 
     async def __call__(
-        self, candidate: ModelConfig, *, timeout_s: float | None = None, reason: str = "first"
+        self,
+        candidate: ModelConfig,
+        *,
+        timeout_s: float | None = None,
+        reason: str = "first",
+        rewrite: Rewrite | None = None,
     ) -> Answer:
         """See `kvfleet.plugin.contract.Attempt`."""
         self._made += 1
-        one = _One(self, candidate, self._begin(candidate, reason))
+        one = _One(self, candidate, self._begin(candidate, reason), rewrite)
+        if rewrite is not None:
+            one.begun[0].attributes[names.REDACTED] = tuple(rewrite.types)
         wait_s = candidate.timeout_seconds if timeout_s is None else timeout_s
         try:
             reply = await one.call(wait_s)
@@ -192,7 +199,9 @@ class Attempts:
         self.trace.spans.append(span)
         return span, handle
 
-    def call_for(self, candidate: ModelConfig, handle: AttemptHandle, first_byte_s: float) -> Call:
+    def call_for(
+        self, candidate: ModelConfig, handle: AttemptHandle, first_byte_s: float, rewrite: Rewrite | None = None
+    ) -> Call:
         """The call, with the context it travels under."""
         request = self.request
         headers = [*request.headers, ("x-request-id", request.request_id), ("traceparent", handle.traceparent)]
@@ -200,8 +209,8 @@ class Attempts:
             headers.append(("tracestate", handle.tracestate))
         return Call(
             operation=request.operation,
-            body=request.body,
-            raw=request.raw,
+            body=request.body if rewrite is None else rewrite.body,
+            raw=request.raw if rewrite is None else b"",
             stream=request.stream,
             headers=tuple(headers),
             limits=Limits(
@@ -218,6 +227,7 @@ class _One:
     attempts: Attempts
     candidate: ModelConfig
     begun: tuple[Span, AttemptHandle]
+    rewrite: Rewrite | None = None
     started_s: float = attrs.field(init=False, default=0.0)
     _is_over: bool = attrs.field(init=False, default=False)
 
@@ -227,8 +237,10 @@ class _One:
         self.started_s = made.clock.now_s()
         made.services.load.started(candidate.id)
         made.services.health.begin(candidate.endpoint)
-        call = made.call_for(candidate, self.begun[1], wait_s)
+        call = made.call_for(candidate, self.begun[1], wait_s, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
+        if self.rewrite is not None:
+            reply = self.rewrite.restore(reply)
         if reply.events is None:
             made.services.load.answered(candidate.id, self._first_byte())
             self.end(reply.tally, None)
@@ -311,6 +323,8 @@ def _describe_tally(span: Span, tally: Tally) -> None:
     attributes[names.GEN_AI_OUTPUT_TOKENS] = usage.completion_tokens
     if usage.cached_tokens is not None:
         attributes[names.GEN_AI_CACHED_TOKENS] = usage.cached_tokens
+    if usage.cache_creation_tokens is not None:
+        attributes[names.GEN_AI_CACHE_WRITTEN_TOKENS] = usage.cache_creation_tokens
 
 
 def _describe_error(span: Span, error: BackendError) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "Observer",
     "Outcome",
     "Refusal",
+    "Rewrite",
     "RouteRequest",
     "RoutingContext",
     "Scorer",
@@ -347,11 +348,31 @@ class Strategy(Protocol):
         """The ranking: a permutation of the candidates, or the part of it that may be tried."""
 
 
+class Rewrite(Protocol):
+    """A change to what one backend is sent, and back to what it answers."""
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        """The body to send, in the OpenAI shape, instead of the request's own."""
+
+    @property
+    def types(self) -> Sequence[str]:
+        """What was taken out, for the trace: types, never values."""
+
+    def restore(self, reply: Reply) -> Reply:
+        """The answer as the caller shall have it; whatever is kept or cached of it is this one."""
+
+
 class Attempt(Protocol):
     """Makes one backend call: its live span, its limits, its error mapping, its bookkeeping."""
 
     async def __call__(
-        self, candidate: ModelConfig, *, timeout_s: float | None = None, reason: str = "first"
+        self,
+        candidate: ModelConfig,
+        *,
+        timeout_s: float | None = None,
+        reason: str = "first",
+        rewrite: Rewrite | None = None,
     ) -> Answer:
         """Call one replica; for a stream, return once its first event is there.
 
@@ -359,6 +380,7 @@ class Attempt(Protocol):
             candidate: One of the ranking's.
             timeout_s: Seconds to the first byte; the model's own limit if None.
             reason: Why this attempt is made, for the trace.
+            rewrite: A change to what this backend is sent, such as redaction; None sends the request as it is.
 
         Raises:
             BackendError: if the attempt failed; nothing has reached the client then.

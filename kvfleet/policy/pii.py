@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import attrs
@@ -109,6 +109,18 @@ class PIIDetector:
         self._compiled = {
             name: re.compile(pattern, re.ASCII if name in ours else 0) for name, pattern in self.patterns.items()
         }
+
+    @classmethod
+    def of_types(cls, types: Collection[str]) -> PIIDetector:
+        """A detector of some types; of all there are if none is named.
+
+        Raises:
+            ValueError: for a type there is no pattern for.
+        """
+        unknown = sorted(set(types).difference(PII_PATTERNS))
+        if unknown:
+            raise ValueError(f"no pattern for the type {unknown[0]!r}; known: {', '.join(PII_PATTERNS)}")
+        return cls({name: PII_PATTERNS[name] for name in types} if types else PII_PATTERNS)
 
     def detect(self, text: str) -> PIIDetectionResult:
         """What is in a text.

@@ -172,6 +172,9 @@ ATTEMPT = _name("kvfleet.attempt", "attempt", "int", "1 for the first attempt.")
 ATTEMPT_REASON = _name(
     "kvfleet.attempt.reason", "attempt", "string", "Why this attempt was made: first, or the fault of the one before."
 )
+REDACTED = _name(
+    "kvfleet.redacted", "attempt", "string[]", "Types of personal data taken out before the request left, if any was."
+)
 ATTEMPT_RECONNECTED = _name(
     "kvfleet.attempt.repeats", "attempt", "int", "Times the call was repeated on a fresh connection."
 )
@@ -189,6 +192,13 @@ GEN_AI_INPUT_TOKENS = _name(
 GEN_AI_OUTPUT_TOKENS = _name("gen_ai.usage.output_tokens", "attempt", "int", "Answer tokens.", "tokens")
 GEN_AI_CACHED_TOKENS = _name(
     "gen_ai.usage.cache_read.input_tokens", "attempt", "int", "Prompt tokens found in the cache.", "tokens"
+)
+GEN_AI_CACHE_WRITTEN_TOKENS = _name(
+    "gen_ai.usage.cache_creation.input_tokens",
+    "attempt",
+    "int",
+    "Prompt tokens written to a cache that is paid for.",
+    "tokens",
 )
 SERVER_ADDRESS = _name("server.address", "attempt", "string", "The replica's host.")
 SERVER_PORT = _name("server.port", "attempt", "int", "The replica's port.")
