@@ -363,7 +363,8 @@ def _usage(attributes: Attributes) -> Usage | None:
     if prompt is None and answer is None:
         return None
     cached = count(attributes, names.GEN_AI_CACHED_TOKENS)
-    return Usage(prompt or 0, answer or 0, (prompt or 0) + (answer or 0), cached)
+    written = count(attributes, names.GEN_AI_CACHE_WRITTEN_TOKENS)
+    return Usage(prompt or 0, answer or 0, (prompt or 0) + (answer or 0), cached, written)
 
 
 def _plain(value: AttributeValue) -> Any:
