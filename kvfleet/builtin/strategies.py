@@ -9,6 +9,7 @@ from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, RoundRobinStrategy
+from kvfleet.router.canary import CanaryStrategy
 from kvfleet.router.learned import EpsilonGreedyStrategy, Exp3Strategy, ThompsonSamplingStrategy, UCB1Strategy
 from kvfleet.router.semantic import DomainStrategy, SemanticStrategy
 from kvfleet.router.strategies import (
@@ -54,5 +55,6 @@ def kvfleet_components() -> Iterable[Component]:
         yield Component(Kind.SELECT, name, cls, stability=Stability.STABLE)
     for name, (cls, aliases) in _LEARNED.items():
         yield Component(Kind.SELECT, name, cls, aliases=aliases)
+    yield Component(Kind.SELECT, "canary", CanaryStrategy)
     yield Component(Kind.SELECT, "semantic", SemanticStrategy, needs=(DOMAIN,))
     yield Component(Kind.SELECT, "domain", DomainStrategy, needs=(DOMAIN,))

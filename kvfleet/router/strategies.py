@@ -199,7 +199,7 @@ def _condition(key: str, wanted: str) -> Condition:
 
 @attrs.define
 class WeightedStrategy:
-    """Give each model its share of the requests; a conversation stays with its model.
+    """Give each model its share of the requests; a conversation (or a tenant) stays with its model.
 
     The order of the others is drawn by the same weights (weighted rendezvous hashing, Schindelhauer and Schomaker
     2005), so when a model leaves, only its own conversations move. A model of weight 0 is chosen only if all are.
@@ -210,7 +210,10 @@ class WeightedStrategy:
         refers_to="model",
         example={"llama-70b": 0.95, "llama-70b-v2": 0.05},
     )
-    sticky: str = choice("session", of=("session", "none"), doc="What keeps to one model: a session, or nothing.")
+    sticky: str = choice(
+        "session", of=("session", "tenant", "none"), doc="What keeps to one model: a session, a tenant, or nothing."
+    )
+    salt: str = text("", doc="Another one draws anew, so that two experiments do not share their sides.")
     _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
@@ -233,8 +236,9 @@ class WeightedStrategy:
     def _draw(self, weights: Mapping[str, float], context: ScoringContext) -> dict[str, float]:
         """By model, a number that is the least with the probability of the model's share."""
         seed = context.seed
-        if context.session and self.sticky == "session":
-            seed = xxhash.xxh3_64_intdigest(context.session.encode())
+        caller = {"session": context.session, "tenant": context.tenant_id}.get(self.sticky)
+        if caller:
+            seed = xxhash.xxh3_64_intdigest(caller.encode(), xxhash.xxh3_64_intdigest(self.salt.encode()))
         keys = {}
         for name, weight in weights.items():
             uniform = (xxhash.xxh3_64_intdigest(name.encode(), seed) + 1) / (2**64 + 1)

@@ -63,6 +63,10 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_cache_affinity_hits_total", "counter", ("type",), "Requests sent where their prompt was known to be."
     ),
+    MetricInfo(
+        "kvfleet_canary_requests_total", "counter", ("model", "side", "outcome"), "What a canary is compared by."
+    ),
+    MetricInfo("kvfleet_canary_changes_total", "counter", ("model", "to"), "Steps, promotions and rollbacks."),
     MetricInfo("kvfleet_answers_total", "counter", ("stage", "hit"), "Lookups of stages that may answer at once."),
     MetricInfo("kvfleet_answer_hits_total", "counter", ("stage", "match"), "Answers from memory: `exact`, or `near`."),
     MetricInfo(
