@@ -164,6 +164,8 @@ def component(c: Component) -> str:
         facts.append("gives " + ", ".join(f"`{fact.name}`" for fact in c.gives))
     if c.must_hold:
         facts.append("must hold: it cannot be skipped")
+    if c.aliases:
+        facts.append("also called " + ", ".join(f"`{alias}`" for alias in c.aliases))
     facts.append(c.stability.value)
     lines += [f"*{'; '.join(facts)}*\n", option_table(described(c.cls))]
     return "\n".join(lines)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
+import anyio.to_thread
 import attrs
 
+from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import ComponentError
+from kvfleet.telemetry.metrics import MetricsExporter
 
-__all__ = ["ArmStats", "ArmStore"]
+__all__ = ["ArmKeeper", "ArmStats", "ArmStore", "HasServices"]
+
+log = logging.getLogger(__name__)
 
 _APPLICATION_ID = 0x6B766172
 """What SQLite keeps in the file's header, so that another program's database is not taken for ours."""
 _DECLARED_WEIGHT = 5.0
 """A model's declared quality counts as much as so many ratings."""
+_SAVE_EVERY_S = 10.0
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS arms "
     "(strategy TEXT NOT NULL, model TEXT NOT NULL, known TEXT NOT NULL, PRIMARY KEY (strategy, model)) WITHOUT ROWID"
@@ -100,7 +107,7 @@ class ArmStore:
         try:
             return {str(model): dict(json.loads(known)) for model, known in rows}
         except (ValueError, TypeError) as error:
-            raise self._unusable("a row of it is no JSON object") from error
+            raise self.unusable("a row of it is no JSON object") from error
 
     def save(self, strategy: str, known: Mapping[str, Mapping[str, Any]]) -> None:
         """Keep this for a strategy, instead of what was kept.
@@ -113,7 +120,7 @@ class ArmStore:
             # Made with its mode before SQLite opens it; its journal takes the file's mode.
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
         except OSError as error:
-            raise self._unusable(error.strerror or str(error)) from error
+            raise self.unusable(error.strerror or str(error)) from error
         rows = [(strategy, model, json.dumps(value)) for model, value in known.items()]
         with self._open() as connection:
             connection.execute("DELETE FROM arms WHERE strategy = ?", (strategy,))
@@ -128,7 +135,7 @@ class ArmStore:
                 with connection:
                     yield connection
         except sqlite3.Error as error:
-            raise self._unusable(str(error)) from error
+            raise self.unusable(str(error)) from error
 
     def _check(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -137,10 +144,82 @@ class ArmStore:
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute(_TABLE)
         elif found != _APPLICATION_ID:
-            raise self._unusable("it is something else")
+            raise self.unusable("it is something else")
 
-    def _unusable(self, why: str) -> ComponentError:
+    def unusable(self, why: str) -> ComponentError:
+        """The error for a file that cannot be used; says what to do."""
         return ComponentError(
             f"the state of learned strategies at {self.path} cannot be used: {why}; "
             "name another file under state_path, or move this one away"
         )
+
+
+class HasServices(Protocol):
+    """The part of the services that is used here."""
+
+    @property
+    def clock(self) -> Clock:
+        """The time."""
+
+    @property
+    def metrics(self) -> MetricsExporter:
+        """Counters and histograms."""
+
+    @property
+    def state_dir(self) -> Path | None:
+        """Where state outlives the process; None for nowhere."""
+
+
+@attrs.define
+class ArmKeeper:
+    """Keeps one strategy's state in a store, off the event loop, if there is one.
+
+    Attributes:
+        strategy: Its name in the store.
+        store: Where; None keeps nothing.
+        clock: Tells when it is time to save.
+        is_dirty: True if something was learned since the last save.
+    """
+
+    strategy: str = ""
+    store: ArmStore | None = None
+    clock: Clock = attrs.field(factory=SystemClock)
+    is_dirty: bool = False
+    _saved_s: float = attrs.field(init=False, default=0.0)
+
+    @classmethod
+    def of(cls, strategy: str, state_path: str, services: HasServices) -> Self:
+        """A keeper at the given path, or in the state directory if that is empty."""
+        if state_path:
+            return cls(strategy, ArmStore(Path(state_path).expanduser()), services.clock)
+        store = None if services.state_dir is None else ArmStore(services.state_dir / "learned.sqlite")
+        return cls(strategy, store, services.clock)
+
+    @property
+    def is_due(self) -> bool:
+        """True if it is time to save."""
+        return self.store is not None and self.is_dirty and self.clock.now_s() - self._saved_s >= _SAVE_EVERY_S
+
+    async def load(self) -> dict[str, dict[str, Any]]:
+        """What was kept.
+
+        Raises:
+            ComponentError: if it cannot be read.
+        """
+        self._saved_s = self.clock.now_s()
+        return {} if self.store is None else await anyio.to_thread.run_sync(self.store.load, self.strategy)
+
+    async def save(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep this, if anything was learned; a disk that fails costs the state, never a request."""
+        if self.store is None or not self.is_dirty:
+            return
+        self.is_dirty, self._saved_s = False, self.clock.now_s()
+        try:
+            await anyio.to_thread.run_sync(self.store.save, self.strategy, kept)
+        except ComponentError as error:
+            self.is_dirty = True
+            log.warning("arms_not_kept strategy=%s error=%s", self.strategy, error)
+
+    def unusable(self, why: str) -> ComponentError:
+        """The error for a state that cannot be used."""
+        return ComponentError(why) if self.store is None else self.store.unusable(why)

@@ -9,21 +9,16 @@ into a policy's drop.
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import anyio.to_thread
 import attrs
 
-from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import number, text
 from kvfleet.config.schema import ModelConfig
-from kvfleet.errors import ComponentError
-from kvfleet.router.arms import ArmStats, ArmStore
+from kvfleet.router.arms import ArmKeeper, ArmStats, HasServices
 from kvfleet.router.chances import among, chances_to_be_best, draw
 from kvfleet.router.learning import Answered, RecentAnswers, result_of
 from kvfleet.router.replicas import Replicas
@@ -44,10 +39,7 @@ __all__ = [
     "compute_reward",
 ]
 
-log = logging.getLogger(__name__)
-
 _MOST_ARMS = 4096
-_SAVE_EVERY_S = 10.0
 _MOST_PENDING = 1000
 _WIDEST = 50.0
 """Exp3 keeps the logarithms of its weights within this, so that whoever was bad can still become good."""
@@ -95,22 +87,6 @@ class LearnedRanking(Ranking):
     arms: int
 
 
-class HasServices(Protocol):
-    """The part of the services that is used here."""
-
-    @property
-    def clock(self) -> Clock:
-        """The time."""
-
-    @property
-    def metrics(self) -> MetricsExporter:
-        """Counters and histograms."""
-
-    @property
-    def state_dir(self) -> Path | None:
-        """Where state outlives the process; None for nowhere."""
-
-
 _UNTRIED = ArmStats()
 
 
@@ -133,11 +109,8 @@ class LearnedStrategy:
     _arms: dict[str, ArmStats] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _answers: RecentAnswers = attrs.field(init=False, factory=RecentAnswers, repr=False, eq=False)
     _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
-    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
     _metrics: MetricsExporter | None = attrs.field(init=False, default=None, repr=False, eq=False)
-    _store: ArmStore | None = attrs.field(init=False, default=None, repr=False, eq=False)
-    _is_dirty: bool = attrs.field(init=False, default=False, repr=False, eq=False)
-    _saved_s: float = attrs.field(init=False, default=0.0, repr=False, eq=False)
+    _keeper: ArmKeeper = attrs.field(init=False, factory=ArmKeeper, repr=False, eq=False)
 
     # Choosing --------------------------------------------------------------------------------------------------------
 
@@ -230,7 +203,7 @@ class LearnedStrategy:
                 self._forget(next(iter(self._arms)))
             arm = self._arms[name] = ArmStats()
         arm.add(reward)
-        self._is_dirty = True
+        self._keeper.is_dirty = True
         self._learned(name, reward, chance, count)
 
     def _learned(self, name: str, change: float, chance: float | None, count: int) -> None:
@@ -255,7 +228,8 @@ class LearnedStrategy:
             self._show(name, 0.0)
         if result.served and outcome.served_by is not None:
             self._learn_answer(outcome, ranking, outcome.served_by, result.latency_ms)
-        await self._save_now_and_then()
+        if self._keeper.is_due:
+            await self._keeper.save(self._kept())
 
     def _learn_answer(self, outcome: Outcome, ranking: LearnedRanking, served: ModelConfig, latency_ms: float) -> None:
         quality = self._arms.get(served.name, _UNTRIED).quality(served.quality_score)
@@ -299,7 +273,7 @@ class LearnedStrategy:
         arm.rate(score, answered.score)
         self._learned(answered.model, reward - answered.reward, answered.chance, answered.arms)
         answered.reward, answered.score = reward, score
-        self._is_dirty = True
+        self._keeper.is_dirty = True
         return answered.model
 
     # Showing and keeping ---------------------------------------------------------------------------------------------
@@ -331,11 +305,8 @@ class LearnedStrategy:
 
     def provision(self, services: HasServices) -> None:
         """Find the place of the state."""
-        self._clock, self._metrics = services.clock, services.metrics
-        if self.state_path:
-            self._store = ArmStore(Path(self.state_path).expanduser())
-        elif services.state_dir is not None:
-            self._store = ArmStore(services.state_dir / "learned.sqlite")
+        self._metrics = services.metrics
+        self._keeper = ArmKeeper.of(self.name, self.state_path, services)
 
     async def aopen(self) -> None:
         """Take up what was learned before the last restart.
@@ -343,38 +314,22 @@ class LearnedStrategy:
         Raises:
             ComponentError: if the state cannot be read.
         """
-        self._saved_s = self._clock.now_s()
-        if self._store is None or self._arms:
+        if self._arms:
             return
-        kept = await anyio.to_thread.run_sync(self._store.load, self.name)
+        kept = await self._keeper.load()
         more = kept.pop("", {})
         try:
             self._arms = {name: ArmStats(**known) for name, known in kept.items()}
             self._restore(more)
         except (TypeError, ValueError) as error:
-            raise ComponentError(f"the state of {self.name} at {self._store.path} is not from this version") from error
+            raise self._keeper.unusable("it is not from this version") from error
 
     async def aclose(self) -> None:
         """Keep what was learned."""
-        await self._save()
+        await self._keeper.save(self._kept())
 
-    async def _save_now_and_then(self) -> None:
-        if self._store is not None and self._clock.now_s() - self._saved_s >= _SAVE_EVERY_S:
-            self._saved_s = self._clock.now_s()
-            await self._save()
-
-    async def _save(self) -> None:
-        """Write the state, in a thread; a disk that fails costs the state, never a request."""
-        if self._store is None or not self._is_dirty:
-            return
-        kept: dict[str, dict[str, Any]] = {name: attrs.asdict(arm) for name, arm in self._arms.items()}
-        kept[""] = self._more()
-        self._is_dirty = False
-        try:
-            await anyio.to_thread.run_sync(self._store.save, self.name, kept)
-        except ComponentError as error:
-            self._is_dirty = True
-            log.warning("arms_not_kept strategy=%s error=%s", self.name, error)
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        return {"": self._more(), **{name: attrs.asdict(arm) for name, arm in self._arms.items()}}
 
 
 @attrs.define

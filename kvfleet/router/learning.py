@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Answered", "RecentAnswers", "Result", "result_of"]
 
 _MOST_ANSWERS = 20_000
-_NOT_THE_MODELS = frozenset({*(fault.value for fault in Fault if fault.is_callers), Fault.CANCELLED.value})
-"""Faults that say nothing of the model: the caller's own, and a client that left."""
+_NOT_THE_MODELS = frozenset(f.value for f in Fault if f.is_callers or f in (Fault.CANCELLED, Fault.DEADLINE))
+"""Faults that say nothing of the model: the caller's own, its own deadline, and a client that left."""
 
 
 @attrs.frozen

@@ -31,9 +31,9 @@ EVERY: list[type[LearnedStrategy]] = [
 ]
 
 
-def model(name: str, endpoint: str = "", **known: float) -> ModelConfig:
+def model(name: str, endpoint: str = "", quality_score: float = 0.5) -> ModelConfig:
     """A model, at an address of its own unless told otherwise."""
-    return ModelConfig(name=name, endpoint=endpoint or f"http://{name}", **known)
+    return ModelConfig(name=name, endpoint=endpoint or f"http://{name}", quality_score=quality_score)
 
 
 MODELS = (model("good", quality_score=0.4), model("fair", quality_score=0.9), model("poor", quality_score=0.5))
@@ -278,4 +278,5 @@ def test_ratings_replace_the_declared_quality_by_and_by() -> None:
         arm.rate(0.2)
     assert arm.quality(0.8) == pytest.approx(0.5)
     arm.rate(0.7, instead_of=0.2)
-    assert (arm.ratings, arm.mean_rating) == (5, pytest.approx(0.3))
+    assert arm.ratings == 5
+    assert arm.mean_rating == pytest.approx(0.3)
