@@ -85,8 +85,9 @@ class RequestRecorder:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
             try:
-                await anyio.to_thread.run_sync(_append, path, batch, round(self.max_megabytes * 5e5))
-                self._counts["recorded"] += len(batch)
+                added = await anyio.to_thread.run_sync(_append, path, batch, round(self.max_megabytes * 5e5))
+                self._counts["recorded"] += added
+                self._counts["dropped"] += len(batch) - added
             except (OSError, ValueError, TypeError) as error:
                 self._counts["dropped"] += len(batch)
                 log.warning("recording failed path=%s lost=%d error=%s", path, len(batch), type(error).__name__)
@@ -117,14 +118,26 @@ def _record(outcome: Outcome, *, has_content: bool) -> RecordedRequest:
     )
 
 
-def _append(path: Path, batch: Iterable[RecordedRequest], most_bytes: int) -> None:
-    """Add lines; a file that they would overfill makes room first."""
-    lines = b"".join(record.to_line() for record in batch)
+def _append(path: Path, batch: Iterable[RecordedRequest], most_bytes: int) -> int:
+    """Add lines, and say how many; a file that one would overfill makes room first, and one that fits none is left."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size + len(lines) > most_bytes:
-        path.replace(older(path))
-    if len(lines) > most_bytes:
-        raise ValueError(f"{len(lines)} bytes at once are more than the file may hold")
+    added, pieces = 0, bytearray()
+    size = path.stat().st_size if path.exists() else 0
+    for line in (record.to_line() for record in batch):
+        if len(line) > most_bytes:
+            continue
+        if size + len(pieces) + len(line) > most_bytes:
+            _write_out(path, pieces)
+            path.replace(older(path))
+            size = 0
+            pieces.clear()
+        pieces += line
+        added += 1
+    _write_out(path, pieces)
+    return added
+
+
+def _write_out(path: Path, lines: bytearray) -> None:
     handle = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
     with os.fdopen(handle, "ab") as file:
         file.write(lines)

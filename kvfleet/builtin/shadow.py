@@ -16,11 +16,12 @@ import attrs
 
 from kvfleet.adapters.base import Operation, Usage
 from kvfleet.builtin.facts import prompt_of
+from kvfleet.builtin.mirror import mirror
 from kvfleet.config.fields import flag, listing, number, text
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError, TraceError
-from kvfleet.eval.asking import Asked, ask, similarity, text_of_answer, whole_call
-from kvfleet.eval.shadow import SHADOW_HEADER, is_sampled
+from kvfleet.eval.asking import Asked, similarity, text_of_answer
+from kvfleet.eval.shadow import is_sampled
 from kvfleet.eval.shadow_store import FILE_NAME, ShadowRow, ShadowStore
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Kind, Outcome, RouteRequest, RoutingContext
@@ -221,20 +222,14 @@ class ShadowObserver:
         await self._keep(row)
 
     async def _ask(self, job: _Job) -> Asked:
-        services, model, request = self._services, job.model, job.outcome.context.request
-        call = whole_call(
-            request.operation,
-            request.body,
-            timeout_s=self.timeout_s,
-            headers=(*request.headers, ("x-request-id", f"{request.request_id}-shadow"), SHADOW_HEADER),
-        )
+        services, model = self._services, job.model
         services.metrics.record_shadow(model.name)
         self._counts["mirrored"] += 1
         started_s = services.clock.now_s()
         services.load.started(model.id)
         asked: Asked | None = None
         try:
-            asked = await ask(services.adapters[model.id], call, timeout_s=self.timeout_s, clock=services.clock)
+            asked = await mirror(job.outcome.context, model, services, self.timeout_s)
         finally:
             is_ok = asked is not None and asked.response is not None
             services.load.finished(model.id, services.clock.now_s() - started_s, ok=is_ok)

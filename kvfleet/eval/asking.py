@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Call, ChatRequest, ChatResponse, InferenceAdapter, Limits, Operation, chunks_of
+from kvfleet.adapters.base import Call, ChatRequest, ChatResponse, InferenceAdapter, Limits, Operation, Reply, chunks_of
 from kvfleet.clock import Clock
 from kvfleet.errors import BackendError
 
@@ -53,13 +53,24 @@ def whole_call(
     return Call(operation=operation, body=plain, headers=headers, limits=limits)
 
 
-async def ask(adapter: InferenceAdapter, call: Call, *, timeout_s: float, clock: Clock) -> Asked:
-    """Make a call for a whole answer; what goes wrong is part of what is found, and only cancelling is raised."""
+async def ask(
+    adapter: InferenceAdapter,
+    call: Call,
+    *,
+    timeout_s: float,
+    clock: Clock,
+    restore: Callable[[Reply], Reply] | None = None,
+) -> Asked:
+    """Make a call for a whole answer; what goes wrong is part of what is found, and only cancelling is raised.
+
+    `restore` changes the answer before it is read.
+    """
     started_s = clock.now_s()
     response, error, fault = None, "", "ok"
     try:
         async with asyncio.timeout(timeout_s):
             reply = await adapter.send(call)
+            reply = reply if restore is None else restore(reply)
             response = ChatResponse.from_openai(orjson.loads(reply.body), endpoint=adapter.endpoint)
     except BackendError as failed:
         error, fault = failed.message, failed.kind.value

@@ -83,6 +83,7 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         markers=tuple(stage for stage in (*watching, *also) if callable(getattr(stage.component, "mark", None))),
         hash=_hash(config),
     )
+    services.execute = execute.run
     services.excluded = Guard(tuple(stage for stage in before if stage.kind is Kind.FILTER))
     findings = _provision(config, pipeline.components, services, _places(config, built))
     if findings:

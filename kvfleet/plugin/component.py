@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
-from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
+from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, RoutingContext
+from kvfleet.router.scoring import Ranking
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
@@ -107,6 +108,8 @@ class Services:
         metrics: Counters and histograms.
         find: Looks up another component by kind and name, for stages that use actions.
         adapters: By replica id; filled before the components are opened.
+        execute: The pipeline's execute stage; a stage that calls models beside the route calls them through it, so that
+            what it does to requests and answers (redaction) is done to these too.
         excluded: Who, of any models, the pipeline's filters keep from a request: each drop with its stage's name. It
             is for stages that call models beside the route, which must obey what the route obeys.
     """
@@ -118,5 +121,6 @@ class Services:
     metrics: MetricsExporter = attrs.field(factory=MetricsExporter)
     find: Callable[[Kind, str], Component] = _no_lookup
     adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)
+    execute: Callable[[RoutingContext, Ranking, Attempt], Awaitable[Answer]] | None = None
     excluded: Callable[[RoutingContext, Sequence[ModelConfig]], Sequence[tuple[str, Drop]]] = _everybody
     state_dir: Path | None = None

@@ -59,7 +59,9 @@ async def test_with_content_it_has_the_request_and_the_answer(tmp_path: Path) ->
 
 async def test_the_files_are_bounded(tmp_path: Path) -> None:
     """A full file replaces the one before it; together they keep to the limit."""
-    await record(tmp_path, 40, max_megabytes=0.01)
+    state: list[Any] = []
+    await record(tmp_path, 40, state, max_megabytes=0.01)
+    assert state[0]["recorded"] == 40
     paths = [tmp_path / "requests.jsonl", older(tmp_path / "requests.jsonl")]
     assert all(path.exists() for path in paths)
     assert sum(path.stat().st_size for path in paths) <= 10_000

@@ -191,6 +191,28 @@ class TestUnderPolicy:
             assert world.mirrored == []
             assert "the filter failed [filter.policy]" in str(explanation.trace.route.attributes)
 
+    async def test_what_the_execute_stage_takes_out_is_taken_out_of_the_mirror(self, tmp_path: Path) -> None:
+        """A pipeline that redacts for models that are not private redacts for shadow models that are not."""
+        stages = ("classify.prompt", "select.static", "execute.redacting")
+        options = {"shadow_models": ["next", "home"], "sample_rate": 1.0, "log_outputs": True}
+        cloud, home = (
+            attrs.evolve(NEXT, private=False),
+            ModelConfig(name="home", endpoint="http://home", provider="vllm"),
+        )
+        shadow = StageConfig(use="observe.shadow", options=options)
+        config = FleetConfig(
+            models=(LIVE, cloud, home),
+            pipeline=(*[StageConfig(use=use) for use in stages], shadow),
+            default_model="live",
+        )
+        echo = FakeAdapter(model_id="next", script=lambda call: FakeReply(text=call.body["messages"][0]["content"]))
+        async with living(config, tmp_path, next=echo) as world:
+            await world.ask("Write to ada.lovelace@example.com", model="live")
+            assert "ada.lovelace" not in str(world.mirrored[0].body)
+            assert "ada.lovelace" in str(world.adapters["home"].calls[0].body)
+        (row,) = (one for one in kept(tmp_path) if one.shadow == "next")
+        assert row.shadow_output == "Write to ada.lovelace@example.com"
+
 
 class TestRouting:
     async def test_exclusive_models_get_no_live_request(self) -> None:

@@ -129,7 +129,7 @@ def test_whole_sections_come_before_the_values_within() -> None:
         ("MODELS__A__NAME", "x", "models: 'a' is not the number of one of its 2 items; use 0 to 2; 2 adds one"),
         ("FLEET_NAME__X", "x", "fleet_name: holds one value, and nothing below it; shorten the variable's name"),
         ("GATEWAY__", "x", "names no setting; write it as in KVFLEET__GATEWAY__PORT"),
-        ("SHADOW__SAMPLE_RATE", "2", "shadow.sample_rate: must be between 0 and 1, not 2"),
+        ("SHADOW__SAMPLE_RATE", "2", "shadow.sample_rate: must be from 0 to 1, not 2"),
         ("DEFAULT_MODEL", "llama", "default_model: no model is called 'llama'; did you mean llama-3?"),
     ],
 )

@@ -176,7 +176,7 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
         ),
         pytest.param(
             MODEL + "shadow: {shadow_models: [nobody]}\n",
-            "f.yaml:3:25: shadow.shadow_models[0]: no model is called 'nobody'; the only one is 'm'",
+            "f.yaml:3:26: shadow.shadow_models[0]: no model is called 'nobody'; known: a",
             id="shadow-unknown-model",
         ),
         pytest.param(

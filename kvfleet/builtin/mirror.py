@@ -1,0 +1,72 @@
+"""One mirrored call, made through the pipeline's own execute stage with the shadow model as the only candidate."""
+
+from __future__ import annotations
+
+import contextlib
+
+import attrs
+import orjson
+
+from kvfleet.adapters.base import Reply
+from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import BackendError, Fault, RouteError
+from kvfleet.eval.asking import Asked, ask, whole_call
+from kvfleet.eval.shadow import SHADOW_HEADER
+from kvfleet.plugin.component import Services
+from kvfleet.plugin.contract import Answer, Rewrite, RoutingContext
+from kvfleet.router.scoring import Ranking
+
+__all__ = ["mirror"]
+
+
+async def mirror(ctx: RoutingContext, model: ModelConfig, services: Services, timeout_s: float) -> Asked:
+    """Put an answered request to a shadow model; what goes wrong is part of what is found.
+
+    The execute stage decides what the model is sent: one that redacts for models that are not private does so here.
+    """
+    attempt = _Attempt(ctx, model, services, timeout_s)
+    if services.execute is None:
+        return Asked(error="there is no pipeline to execute it", fault=Fault.PROTOCOL.value)
+    with contextlib.suppress(RouteError):  # the attempt knows why
+        await services.execute(ctx, Ranking((model,), (1.0,)), attempt)
+    return attempt.asked or Asked(error="the execute stage made no call", fault=Fault.PROTOCOL.value)
+
+
+@attrs.define
+class _Attempt:
+    """What the execute stage is given to call: the shadow model and nobody else, for a whole answer, marked."""
+
+    ctx: RoutingContext
+    model: ModelConfig
+    services: Services
+    timeout_s: float
+    asked: Asked | None = None
+
+    async def __call__(
+        self,
+        candidate: ModelConfig,
+        *,
+        timeout_s: float | None = None,  # noqa: ARG002 - a mirror has limits of its own
+        reason: str = "first",  # noqa: ARG002 - it has no trace of its own
+        rewrite: Rewrite | None = None,
+    ) -> Answer:
+        """See `kvfleet.plugin.contract.Attempt`."""
+        if candidate.id != self.model.id or self.asked is not None:
+            raise BackendError(Fault.NOT_FOUND, "a mirrored request is one call to one model")
+        request = self.ctx.request
+        call = whole_call(
+            request.operation,
+            request.body if rewrite is None else rewrite.body,
+            timeout_s=self.timeout_s,
+            headers=(*request.headers, ("x-request-id", f"{request.request_id}-shadow"), SHADOW_HEADER),
+        )
+        self.asked = await ask(
+            self.services.adapters[candidate.id],
+            call,
+            timeout_s=self.timeout_s,
+            clock=self.services.clock,
+            restore=None if rewrite is None else rewrite.restore,
+        )
+        if self.asked.response is None:
+            raise BackendError(Fault(self.asked.fault), self.asked.error)
+        return Answer(Reply(body=orjson.dumps(self.asked.response.raw)), candidate)
