@@ -153,7 +153,9 @@ class BudgetAdmission:
         """Read what this month came to so far."""
         if self._ledger is None:
             return
-        found = await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns()))
+        self._take_over(await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns())))
+
+    def _take_over(self, found: Mapping[str, Spending]) -> None:
         for account in self._every():
             account.spent = found.get(account.name, account.spent)
             # Reached before this process began: the alert has been given.
@@ -202,6 +204,11 @@ class BudgetAdmission:
     def statements(self) -> list[dict[str, object]]:
         """What each account came to this month: the fleet's, then the tenants' by name."""
         return [account.statement() for account in self._every()]
+
+    def statements_of(self, spent: Mapping[str, Spending]) -> list[dict[str, object]]:
+        """The same for a month's spending that a ledger tells, without any reservation."""
+        self._take_over(spent)
+        return self.statements()
 
     def state(self) -> Mapping[str, Any]:
         """The statements, and whether they can be written."""

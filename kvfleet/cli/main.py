@@ -31,6 +31,8 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "explain": ("Decide", "kvfleet.cli.route:explain", "Show the whole decision about a request; asks no backend."),
     "trace": ("Look", "kvfleet.cli.trace:trace", "Look at what a gateway decided."),
     "fleet": ("Look", "kvfleet.cli.fleet:fleet", "Show the models and replicas, live if a gateway runs."),
+    "tenants": ("Look", "kvfleet.cli.tenants:tenants", "Show what tenants spent, live if a gateway runs."),
+    "prices": ("Look", "kvfleet.cli.prices:prices", "Show what models cost, and where that was read."),
     "health": ("Look", "kvfleet.cli.fleet:health", "Ask every backend whether it is up."),
     "shadow": ("Evaluate", "kvfleet.cli.shadow:shadow", "Show how shadow models did beside those that answered."),
     "compare": ("Evaluate", "kvfleet.cli.compare:compare", "Put prompts to several models, side by side."),

@@ -349,7 +349,7 @@ class GatewayConfig:
     port: int = number(8000, ge=0, le=65535, doc="Port to listen on; 0 takes any free one.")
     api_key: str = secret(doc="Key that clients must send as a bearer token; none is asked for if empty.")
     api_keys: Mapping[str, str] = mapping(
-        doc="Further keys, by a name that logs may show; values are secrets.",
+        doc="Further keys, by a name that logs may show; a key named as a tenant is that tenant's. Values are secrets.",
         example={"team-a": "env:TEAM_A_KEY"},
         is_secret=True,
     )

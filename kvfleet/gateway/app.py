@@ -28,6 +28,7 @@ from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.relay import Relay
 from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.tenants import bind, statements
 from kvfleet.gateway.wire import RequestReader
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.trace.spans import SpanKind
@@ -122,6 +123,7 @@ class Gateway:
             Route("POST", "/v1/feedback", Access.KEY, self._feedback),
             Route("GET", "/v1/models", Access.KEY, self._models),
             Route("GET", "/v1/models/{id}", Access.KEY, self._model),
+            Route("GET", "/v1/tenants", Access.KEY, self._tenants),
             Route("GET", "/health", Access.KEY, self._health),
             Route("GET", "/metrics", Access.KEY, self._metrics),
             Route("GET", PATH, Access.OPEN, self.board.page),
@@ -265,7 +267,8 @@ class Gateway:
 
     async def _infer(self, operation: Operation, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)
-        request = self._reader.read(operation, raw, exchange.headers, exchange.request_id)
+        asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id)
+        request = bind(asked, exchange.caller, self.router.config.tenants)
         presence = Presence()
         presence.watch(exchange.receive)
         try:
@@ -298,7 +301,8 @@ class Gateway:
 
     async def _explain(self, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)
-        request = self._reader.read_any(raw, exchange.headers, exchange.request_id)
+        asked = self._reader.read_any(raw, exchange.headers, exchange.request_id)
+        request = bind(asked, exchange.caller, self.router.config.tenants)
         explanation = await self.router.simulate_request(request)
         await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
 
@@ -318,6 +322,10 @@ class Gateway:
         if found is None:
             raise ModelNotFoundError(f"no model is called {name[:256]!r}; GET /v1/models lists them", param="model")
         await exchange.json(200, found)
+
+    async def _tenants(self, exchange: Exchange) -> None:
+        config = self.router.config
+        await exchange.json(200, statements(self.router.state(), exchange.caller, config.tenants))
 
     async def _health(self, exchange: Exchange) -> None:
         status, report = fleet_report(self.router.state(), self.replicas, self.phase)
