@@ -314,3 +314,20 @@ def test_without_a_context_weighted_draws_anew() -> None:
     """A library's user who gives no seed does not get the same model for ever."""
     strategy = WeightedStrategy()
     assert {names(strategy.select(FLEET))[0] for _ in range(200)} == {"balanced", "cheap-fast"}
+
+
+def test_a_split_may_stick_to_tenants_and_be_drawn_anew() -> None:
+    """All of a tenant's requests are on one side; another salt puts other tenants there."""
+    models = (model("a"), model("b"))
+    sides = [
+        [
+            names(
+                WeightedStrategy(sticky="tenant", salt=salt).select(models, ScoringContext(tenant_id=f"t{i}", seed=s))
+            )[0]
+            for i in range(200)
+        ]
+        for salt, s in (("x", 1), ("x", 2), ("y", 1))
+    ]
+    assert sides[0] == sides[1]
+    assert sides[0] != sides[2]
+    assert 60 < sides[0].count("a") < 140
