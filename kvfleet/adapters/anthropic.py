@@ -24,7 +24,7 @@ __all__ = ["AnthropicAdapter"]
 
 _MODELS = "/v1/models?limit=1000"
 # An account without money is refused as if the caller had written a wrong request.
-_NO_CREDIT = re.compile(rb"credit balance|spend(?:ing)? limit|billing", re.IGNORECASE)
+_NO_CREDIT = re.compile(rb"credit balance is too low|spend limit", re.IGNORECASE)
 
 
 @attrs.define(kw_only=True)

@@ -75,7 +75,7 @@ def chat_body(
     out = {
         **_rest(body, ignored),
         "model": model,
-        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens") or max_tokens,
+        "max_tokens": _limit(body, max_tokens),
         "messages": messages,
     }
     if instruction:
@@ -92,6 +92,12 @@ def chat_body(
     if body.get("reasoning_effort") == "none" and "thinking" not in body:
         optional["thinking"] = {"type": "disabled"}
     return {**out, **{key: value for key, value in optional.items() if value}}
+
+
+def _limit(body: Mapping[str, Any], otherwise: int) -> Any:
+    """The longest answer; nought is a limit too, with which Anthropic only fills its cache."""
+    given = (body.get(key) for key in ("max_completion_tokens", "max_tokens"))
+    return next((limit for limit in given if limit is not None), otherwise)
 
 
 def _rest(body: Mapping[str, Any], ignored: Collection[str]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_the_least_body_has_the_limit_anthropic_needs() -> None:
     assert made(max_tokens=9)["max_tokens"] == 9
     assert chat_body({"messages": [USER], "max_tokens": 5}, model="c", is_stream=False, max_tokens=9)["max_tokens"] == 5
     assert made(max_completion_tokens=6)["max_tokens"] == 6
+    assert made(max_completion_tokens=0)["max_tokens"] == 0
     assert made(is_stream=True)["stream"] is True
 
 

@@ -106,6 +106,17 @@ async def test_the_package_is_kept_quiet() -> None:
     assert not importlib.import_module("logging").getLogger("LiteLLM").isEnabledFor(50)
 
 
+async def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither by a call that succeeds nor by one that fails; LiteLLM's own errors hold prompts."""
+    await mocked().send(call())
+    for answer in ("litellm.RateLimitError", "litellm.InternalServerError"):
+        with pytest.raises(BackendError):
+            await mocked(answer=answer).send(call())
+    with pytest.raises(BackendError):
+        await LiteLLMAdapter(model_id="nonsense").send(call())
+    assert capfd.readouterr() == ("", "")
+
+
 # --- answers
 
 
