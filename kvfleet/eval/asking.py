@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from kvfleet.adapters.base import Call, ChatRequest, ChatResponse, InferenceAdap
 from kvfleet.clock import Clock
 from kvfleet.errors import BackendError
 
-__all__ = ["Asked", "ask", "call_for", "mean", "median", "similarity", "text_of_answer", "whole_call"]
+__all__ = ["Asked", "ask", "call_for", "mean", "median", "quantile", "similarity", "text_of_answer", "whole_call"]
 
 _STREAMING = ("stream", "stream_options")
 _WORD = re.compile(r"\w+")
@@ -120,4 +121,13 @@ def mean(values: Sequence[float]) -> float | None:
 
 def median(values: Sequence[float]) -> float | None:
     """The median (the lower one of two in the middle); None of nothing."""
-    return sorted(values)[(len(values) - 1) // 2] if values else None
+    return quantile(values, 0.5) if values else None
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The least value that so great a share of the values does not exceed; there must be one.
+
+    >>> quantile([4, 1, 3, 2], 0.5), quantile(range(1, 101), 0.95)
+    (2, 95)
+    """
+    return sorted(values)[max(math.ceil(len(values) * share) - 1, 0)]

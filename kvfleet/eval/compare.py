@@ -11,9 +11,17 @@ import attrs
 
 from kvfleet.adapters.base import ChatRequest, ChatResponse, InferenceAdapter
 from kvfleet.clock import Clock, SystemClock
-from kvfleet.eval.asking import Asked, ask, call_for, similarity
+from kvfleet.eval.asking import Asked, ask, call_for, quantile, similarity
 
-__all__ = ["ComparisonResult", "ModelComparator", "ReplayEngine", "ReplayRecord", "ReplayResult"]
+__all__ = [
+    "CalibrationResult",
+    "ComparisonResult",
+    "ModelComparator",
+    "ReplayEngine",
+    "ReplayRecord",
+    "ReplayResult",
+    "RouteCalibrator",
+]
 
 
 @attrs.frozen
@@ -171,6 +179,42 @@ class ReplayEngine:
     def record_count(self) -> int:
         """How many there are."""
         return len(self._records)
+
+
+@attrs.frozen
+class CalibrationResult:
+    """What replays say of each model, in the terms of a fleet file.
+
+    Attributes:
+        requests: Replays looked at.
+        latency_p50_ms, latency_p95_ms: For the fields of these names; over the answers there were.
+        success_rate: Share of the replays that were answered, 0 to 1.
+        similarity: Mean likeness to the recorded answers, 0 to 1; only models with any.
+    """
+
+    requests: int
+    latency_p50_ms: Mapping[str, float] = attrs.field(factory=dict)
+    latency_p95_ms: Mapping[str, float] = attrs.field(factory=dict)
+    success_rate: Mapping[str, float] = attrs.field(factory=dict)
+    similarity: Mapping[str, float] = attrs.field(factory=dict)
+
+
+class RouteCalibrator:
+    """Measures what a fleet file declares of its models, from replays."""
+
+    def calibrate_from_replay(self, results: Sequence[ReplayResult]) -> CalibrationResult:
+        """The measures of every model among the replays."""
+        models = list(dict.fromkeys(name for one in results for name in one.latencies))
+        times = {name: [one.latencies[name] for one in results if name in one.results] for name in models}
+        asked = {name: sum(name in one.latencies for one in results) for name in models}
+        alike = {name: [one.similarities[name] for one in results if name in one.similarities] for name in models}
+        return CalibrationResult(
+            requests=len(results),
+            latency_p50_ms={name: quantile(found, 0.5) for name, found in times.items() if found},
+            latency_p95_ms={name: quantile(found, 0.95) for name, found in times.items() if found},
+            success_rate={name: len(times[name]) / asked[name] for name in models},
+            similarity={name: sum(found) / len(found) for name, found in alike.items() if found},
+        )
 
 
 def _similarities(record: ReplayRecord, compared: ComparisonResult) -> dict[str, float]:

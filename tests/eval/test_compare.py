@@ -6,7 +6,7 @@ import pytest
 
 from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse
 from kvfleet.errors import Fault
-from kvfleet.eval.compare import ModelComparator, ReplayEngine
+from kvfleet.eval.compare import ModelComparator, ReplayEngine, ReplayRecord, ReplayResult, RouteCalibrator
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
 
 REQUEST = ChatRequest([ChatMessage("system", "Be brief."), ChatMessage("user", "What is the sky?")])
@@ -77,3 +77,18 @@ async def test_records_are_bounded_and_the_newest_are_replayed() -> None:
     assert [record.response for record in engine.get_records()] == [None] * 3
     engine.clear_records()
     assert engine.get_records() == []
+
+
+def test_replays_calibrate_what_a_fleet_file_declares() -> None:
+    """Latency at the middle and the tail over the answers, the share answered, and the likeness."""
+    answer = ChatResponse("Hi.")
+    results = [
+        ReplayResult(ReplayRecord(REQUEST, "old"), {"m": answer}, {"m": float(time)}, {}, {"m": 0.5})
+        for time in range(1, 101)
+    ]
+    results += [ReplayResult(ReplayRecord(REQUEST, "old"), {}, {"m": 9999.0, "down": 1.0}, {"m": "no", "down": "no"})]
+    found = RouteCalibrator().calibrate_from_replay(results)
+    assert found.requests == 101
+    assert (found.latency_p50_ms, found.latency_p95_ms) == ({"m": 50.0}, {"m": 95.0})
+    assert found.success_rate == {"m": 100 / 101, "down": 0.0}
+    assert found.similarity == {"m": 0.5}
