@@ -65,7 +65,7 @@ def _named(table: ComponentTable, name: str) -> Sequence[Component]:
         kind, _, bare = name.partition(".")
         if kind in list(Kind):
             return [table.get(Kind(kind), bare)]
-    found = [component for component in table.components if component.name == name]
+    found = [component for component in table.components if name in (component.name, *component.aliases)]
     if not found:
         known = [c.key for c in table.components] + [c.name for c in table.components if not c.kind.is_stage]
         raise ComponentError(f"there is no component {name}; {did_you_mean(name, known)}")
