@@ -1,7 +1,7 @@
 """Personal data by Microsoft Presidio: what kvfleet's own patterns find, and what only a language model can.
 
-`PresidioClassifier` gives the same fact as the built-in `classify.pii`, so policies (`has_pii`, `pii_types`) read either.
-Presidio and its model are loaded when the pipeline opens, and work in threads of their own.
+`PresidioClassifier` gives the same fact as the built-in `classify.pii`, so policies (`has_pii`, `pii_types`) read
+either. Presidio and its model are loaded when the pipeline opens, and work in threads of their own.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ Analyze = Callable[[str], Sequence[Any]]
 class PresidioClassifier:
     """Look for personal data with Presidio in every text of the request; names of people included.
 
-    It needs `presidio-analyzer` and a spaCy model that is installed beside it; nothing is downloaded. A request with more
-    text than `max_chars` is refused: nothing is let through unread.
+    It needs `presidio-analyzer` and a spaCy model that is installed beside it; nothing is downloaded. A request with
+    more text than `max_chars` is refused: nothing is let through unread.
     """
 
     model: str = text("en_core_web_sm", doc="The spaCy model; a package that is installed, never downloaded.")
