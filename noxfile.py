@@ -86,6 +86,13 @@ def real(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The dashboard's page in headless Chromium, which the machine must have."""
+    session.install("-e", ".", *GROUPS["test"])
+    session.run("pytest", "-m", "browser", "tests/gateway", *session.posargs)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The benchmarks, as ratios measured in one run."""
     session.install(".", "-e", ".")

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from kvfleet.trace import names
-from kvfleet.trace.attributes import text
+from kvfleet.trace.attributes import is_attempt, text
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.spans import Trace
 
@@ -66,7 +66,7 @@ class RecentRoutes:
 
     def _row(self, kept: _Kept) -> dict[str, Any]:
         if kept.row is None:
-            explanation = Explanation(kept.trace)
+            explanation = Explanation(_without_scores(kept.trace))
             kept.row = {"id": str(kept.number), **row_of(explanation)}
             for stage in explanation.stages:
                 if stage.kind == "affinity":
@@ -76,6 +76,12 @@ class RecentRoutes:
     def find(self, name: str) -> Trace | None:
         """The newest trace with this number or trace identifier; None if it is not kept any more."""
         return next((k.trace for k in reversed(tuple(self._kept)) if name in (str(k.number), k.trace.trace_id)), None)
+
+
+def _without_scores(trace: Trace) -> Trace:
+    """The spans a line is made of: a large fleet's drops and scores would cost ten times the rest to read."""
+    needed = [span for span in trace.stages if is_attempt(span) or span.attributes.get(names.STAGE_KIND) == "affinity"]
+    return attrs.evolve(trace, spans=[trace.route, *needed])
 
 
 def _shortened(trace: Trace) -> Trace:
