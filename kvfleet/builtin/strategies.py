@@ -12,6 +12,7 @@ from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, Roun
 from kvfleet.router.canary import CanaryStrategy
 from kvfleet.router.learned import EpsilonGreedyStrategy, Exp3Strategy, ThompsonSamplingStrategy, UCB1Strategy
 from kvfleet.router.semantic import DomainStrategy, SemanticStrategy
+from kvfleet.router.slo import SLOStrategy
 from kvfleet.router.strategies import (
     CheapCascadeStrategy,
     CostFirstStrategy,
@@ -56,5 +57,6 @@ def kvfleet_components() -> Iterable[Component]:
     for name, (cls, aliases) in _LEARNED.items():
         yield Component(Kind.SELECT, name, cls, aliases=aliases)
     yield Component(Kind.SELECT, "canary", CanaryStrategy)
+    yield Component(Kind.SELECT, "slo", SLOStrategy)
     yield Component(Kind.SELECT, "semantic", SemanticStrategy, needs=(DOMAIN,))
     yield Component(Kind.SELECT, "domain", DomainStrategy, needs=(DOMAIN,))

@@ -202,3 +202,18 @@ def test_expansion_ignores_a_pipeline() -> None:
     """It says what the sections alone would mean."""
     assert [stage.use for stage in expand(fleet(pipeline=["filter.health"]))] == USUAL
     assert expand(FleetConfig(models=(ModelConfig(name="a"),)))[0].path == ()
+
+
+def test_the_semantic_cache_stands_behind_the_policy() -> None:
+    """Only if it is switched on, with its section's options."""
+    section = {"enabled": True, "max_size": 5, "ttl_seconds": 60, "similarity_threshold": 0.9}
+    found = expand(fleet(semantic_cache=section, policy={"enabled": True}, tenants={"t": {}}))
+    order = [stage.use for stage in found]
+    assert order.index("filter.tenant") < order.index("answer.semantic_cache") < order.index("affinity.prefix")
+    assert options_from_section(fleet(semantic_cache=section), "answer.semantic_cache") == {
+        "max_size": 5,
+        "ttl_s": 60.0,
+        "similarity_threshold": 0.9,
+        "any_temperature": False,
+    }
+    assert "answer.semantic_cache" not in uses(semantic_cache={"enabled": False})
