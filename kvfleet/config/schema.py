@@ -131,6 +131,12 @@ class ModelConfig:
     cost_per_1k_cached_input_tokens: float | None = number(
         None, ge=0, unit="usd", doc="Price of 1,000 cached prompt tokens; as other prompt tokens if absent."
     )
+    cost_per_1k_cache_write_tokens: float | None = number(
+        None,
+        ge=0,
+        unit="usd",
+        doc="Price of 1,000 prompt tokens written to a cache that is paid for; as other prompt tokens if absent.",
+    )
     long_context: LongContextPrices | None = section(None, doc="Prices for long prompts, if they differ.")
     price_source: str = text("", doc="Where the prices come from, for people; filled in if absent.")
     latency_p50_ms: float = number(

@@ -20,6 +20,7 @@ class Price:
 
     Attributes:
         prompt, cached, answer: For one token.
+        written: For a prompt token written to a cache that is paid for; as any other if None.
         long_from: Prompts longer than this are billed at `long`; None for no such border.
         long: The prices beyond it.
         knows_answer: False if only the price of prompts is known, and answers are taken to cost the same.
@@ -31,6 +32,7 @@ class Price:
     long_from: int | None = None
     long: Price | None = None
     knows_answer: bool = True
+    written: float | None = None
 
     @classmethod
     def of(cls, model: ModelConfig) -> Price | None:
@@ -41,6 +43,7 @@ class Price:
         price_in, price_out = model.cost_per_1k_input_tokens, model.cost_per_1k_output_tokens
         if price_in is None:
             return None
+        written = model.cost_per_1k_cache_write_tokens
         cached, beyond = model.cost_per_1k_cached_input_tokens, model.long_context
         long = None
         if beyond is not None:
@@ -57,18 +60,22 @@ class Price:
             beyond.from_tokens if beyond is not None else None,
             long,
             price_out is not None,
+            None if written is None else written / 1000,
         )
 
-    def cost_usd(self, prompt: float, answer: float, cached: float = 0.0) -> float:
-        """What so many tokens cost; `prompt` includes the `cached` ones.
+    def cost_usd(self, prompt: float, answer: float, cached: float = 0.0, written: float = 0.0) -> float:
+        """What so many tokens cost; `prompt` includes those `cached` and those `written` to the cache.
 
         >>> Price(2.0, 0.5, 4.0).cost_usd(10, 1, cached=4)
         18.0
         """
         if self.long_from is not None and self.long is not None and prompt > self.long_from:
-            return self.long.cost_usd(prompt, answer, cached)
+            return self.long.cost_usd(prompt, answer, cached, written)
         cached = min(cached, prompt)
-        return (prompt - cached) * self.prompt + cached * self.cached + answer * self.answer
+        cost = (prompt - cached) * self.prompt + cached * self.cached + answer * self.answer
+        if self.written is not None and written:
+            cost += min(written, prompt - cached) * (self.written - self.prompt)
+        return cost
 
 
 def cost_usd(model: ModelConfig, usage: Usage) -> float | None:
@@ -76,7 +83,8 @@ def cost_usd(model: ModelConfig, usage: Usage) -> float | None:
     price = Price.of(model)
     if price is None or (not price.knows_answer and usage.completion_tokens):
         return None
-    return price.cost_usd(usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens or 0)
+    cached, written = usage.cached_tokens or 0, usage.cache_creation_tokens or 0
+    return price.cost_usd(usage.prompt_tokens, usage.completion_tokens, cached, written)
 
 
 def with_known_prices(model: ModelConfig) -> ModelConfig:
@@ -107,6 +115,7 @@ def with_known_prices(model: ModelConfig) -> ModelConfig:
         cost_per_1k_input_tokens=found.input_cost_per_1k,
         cost_per_1k_output_tokens=found.output_cost_per_1k,
         cost_per_1k_cached_input_tokens=found.cached_input_cost_per_1k,
+        cost_per_1k_cache_write_tokens=found.cache_write_cost_per_1k,
         long_context=long,
         price_source=f"built-in list, {found.last_updated}",
     )

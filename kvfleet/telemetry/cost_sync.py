@@ -163,6 +163,7 @@ def _of_litellm(name: str, row: Mapping[str, Any], source: str) -> ModelCostInfo
         input_cost_per_1k=price_in,
         output_cost_per_1k=_per_1k(row.get("output_cost_per_token")),
         cached_input_cost_per_1k=_per_1k(row.get("cache_read_input_token_cost")),
+        cache_write_cost_per_1k=_per_1k(row.get("cache_creation_input_token_cost")),
         batch_input_cost_per_1k=_per_1k(row.get("input_cost_per_token_batches")),
         batch_output_cost_per_1k=_per_1k(row.get("output_cost_per_token_batches")),
         image_cost_per_image=row["input_cost_per_image"] if _is_price(row.get("input_cost_per_image")) else None,

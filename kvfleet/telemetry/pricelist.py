@@ -36,6 +36,7 @@ class ModelCostInfo:
     Attributes:
         model_id: The name the prices stand under.
         cached_input_cost_per_1k: Prompt tokens that the provider found in its cache.
+        cache_write_cost_per_1k: Prompt tokens that the provider was asked to write to its cache.
         batch_input_cost_per_1k, batch_output_cost_per_1k: Through the provider's batch interface.
         long_context_from_tokens: A prompt longer than this is billed, whole, at the `long_…` prices.
         image_cost_per_image: For one picture, where pictures are not billed as tokens.
@@ -47,6 +48,7 @@ class ModelCostInfo:
     input_cost_per_1k: float | None = None
     output_cost_per_1k: float | None = None
     cached_input_cost_per_1k: float | None = None
+    cache_write_cost_per_1k: float | None = None
     batch_input_cost_per_1k: float | None = None
     batch_output_cost_per_1k: float | None = None
     long_context_from_tokens: int | None = None
@@ -85,6 +87,7 @@ def _rows() -> Iterator[tuple[ModelCostInfo, tuple[str, ...]]]:
             input_cost_per_1k=_per_1k(row["input"]),
             output_cost_per_1k=_per_1k(row["output"]),
             cached_input_cost_per_1k=_per_1k(row["cached_input"]),
+            cache_write_cost_per_1k=_per_1k(row["cache_write"]),
             batch_input_cost_per_1k=_per_1k(row["batch_input"]),
             batch_output_cost_per_1k=_per_1k(row["batch_output"]),
             long_context_from_tokens=int(long_from) if long_from else None,

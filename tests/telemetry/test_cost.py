@@ -23,6 +23,15 @@ def test_cached_tokens_cost_what_cached_tokens_cost() -> None:
     assert cost_usd(model, Usage(1000, 100, 1100, 600)) == pytest.approx(0.8 + 0.3 + 0.4)
 
 
+def test_tokens_written_to_a_cache_cost_what_writing_costs() -> None:
+    """As Anthropic bills them; those cached and those written are both part of the prompt."""
+    model = priced(input=2.0, cached_input=0.5, cache_write=2.5, output=4.0)
+    usage = Usage(1000, 0, 1000, cached_tokens=600, cache_creation_tokens=300)
+    assert cost_usd(model, usage) == pytest.approx(0.3 + 0.75 + 0.2)
+    listed = with_known_prices(ModelConfig(name="m", model_id="claude-sonnet-4-6"))
+    assert listed.cost_per_1k_cache_write_tokens == 0.00375
+
+
 def test_without_a_price_of_their_own_cached_tokens_cost_the_same() -> None:
     """No discount is made up."""
     assert cost_usd(priced(input=2.0, output=4.0), Usage(1000, 0, 1000, 600)) == pytest.approx(2.0)
