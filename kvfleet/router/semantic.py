@@ -34,10 +34,10 @@ DOMAINS = (*DOMAIN_KEYWORDS, GENERAL)
 """The eight domains, and the one of everything else."""
 
 _NEUTRAL = ScoringContext()
-_LONGEST_HEAD = 4000
-_LONGEST_TAIL = 2000
+_LONGEST_HEAD = 2000
+_LONGEST_TAIL = 1000
 """Characters that are read of a long prompt: what is asked stands at its beginning or its end."""
-_LEAST = 0.9
+_LEAST = 1.0
 """What the terms of a domain must weigh; less is chance."""
 _WORD = re.compile(r"[a-z0-9]+(?:\+\+|#)?")
 _TECHNICAL = tuple(
@@ -80,13 +80,11 @@ def classify_domain(text: str) -> tuple[str, float]:
     ('general', 0.5)
     """
     scores = _scores(_read(text))
-    if not scores:
-        return GENERAL, 0.5
     domain = max(scores, key=scores.__getitem__)
     best = scores.pop(domain)
     if best < _LEAST:
         return GENERAL, 0.5
-    margin = best - max(scores.values(), default=0.0)
+    margin = best - max(scores.values())
     return domain, round(min(1.0, 0.5 + 0.1 * margin), 4)
 
 
@@ -103,14 +101,15 @@ def _scores(text: str) -> dict[str, float]:
     for at, word in enumerate(words):
         if word in _FIRST_WORDS:
             found.update(phrase for n in (2, 3, 4) if (phrase := " ".join(words[at : at + n])) in _TERMS)
-    scores: dict[str, float] = {}
+    scores = dict.fromkeys(DOMAIN_KEYWORDS, 0.0)  # of two that weigh the same the first named wins, always
     for term in found:
         for domain, weight in _TERMS[term]:
-            scores[domain] = scores.get(domain, 0.0) + weight
+            scores[domain] += weight
     for domain, pattern, weight in PATTERNS:
         if pattern.search(text):
-            scores[domain] = scores.get(domain, 0.0) + weight
-    return scores
+            scores[domain] += weight
+    # A set has no order, and sums of floats depend on theirs.
+    return {domain: round(score, 6) for domain, score in scores.items()}
 
 
 def _singular(word: str) -> str:
