@@ -24,6 +24,7 @@ from kvfleet.plugin.contract import (
     Lease,
     Outcome,
     Refusal,
+    Rewrite,
     RoutingContext,
 )
 from kvfleet.policy.engine import PolicyContext
@@ -289,12 +290,18 @@ class _Attempts:
     made: list[ModelConfig] = attrs.field(init=False, factory=list)
 
     async def __call__(
-        self, candidate: ModelConfig, *, timeout_s: float | None = None, reason: str = "first"
+        self,
+        candidate: ModelConfig,
+        *,
+        timeout_s: float | None = None,
+        reason: str = "first",
+        rewrite: Rewrite | None = None,
     ) -> Answer:
         self.made.append(candidate)
         if len(self.made) <= self.failures:
             raise BackendError(self.fault, f"tried on purpose, {reason}, {timeout_s} s")
-        return Answer(Reply(body=b'{"choices":[]}'), candidate)
+        reply = Reply(body=b'{"choices":[]}')
+        return Answer(reply if rewrite is None else rewrite.restore(reply), candidate)
 
 
 async def check_execute(trial: Trial) -> list[str]:

@@ -112,6 +112,7 @@ class PresidioClassifier:
                 f"classify.presidio needs presidio-analyzer and the spaCy model {self.model!r}: "
                 f"pip install 'kvfleet-presidio[analyzer]', and the model's own wheel ({error.name} is missing)"
             ) from error
+        _stay_offline()
         models = [{"lang_code": self.language, "model_name": self.model}]
         provider = engines.NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models})
         engine = presidio.AnalyzerEngine(nlp_engine=provider.create_engine(), supported_languages=[self.language])
@@ -120,6 +121,15 @@ class PresidioClassifier:
             return engine.analyze(text, language=self.language, entities=list(self.entities))
 
         return analyze
+
+
+def _stay_offline() -> None:
+    """Keep Presidio's check of e-mail domains to the installed list of suffixes; by default it fetches a newer one.
+
+    The extractor it uses is its library's default one, so others in this process go without the newer list too.
+    """
+    tldextract = importlib.import_module("tldextract.tldextract")
+    tldextract.TLD_EXTRACTOR.suffix_list_urls = ()
 
 
 def _types_in(analyze: Analyze, texts: Sequence[str], min_score: float) -> list[str]:
