@@ -108,6 +108,7 @@ def _record(outcome: Outcome, *, has_content: bool) -> RecordedRequest:
         region=ctx.region,
         session=request.session,
         tags=dict(request.tags),
+        condition_headers=dict(request.condition_headers),
         seed=ctx.seed,
         has_content=has_content,
         model=served.name if served is not None else "",

@@ -120,6 +120,7 @@ async def _again(router: Router, one: RecordedRequest) -> Explanation:
         region=one.region,
         session=one.session,
         tags=one.tags,
+        condition_headers=one.condition_headers,
         seed=one.seed,
     )
     try:

@@ -38,6 +38,7 @@ class RecordedRequest:
 
     Attributes:
         body: The OpenAI body; without its texts unless `has_content`.
+        condition_headers: The headers that the policy's conditions read.
         model: The model that answered; empty if none did.
         trace: The decision's record.
         answer: The answer's text, if content was recorded.
@@ -55,6 +56,7 @@ class RecordedRequest:
     region: str = ""
     session: str = ""
     tags: Mapping[str, str] = attrs.field(factory=dict)
+    condition_headers: Mapping[str, str] = attrs.field(factory=dict)
     seed: int = 0
     has_content: bool = False
     model: str = ""

@@ -32,7 +32,9 @@ async def record(
     router = Router(config, table=TABLE, clock=FrozenClock(), adapters=adapters, polls=False, seed=3, state_dir=folder)
     async with router:
         for _ in range(number):
-            await router.dispatch(RouteRequest(body=BODY, tenant="t", session="s", tags={"k": "v"}))
+            await router.dispatch(
+                RouteRequest(body=BODY, tenant="t", session="s", tags={"k": "v"}, condition_headers={"x-tier": "1"})
+            )
             await router.settled()
     if state is not None:
         state.append(router.state()["stages"]["observe.record"])
@@ -43,6 +45,7 @@ async def test_without_content_a_record_has_the_decision_and_no_text(tmp_path: P
     """Who asked, how it was decided, and what it took."""
     (one,) = await record(tmp_path)
     assert (one.tenant, one.tags, one.model, one.model_requested) == ("t", {"k": "v"}, "m", "auto")
+    assert one.condition_headers == {"x-tier": "1"}
     assert Explanation(one.trace).selected_model == "m"
     assert one.completion_tokens
     written = (tmp_path / "requests.jsonl").read_bytes()
