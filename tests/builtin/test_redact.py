@@ -130,6 +130,15 @@ async def test_a_private_model_gets_the_original(stream: bool) -> None:
         assert orjson.loads(sent.raw) == sent.body
 
 
+async def test_a_long_request_is_redacted_too() -> None:
+    """It is looked through off the event loop."""
+    async with house() as one:
+        body = {"model": "cloud", "messages": [{"role": "user", "content": f"{'word ' * 4000}{TEXT}"}]}
+        await one.router.dispatch(RouteRequest(body=body, raw=orjson.dumps(body), model="cloud"))
+        assert "[EMAIL_1]" in one.sent("cloud")
+        assert not any(secret in one.sent("cloud") for secret in SECRETS)
+
+
 async def test_the_trace_says_what_was_taken_out_and_no_value() -> None:
     """Types on the attempt; neither value nor placeholder anywhere."""
     async with house(failing=("spare",)) as one:
