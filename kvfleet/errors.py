@@ -13,6 +13,7 @@
     │   ├── ModelNotFoundError      404: nobody is called that
     │   ├── NoCandidatesError       403 or 503: every candidate was dropped, and why
     │   ├── AdmissionError          429: refused before any backend was asked
+    │   │   └── QuotaError          429: a budget is used up
     │   ├── StageError              500: a stage that must not fail, failed
     │   ├── DeadlineExceededError   504: the request's own deadline passed
     │   └── AttemptsExhaustedError  502..504, or the backend's own status: every attempt failed
@@ -48,6 +49,7 @@ __all__ = [
     "ModelNotFoundError",
     "NoCandidatesError",
     "PluginError",
+    "QuotaError",
     "RouteError",
     "StageError",
     "TraceError",
@@ -234,6 +236,13 @@ class AdmissionError(RouteError):
     status = 429
     code = "rate_limit_exceeded"
     type = "rate_limit_error"
+
+
+class QuotaError(AdmissionError):
+    """429: a budget is used up; says when there is money again, if ever."""
+
+    code = "insufficient_quota"
+    type = "insufficient_quota"
 
 
 class StageError(RouteError):

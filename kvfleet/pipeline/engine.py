@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 
 from kvfleet.clock import Clock
-from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, RouteError, StageError
+from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.contract import Affinity, Answer, Drop, Kind, Lease, Refusal, RoutingContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
@@ -108,9 +108,8 @@ class Decision:
         span.attributes[names.REFUSAL] = got.reason
         if got.retry_after_s is not None:
             span.attributes[names.RETRY_AFTER_S] = got.retry_after_s
-        raise AdmissionError(
-            got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key}
-        )
+        refused = QuotaError if got.code == QuotaError.code else AdmissionError
+        raise refused(got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key})
 
     async def answer(self, stage: BoundStage, span: Span) -> Answer | None:
         """The short-circuit answer, if there is one."""
