@@ -13,7 +13,15 @@ import orjson
 import pytest
 
 from kvfleet.clock import FrozenClock
-from kvfleet.config.schema import FleetConfig, ModelConfig, PolicyConfig, TelemetryConfig, TraceStoreConfig
+from kvfleet.config.schema import (
+    FleetConfig,
+    GatewayConfig,
+    ModelConfig,
+    PolicyConfig,
+    TelemetryConfig,
+    TenantConfig,
+    TraceStoreConfig,
+)
 from kvfleet.errors import RouteError
 from kvfleet.gateway.board import Board
 from kvfleet.gateway.exchange import Exchange
@@ -93,6 +101,17 @@ class TestAuth:
         assert (await call(app, "GET", path)).status == 401
         assert (await call(app, "GET", path, headers={"Authorization": "Bearer wrong"})).status == 401
         assert (await call(app, "GET", f"{path}?key=s3cret")).status == 401
+
+    @pytest.mark.parametrize("path", ["/dashboard/api/state", "/dashboard/api/route/1", "/dashboard/events"])
+    async def test_a_tenant_s_key_does_not_open_it(self, path: str) -> None:
+        """It shows what all tenants ask for and spend, so it is for the operator's keys."""
+        gate = GatewayConfig(api_key="operator", api_keys={"team-a": "tenant"})
+        config = attrs.evolve(fleet(), tenants={"team-a": TenantConfig()}, gateway=gate)
+        app = await gateway(FakeRouter(config))
+        answer = await call(app, "GET", path, headers={"Authorization": "Bearer tenant"})
+        assert (answer.status, answer.json["error"]["code"]) == (403, "operators_only")
+        state = await call(app, "GET", "/dashboard/api/state", headers={"Authorization": "Bearer operator"})
+        assert state.status == 200
 
 
 class TestState:

@@ -12,15 +12,18 @@ import httpx
 import pytest
 
 from kvfleet.config.schema import (
+    BudgetConfig,
     FleetConfig,
     GatewayConfig,
     ModelConfig,
     PolicyConfig,
     TelemetryConfig,
+    TenantConfig,
     TraceStoreConfig,
 )
 from kvfleet.gateway.dashboard import DashboardState, start_dashboard
 from kvfleet.gateway.server import Serving, running
+from kvfleet.runtime import Router
 from tests.gateway.chromium import CHROMIUM, Browser, Tab, chromium
 
 pytestmark = [
@@ -180,6 +183,42 @@ async def test_it_fits_and_can_be_read(browser: Browser, tmp_path: Path, width: 
         )
         assert await tab.run(CONTRAST) == []
         assert tab.errors == []
+
+
+@pytest.mark.parametrize("width", [1200, 360])
+async def test_budgets_have_a_section_if_the_fleet_has_them(browser: Browser, tmp_path: Path, width: int) -> None:
+    """What stages tell of themselves is shown under its own name, also on a phone, and nothing sticks out."""
+    config = attrs.evolve(
+        FLEET,
+        budget=BudgetConfig(enabled=True, monthly_budget_usd=5000),
+        tenants={"team-a": TenantConfig(budget=BudgetConfig(enabled=True, monthly_budget_usd=50))},
+    )
+    async with running(config, router=Router(config, state_dir=tmp_path)) as serving:
+        tab = await opened(browser, f"{serving.url}/dashboard", width)
+        await tab.until("document.querySelector('#stages section[aria-label=Budgets] tbody')")
+        shown = await text(tab, "#stages section[aria-label=Budgets]")
+        assert "$5000.00" in shown
+        assert "team-a" in shown
+        assert await tab.run("document.documentElement.scrollWidth <= innerWidth") is True
+        cramped = "[...document.querySelectorAll('td, th')].filter(c => c.textContent && c.clientWidth < 18).length"
+        assert await tab.run(cramped) == 0
+        assert tab.errors == []
+
+
+async def test_a_tenant_s_key_is_told_why_it_does_not_open(browser: Browser) -> None:
+    """The page says so, and asks for another key."""
+    config = attrs.evolve(
+        FLEET,
+        tenants={"team-a": TenantConfig()},
+        gateway=GatewayConfig(api_key="operator", api_keys={"team-a": "theirs"}),
+    )
+    async with running(config) as serving:
+        tab = await opened(browser, f"{serving.url}/dashboard")
+        await tab.until("!document.querySelector('#door').hidden")
+        await tab.type("theirs")
+        await tab.press("Enter")
+        await tab.until("document.querySelector('#refusal').textContent.includes('all tenants')")
+        assert await tab.run("document.querySelector('#board').hidden") is True
 
 
 async def test_the_colours_can_be_switched_and_stay(browser: Browser) -> None:

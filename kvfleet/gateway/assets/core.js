@@ -66,7 +66,8 @@ function table(label, rows, columns, none) {
   const head = shown.map(([title, , isNumber]) => make(isNumber ? "th.num" : "th", { scope: "col" }, title));
   const body = rows.map((row) => make("tr", {}, shown.map(([title, cell, isNumber]) =>
     make(isNumber ? "td.num" : "td", { "data-label": title }, cell(row)))));
-  return make("table", { "aria-label": label }, make("thead", {}, make("tr", {}, head)), make("tbody", {}, body));
+  return make("div.scroll", {},
+    make("table", { "aria-label": label }, make("thead", {}, make("tr", {}, head)), make("tbody", {}, body)));
 }
 function pairs(data, kind) {
   return make(kind || "dl.pairs", {}, Object.entries(data).map(([key, value]) =>
@@ -92,6 +93,7 @@ async function ask(path, options) {
   if (answer.status === 401) throw new Refused(key ? "That key is not one of this gateway's." : "");
   if (!answer.ok) {
     const said = await answer.json().catch(() => null);
+    if (answer.status === 403) throw new Refused(said?.error?.message || "That key may not see the dashboard.");
     throw new Error(said?.error?.message || `the gateway answered ${answer.status}`);
   }
   return answer;

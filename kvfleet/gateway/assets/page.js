@@ -63,19 +63,39 @@ function routes(list) {
 }
 
 // What stages and programs tell of themselves has no fixed shape: numbers and words in cards, lists of things as tables.
-const plain = (value) => (typeof value === "number" ? (Number.isInteger(value) ? whole(value) : Number(value.toPrecision(4))) :
-  typeof value === "boolean" ? (value ? "yes" : "no") : value === null ? "–" : Array.isArray(value) ? value.join(", ") : String(value));
+const MOST_LINES = 50;
+const titled = (key) => words(key.replace(/_(?:usd|s)$/, "").replace(/_pct$/, " %"));
 const isThing = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+function plain(value, key) {
+  if (value === null || value === undefined || value === "") return "–";
+  if (typeof value === "boolean") return value ? "yes" : "no";
+  if (Array.isArray(value)) return value.map((one) => plain(one)).join(", ") || "–";
+  if (isThing(value)) return Object.entries(value).map(([name, one]) => `${words(name)} ${plain(one, name)}`).join(", ") || "–";
+  if (typeof value !== "number") return String(value);
+  if (/usd/.test(key)) return dollars(value);
+  if (/_pct$/.test(key)) return Number(value.toPrecision(3)) + " %";
+  if (/_s$/.test(key)) return value < 120 ? duration(value * 1000) : span(value);
+  return Number.isInteger(value) ? whole(value) : Number(value.toPrecision(4));
+}
+function things(title, list) {
+  // What is nothing for everybody is left out where there is much to tell.
+  const all = [...new Set(list.flatMap((one) => Object.keys(one)))];
+  const keys = all.length > 8 ? all.filter((key) => list.some((one) => one[key])) : all;
+  const isNumber = (key) => list.some((one) => typeof one[key] === "number");
+  const more = list.length > MOST_LINES && make("p.soft", {}, `… and ${whole(list.length - MOST_LINES)} more`);
+  return [table(title, list.slice(0, MOST_LINES),
+    keys.map((key) => [titled(key), (one) => (one[key] === null ? "" : plain(one[key], key)), isNumber(key)]), "none"), more];
+}
 function card(title, state) {
   const own = Object.entries(state).filter(([, value]) => !isThing(value) && !(Array.isArray(value) && value.some(isThing)));
   const nested = Object.entries(state).filter(([, value]) => isThing(value));
   const lists = Object.entries(state).filter(([, value]) => Array.isArray(value) && value.some(isThing));
-  return make("div.card", {}, make("h3", {}, title),
-    own.length ? pairs(Object.fromEntries(own.map(([key, value]) => [words(key), plain(value)]))) : [],
+  return make(lists.length ? "div.card.wide" : "div.card", {}, make("h3", {}, title),
+    own.length ? pairs(Object.fromEntries(own.map(([key, value]) => [titled(key), plain(value, key)]))) : [],
     nested.map(([key, value]) => card(words(key), value)),
-    lists.map(([key, value]) => value.map((one, i) => isThing(one) && card(one.name || `${words(key)} ${i + 1}`, one))));
+    lists.map(([key, value]) => things(words(key), value.filter(isThing))));
 }
-const GROUPS = [[/rate_?limit/, "Rate limits"], [/budget|quota/, "Budgets"], [/experiment|canary|rollout|bandit/, "Experiments"], [/slo/, "Objectives"], [/./, "Stages"]];
+const GROUPS = [[/rate_?limit/, "Rate limits"], [/budget|quota/, "Budgets"], [/experiment|canary|rollout|bandit/, "Experiments"], [/slo/, "Objectives"], [/shadow|mirror/, "Shadow traffic"], [/./, "Stages"]];
 function sections(state) {
   const things = { ...(state.stages || {}) };
   const groups = new Map();
