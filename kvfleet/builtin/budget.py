@@ -107,7 +107,8 @@ class BudgetAdmission:
     _metrics: MetricsExporter = attrs.field(
         init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
     )
-    _prices: dict[str, Price | None] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _prices: tuple[Price | None, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
+    _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _shared: tuple[Account, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
     _accounts: dict[str, tuple[Account, ...]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _ledger: Ledger | None = attrs.field(init=False, default=None, repr=False, eq=False)
@@ -124,8 +125,11 @@ class BudgetAdmission:
         """
         self._clock, self._metrics = services.clock, services.metrics
         self._open_accounts()
-        self._prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
-        unpriced = sorted({m.name for m in services.models if m.enabled and self._prices[m.id] is None})
+        prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
+        self._prices = tuple(dict.fromkeys(prices.values()))  # there are far fewer than replicas
+        place = {price: i for i, price in enumerate(self._prices)}
+        self._by_id = {replica: place[price] for replica, price in prices.items()}
+        unpriced = sorted({model.name for model in services.models if model.enabled and prices[model.id] is None})
         refusing = [name for name, budget in self._budgets() if budget.enabled and budget.unknown_price == "refuse"]
         if unpriced and refusing:
             what = f"nobody knows the price of {', '.join(unpriced)}, so no budget ({', '.join(refusing)}) can hold it"
@@ -185,8 +189,12 @@ class BudgetAdmission:
 
     def _dearest(self, ctx: RoutingContext, prompt: int, answer: int) -> float:
         """The most that any candidate left would cost, in US dollars; unknown prices count as nothing."""
-        known = self._prices
-        prices = {known[model.id] if model.id in known else Price.of(model) for model in ctx.candidates}
+        known = self._by_id
+        try:
+            places = {known[model.id] for model in ctx.candidates}
+            prices = [self._prices[place] for place in places]
+        except KeyError:  # a model that is not of the fleet, as in a test
+            prices = [Price.of(model) for model in ctx.candidates]
         return max((price.cost_usd(prompt, answer) for price in prices if price is not None), default=0.0)
 
     def settle(self, reservation: Reservation, spending: Spending) -> None:

@@ -89,9 +89,14 @@ class Spending:
 
     def plus(self, more: Spending) -> Spending:
         """Both together."""
-        mine, theirs = attrs.astuple(self), attrs.astuple(more)
-        names = [field.name for field in attrs.fields(Spending)]
-        return Spending(**{name: a + b for name, a, b in zip(names, mine, theirs, strict=True)})
+        return Spending(
+            nano_usd=self.nano_usd + more.nano_usd,
+            requests=self.requests + more.requests,
+            prompt_tokens=self.prompt_tokens + more.prompt_tokens,
+            completion_tokens=self.completion_tokens + more.completion_tokens,
+            cached_tokens=self.cached_tokens + more.cached_tokens,
+            unpriced=self.unpriced + more.unpriced,
+        )
 
 
 @attrs.define
@@ -164,6 +169,7 @@ class Account:
     refused: int = attrs.field(init=False, default=0)
     is_alerted: bool = attrs.field(init=False, default=False)
     minute: Minute = attrs.field(init=False, factory=Minute)
+    _ends_ns: int = attrs.field(init=False, default=0)
 
     @month.default
     def _now(self) -> str:
@@ -181,7 +187,11 @@ class Account:
 
     def roll(self) -> None:
         """Begin a new month if it is one: what is in flight is still billed to the month it was let in."""
-        month = self._now()
+        now_ns = self.clock.time_ns()
+        if now_ns < self._ends_ns:
+            return
+        self._ends_ns = now_ns + round(until_next_month_s(now_ns) * 1e9)
+        month = month_of(now_ns)
         if month != self.month:
             self.month, self.spent = month, Spending()
             self.reserved = self.refused = 0
