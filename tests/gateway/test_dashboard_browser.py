@@ -236,6 +236,15 @@ async def test_the_colours_can_be_switched_and_stay(browser: Browser) -> None:
         assert await tab.run(ground) == dark
 
 
+async def test_the_measure_of_contrast_sees_what_is_faint(browser: Browser) -> None:
+    """A measure that found nothing anywhere would let every page pass."""
+    async with running(FLEET) as serving:
+        tab = await opened(browser, f"{serving.url}/dashboard")
+        await tab.until("!document.querySelector('#board').hidden")
+        await tab.run("document.querySelector('#about').style.color = '#c0c4ca'")
+        assert len(await tab.run(CONTRAST)) == 1
+
+
 async def test_everything_has_a_name(browser: Browser) -> None:
     """What can be used, and every picture, table and part of the page, has a name that is read aloud."""
     async with running(FLEET) as serving:
