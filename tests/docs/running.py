@@ -42,7 +42,7 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -52,99 +52,22 @@ import ruamel.yaml
 from kvfleet.config.loader import check_config
 from kvfleet.pipeline.build import check
 from kvfleet.plugin.manager import ComponentTable
+from tests.docs.pages import ROOT, Block, ExampleError, commands_of, matches
 
-__all__ = ["Block", "ExampleError", "Page", "blocks_of"]
+__all__ = ["Page", "free_ports"]
 
-ROOT = Path(__file__).parent.parent.parent
 LANGUAGES = ("console", "json", "python", "text", "toml", "yaml")
 DIRECTIVES = ("background", "output", "plain", "skip", "status")
 
-_FENCE = re.compile(r"^( *)```(\w*)[^`]*$")
-_COMMENT = re.compile(r"^ *<!-- test: (.+?) -->$")
-_FILE = re.compile(r"^# (\S+\.\w+)$")
 _PORTS = (8000, 4318)
 _PORT = r"(?P<before>127\.0\.0\.1:|127\.0\.0\.1\", |localhost:|0\.0\.0\.0:|--port |port: )%s\b"
 _INSTALLS = re.compile(
     r"python3 -m venv \.venv && \.venv/bin/pip install [^&]+ && |(?:\.venv/bin/)?pip install -e (\S+)$"
 )
-_SAME = (
-    (re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?(?:Z|\+00:00)?"), "WHEN"),
-    (re.compile(r"\b\d\d-\d\d \d\d:\d\d:\d\d\b"), "WHEN"),
-    (re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT"), "WHEN"),
-    (re.compile(r"<?\b\d[\d.,]* ?(?:ms|µs|s)\b"), "TIME"),
-    (re.compile(r"dur=[\d.]+"), "dur=TIME"),
-    (re.compile(r"\b(?:req-|chatcmpl-)?[0-9a-f]{8,32}\b"), "ID"),
-    (re.compile(r'"created": ?\d+'), '"created":WHEN'),
-    (re.compile(r"(?<=\w)(@\w+-|#)[12]\b"), r"\g<1>N"),  # equal replicas take turns, and chance begins
-    (re.compile(r"\s+"), " "),
-)
 _READS = ("kvfleet trace ", "kvfleet fleet ", "sort ")  # commands that may be asked again: what they read comes later
 _START_S = 30.0
 _PATIENCE_S = 8.0
 _COMMAND_S = 60.0
-
-
-class ExampleError(AssertionError):
-    """An example that does not do what the page says; names the page and the line."""
-
-
-@attrs.frozen
-class Block:
-    """One fenced block.
-
-    Attributes:
-        page: The page, from the repository's root.
-        line: Of its opening fence, from 1.
-        language: What it is.
-        text: What stands in it.
-        directive: What the comment before it says; empty without one.
-    """
-
-    page: str
-    line: int
-    language: str
-    text: str
-    directive: str = ""
-
-    @property
-    def word(self) -> str:
-        """The directive's first word."""
-        return self.directive.partition(" ")[0]
-
-    @property
-    def rest(self) -> str:
-        """The directive's other words."""
-        return self.directive.partition(" ")[2]
-
-    @property
-    def file(self) -> str:
-        """The file it is, if its first line names one."""
-        found = _FILE.match(self.text.partition("\n")[0])
-        return found[1] if found else ""
-
-    def wrong(self, what: str) -> ExampleError:
-        """The error for this block."""
-        return ExampleError(f"{self.page}:{self.line}: {what}")
-
-
-def blocks_of(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page, in order."""
-    name = str(page.relative_to(ROOT))
-    opened: tuple[int, str, str, str] | None = None
-    lines: list[str] = []
-    directive = ""
-    for number, line in enumerate(page.read_text().splitlines(), 1):
-        fence = _FENCE.match(line)
-        if opened is None and fence:
-            opened, lines = (number, fence[2], fence[1], directive), []
-        elif opened is not None and line.strip() == "```":
-            yield Block(name, opened[0], opened[1], "\n".join(lines) + "\n", opened[3])
-            opened, directive = None, ""
-        elif opened is not None:
-            lines.append(line.removeprefix(opened[2]))
-        else:
-            comment = _COMMENT.match(line)
-            directive = comment[1] if comment else directive if not line.strip() else ""
 
 
 _GIVEN: set[int] = set()
@@ -176,12 +99,12 @@ class Page:
 
     folder: Path
     table: ComponentTable
-    _ports: Mapping[int, int] = attrs.field(init=False)
+    ports: Mapping[int, int] = attrs.field(init=False)
     _servers: dict[int, subprocess.Popen[str]] = attrs.field(init=False, factory=dict)
     _fleet: dict[str, object] = attrs.field(init=False, factory=dict)
     _printed: str = attrs.field(init=False, default="")
 
-    @_ports.default
+    @ports.default
     def _own_ports(self) -> Mapping[int, int]:
         return dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True))
 
@@ -280,7 +203,7 @@ class Page:
     # Commands --------------------------------------------------------------------------------------------------------
 
     def _console(self, block: Block) -> None:
-        commands = list(_commands(block.text))
+        commands = list(commands_of(block.text))
         if not commands:
             raise block.wrong("no line begins with `$ `")
         if block.word == "background":
@@ -332,10 +255,10 @@ class Page:
         said = self.folder / "home" / f"server-{port}.log"
         with said.open("w") as out:
             server = subprocess.Popen(  # noqa: S603 - the pages are our own
-                ["bash", "-c", _WITH_MEMORY, "bash", "exec env " + self._here(self._installed(command))],  # noqa: S607
+                ["bash", "-c", _SERVER, "bash", self._here(self._installed(command))],  # noqa: S607
                 cwd=self.folder,
                 env=self._environment(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -343,7 +266,7 @@ class Page:
             )
         self._servers[port] = server
         by_s = time.monotonic() + _START_S
-        while not self._listens(port):
+        while not self.listens(port):
             if server.poll() is not None or time.monotonic() > by_s:
                 raise block.wrong(f"`{command}` does not listen:\n{said.read_text()}")
             time.sleep(0.05)  # a process of its own cannot be waited for in another way
@@ -357,9 +280,9 @@ class Page:
             else:
                 return
 
-    def _listens(self, port: int) -> bool:
+    def listens(self, port: int) -> bool:
         with socket.socket() as one:
-            return one.connect_ex(("127.0.0.1", self._ports[port])) == 0
+            return one.connect_ex(("127.0.0.1", self.ports[port])) == 0
 
     def _environment(self) -> dict[str, str]:
         home = self.folder / "home"
@@ -371,7 +294,7 @@ class Page:
             "LANG": "C.UTF-8",
             "TZ": "UTC",
             "NO_PROXY": "127.0.0.1,localhost",
-            "KVFLEET__GATEWAY__PORT": str(self._ports[8000]),
+            "KVFLEET__GATEWAY__PORT": str(self.ports[8000]),
         }
 
     # What is different here ------------------------------------------------------------------------------------------
@@ -388,90 +311,53 @@ class Page:
 
     def _here(self, text: str) -> str:
         """A text of the page with the ports that are free here."""
-        for shown, real in self._ports.items():
+        for shown, real in self.ports.items():
             text = re.sub(_PORT % shown, rf"\g<before>{real}", text)
         return text
 
     def _compare(self, block: Block, shown: Sequence[str], printed: str, who: str) -> None:
         __tracebackhide__ = True
-        for port, real in self._ports.items():
+        for port, real in self.ports.items():
             printed = re.sub(_PORT % real, rf"\g<before>{port}", printed)
-        if not _matches(shown, printed.rstrip().splitlines()):
+        if not matches(shown, printed.rstrip().splitlines()):
             told = "\n".join(shown)
             raise block.wrong(f"{who} printed\n\n{printed}\nwhere the page has\n\n{told}")
 
 
-_WITH_MEMORY = """
+_BEGIN = """
 page=$PWD
 [ -f home/exports ] && . home/exports
 cd "$page"; [ -f home/cwd ] && cd "$(cat home/cwd)"
+"""
+"""Bash that begins where the command before it ended: the same folder, the same exported variables."""
+
+_WITH_MEMORY = f"""{_BEGIN}
 eval "$1"; status=$?
 pwd > "$page/home/cwd"; declare -px > "$page/home/exports"
 exit $status
 """
-"""Bash that begins where the command before it ended: the same folder, the same exported variables."""
-
-
-def _commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each command of a console block, continued lines joined, and what stands below it."""
-    command = ""
-    shown: list[str] = []
-    is_open = False
-    for line in text.rstrip("\n").split("\n"):
-        if is_open:
-            command += "\n" + line
-        elif line.startswith("$ "):
-            if command:
-                yield command, shown
-            command, shown = line[2:], []
-        else:
-            shown.append(line)
-        is_open = (is_open or line.startswith("$ ")) and line.endswith("\\")
-    if command:
-        yield command, shown
-
-
-def _matches(shown: Sequence[str], printed: Sequence[str]) -> bool:
-    """True if a program printed what the page shows."""
-    wanted = [None if line.strip() == "…" else _pattern(line) for line in shown]
-    reached = {0}  # how many of the wanted lines may be behind us
-    for line in [*map(_same, printed), None]:
-        for at in sorted(reached):  # a line of `…` alone may stand for none
-            reached |= {at + past + 1 for past in range(_empty_at(wanted, at))}
-        if line is None:
-            return len(wanted) in reached
-        reached = {
-            at if pattern is None else at + 1
-            for at in reached
-            if at < len(wanted) and ((pattern := wanted[at]) is None or pattern.fullmatch(line))
-        }
-    return False
-
-
-def _empty_at(wanted: Sequence[re.Pattern[str] | None], at: int) -> int:
-    """How many lines from one on may stand for nothing."""
-    return next((past for past, pattern in enumerate(wanted[at:]) if pattern is not None), len(wanted) - at)
-
-
-def _pattern(line: str) -> re.Pattern[str]:
-    return re.compile(".*".join(re.escape(part) for part in _same(line).split("…")))
-
-
-def _same(line: str) -> str:
-    """A line without what is never the same twice."""
-    for pattern, word in _SAME:
-        line = pattern.sub(word, line)
-    return line.strip()
+_SERVER = f"""{_BEGIN}
+exec 3<&0
+eval "exec env $1" 3<&- < /dev/null & server=$!
+( cat <&3 > /dev/null; kill $server ) & watch=$!
+trap 'kill $server; wait $server; kill $watch; exit' TERM
+wait $server
+kill $watch
+"""
+"""A server that ends on a signal, and when whoever started it is gone without a word, which closes the pipe."""
 
 
 def _end(server: subprocess.Popen[str]) -> None:
     """End a server and everything it started."""
-    for one, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, one)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(wait_s)
-            return
+    assert server.stdin is not None
+    try:
+        server.terminate()
+        server.wait(10.0)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait(5.0)
+    finally:
+        server.stdin.close()
 
 
 def _install(project: Path, site: Path) -> None:

@@ -13,7 +13,8 @@ from types import ModuleType
 import pytest
 
 from kvfleet.plugin.manager import ComponentTable, discover
-from tests.docs.running import ROOT, Page, blocks_of
+from tests.docs.pages import ROOT, blocks_of
+from tests.docs.running import Page
 
 DOCS = ROOT / "docs"
 

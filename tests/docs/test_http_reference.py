@@ -15,7 +15,7 @@ from kvfleet.config.schema import FleetConfig, GatewayConfig, ModelConfig
 from kvfleet.errors import Fault, RouteError
 from kvfleet.gateway.app import Access, Gateway
 from kvfleet.runtime import Router
-from tests.docs.running import ROOT
+from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "http.md"
 RAISING = ("gateway", "pipeline", "builtin")

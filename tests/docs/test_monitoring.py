@@ -16,7 +16,7 @@ import ruamel.yaml
 from kvfleet.errors import Fault
 from kvfleet.gateway.meters import GATEWAY_METRICS
 from kvfleet.telemetry.metrics import METRICS, MetricInfo
-from tests.docs.running import ROOT
+from tests.docs.pages import ROOT
 
 MONITORING = ROOT / "docs" / "monitoring"
 GRAFANA: dict[str, Any] = json.loads((MONITORING / "grafana.json").read_text())
