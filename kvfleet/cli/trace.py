@@ -97,8 +97,10 @@ def list_(
         render.echo_json([row.to_dict() for row in rows])
     elif rows:
         render.echo(render.table(_HEADS, [_cells(row) for row in rows], columns=render.width()))
-    else:
+    elif model or outcome or tenant or status is not None or since:
         render.echo("no such route; `kvfleet trace list` without options shows all", err=True)
+    else:
+        render.echo("no route yet; send a request to the gateway, and it is here a moment later", err=True)
 
 
 @trace.command()

@@ -77,9 +77,19 @@ def error_headers(error: RouteError) -> Pairs:
     if wait_s is not None:
         found.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
         found.append((b"retry-after-ms", b"%d" % max(0, math.ceil(wait_s * 1000))))
-    if error.code == "insufficient_quota" or (wait_s is None and error.code not in _WORTH_RETRYING):
+    if error.code == "insufficient_quota" or (wait_s is None and not _may_pass(error)):
         found.append((b"x-should-retry", b"false"))
     return found
+
+
+def _may_pass(error: RouteError) -> bool:
+    """True if nobody could serve just now, and a moment later somebody may: a breaker closes, a limit is free."""
+    if error.code == "rate_limit_exceeded":
+        return True
+    if error.code != "no_candidates":
+        return False
+    excluded = error.details.get("excluded", {}).values()
+    return any(one["by"] in _PASSING for one in excluded)
 
 
 def shutting_down() -> RouteError:
@@ -87,8 +97,7 @@ def shutting_down() -> RouteError:
     return RouteError("the gateway is shutting down", status=503, code="shutting_down", retry_after_s=1.0)
 
 
-# Nobody could serve just now (a breaker opens, a limit is full): a moment later somebody may.
-_WORTH_RETRYING = frozenset({"no_candidates", "rate_limit_exceeded", "not_ready"})
+_PASSING = frozenset({"filter.health"})  # what excludes for the moment; the others exclude the request as it is
 
 
 def error_event(error: BackendError | RouteError, names: ReplicaNames, request_id: str) -> bytes:

@@ -47,9 +47,8 @@ def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
     """
     built, findings = read(config, table)
     findings += _check_adapters(config, table)
-    if not findings:
-        services = Services(models=config.models, find=table.get)
-        findings += _provision(config, [entry.instance for entry in built], services, _places(config, built))
+    services = Services(models=config.models, find=table.get)
+    findings += _provision(config, [entry.instance for entry in built], services, _places(config, built))
     return findings + list(table.lint(config))
 
 
@@ -115,11 +114,9 @@ def _read_stage(
     except ComponentError as error:
         findings.append(config.origin.finding(place, str(error), code="unknown-stage"))
         return None
-    if stage.on_error == "skip" and component.must_hold:
+    if stage.on_error == "skip" and (why := _why_not_skip(component)):
         findings.append(
-            config.origin.finding(
-                (*place, "on_error"), f"{use} must hold and cannot be skipped", "remove on_error", code="must-hold"
-            )
+            config.origin.finding((*place, "on_error"), f"{component.key} {why}", "remove on_error", code="must-hold")
         )
     options, path = _options(config, component.key, stage)
     instance, wrong = structure(
@@ -127,6 +124,14 @@ def _read_stage(
     )
     findings += wrong
     return None if instance is None else Built(stage, component, instance)
+
+
+def _why_not_skip(component: Component) -> str:
+    if component.must_hold:
+        return "must hold and cannot be skipped"
+    if component.kind in (Kind.SELECT, Kind.EXECUTE):
+        return "cannot be skipped: without it there is no answer"
+    return ""
 
 
 def _options(config: FleetConfig, use: str, stage: StageConfig) -> tuple[Mapping[str, Any], Path]:

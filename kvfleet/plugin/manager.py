@@ -117,7 +117,6 @@ class _Hooks:
     secret: tuple[tuple[PluginInfo, Caller], ...] = ()
     lint: tuple[tuple[PluginInfo, Caller], ...] = ()
     route_finished: tuple[tuple[PluginInfo, Caller], ...] = ()
-    reloaded: tuple[tuple[PluginInfo, Caller], ...] = ()
 
 
 @attrs.frozen
@@ -234,14 +233,6 @@ class ComponentTable:
                     "plugin failed plugin=%s hook=kvfleet_route_finished error=%s", info.name, type(error).__name__
                 )
 
-    def reloaded(self, before: FleetConfig, after: FleetConfig) -> None:
-        """Tell the plugins; one that fails is logged."""
-        for info, call in self._hooks.reloaded:
-            try:
-                call(before=before, after=after)
-            except Exception as error:  # noqa: BLE001 - a plugin's border: the new configuration is in force
-                log.warning("plugin failed plugin=%s hook=kvfleet_reloaded error=%s", info.name, type(error).__name__)
-
     def add_commands(self, cli: click.Group) -> tuple[str, ...]:
         """Let the plugins add commands.
 
@@ -309,9 +300,7 @@ def _bind(examined: Sequence[tuple[PluginInfo, pluggy.PluginManager]]) -> _Hooks
     def callers(hook: str) -> tuple[tuple[PluginInfo, Caller], ...]:
         return tuple((info, getattr(manager.hook, hook)) for info, manager in examined if hook in info.hooks)
 
-    return _Hooks(
-        **{name: callers(f"kvfleet_{name}") for name in ("commands", "secret", "lint", "route_finished", "reloaded")}
-    )
+    return _Hooks(**{name: callers(f"kvfleet_{name}") for name in ("commands", "secret", "lint", "route_finished")})
 
 
 def _top_package(point: EntryPoint) -> str:

@@ -11,7 +11,7 @@ needs::
     def kvfleet_components():
         yield Component(Kind.SELECT, "least_busy", LeastBusy)
 
-Hooks are called when kvfleet starts, reloads, or has finished a route; none runs while a request waits.
+Hooks are called when kvfleet starts, or has finished a route; none runs while a request waits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ __all__ = [
     "kvfleet_commands",
     "kvfleet_components",
     "kvfleet_lint",
-    "kvfleet_reloaded",
     "kvfleet_route_finished",
     "kvfleet_secret",
 ]
@@ -98,14 +97,4 @@ def kvfleet_route_finished(outcome: Outcome) -> None:
 
     Args:
         outcome: How the route ended.
-    """
-
-
-@hookspec
-def kvfleet_reloaded(before: FleetConfig, after: FleetConfig) -> None:
-    """A running router has taken a new configuration.
-
-    Args:
-        before: The configuration until now.
-        after: The one in force.
     """

@@ -223,11 +223,15 @@ def take_turns(order: list[int], seed: int, *keys: Sequence[Any]) -> None:
 DIMENSIONS = ("cost", "latency", "quality", "cache_affinity", "hardware_load", "compliance")
 
 
+_TOKENS_THAT_COUNT = 128.0
+
+
 def utilities(column: Column) -> Sequence[float]:
     """A column as utilities 0..1, 1 best, normalised over the candidates.
 
     Costs (seconds, dollars) lose what they exceed the least by, as a share of the greatest: so prices of 1, 10 and 50
-    differ plainly, and times of 200 and 201 ms hardly. Tokens are divided by the greatest; utilities stay as they are.
+    differ plainly, and times of 200 and 201 ms hardly. Tokens are divided by the greatest, or by 128 if that is more:
+    two cached tokens save nothing that is worth a queue. Utilities stay as they are.
     What is not known is 0 beside what is, and 0.5 if nothing is.
     """
     values = column.values
@@ -240,7 +244,8 @@ def utilities(column: Column) -> Sequence[float]:
     if not high:
         return [0.0 if unit is Unit.TOKENS else 1.0] * len(values)
     if unit is Unit.TOKENS:
-        return [v / high for v in values]  # type: ignore[operator]
+        scale = max(high, _TOKENS_THAT_COUNT)
+        return [v / scale for v in values]  # type: ignore[operator]
     low = min(values)  # type: ignore[type-var]
     return [1 - (v - low) / high for v in values]  # type: ignore[operator]
 

@@ -101,7 +101,6 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_observers_dropped_total", "counter", (), "Outcomes the observers' queue could not take.", is_read=True
     ),
-    MetricInfo("kvfleet_config_reload_total", "counter", ("outcome",), "Reloads of the configuration."),
     MetricInfo("kvfleet_model_health", "gauge", ("model", "endpoint"), "1 if the replica is healthy, else 0."),
     MetricInfo(
         "kvfleet_breaker_state", "gauge", ("model", "endpoint"), "Circuit breaker: 0 closed, 1 half-open, 2 open."

@@ -87,7 +87,7 @@ def headline(explanation: Explanation, paint: Paint = PLAIN) -> _Pieces:
     if outcome == "answered":
         pieces.append((f"answered by {served} in {took}", paint.good))
     elif outcome == "simulated":
-        pieces.append((f"would go to {selected}", paint.good))
+        pieces.append((f"would go to {selected}", paint.good) if selected else ("would go to nobody", paint.bad))
     elif outcome == "cached":
         by = next((stage.key for stage in explanation.stages if stage.is_answer), "a cache")
         pieces.append((f"answered from {by} in {took}", paint.good))

@@ -324,21 +324,13 @@ def test_a_notification_reaches_every_plugin(caplog: pytest.LogCaptureFixture) -
     def kvfleet_route_finished(outcome: Any) -> None:
         heard.append(outcome)
 
-    def kvfleet_reloaded(before: Any, after: Any) -> None:
-        heard.append((before, after))
-
     found = table(
         Point("a", Dist("a"), lambda: module(kvfleet_route_finished=failing)),
-        Point(
-            "b",
-            Dist("b"),
-            lambda: module(kvfleet_route_finished=kvfleet_route_finished, kvfleet_reloaded=kvfleet_reloaded),
-        ),
+        Point("b", Dist("b"), lambda: module(kvfleet_route_finished=kvfleet_route_finished)),
     )
     outcome: Any = object()
     found.route_finished(outcome)
-    found.reloaded(FleetConfig(), FleetConfig(fleet_name="new"))
-    assert heard == [outcome, (FleetConfig(), FleetConfig(fleet_name="new"))]
+    assert heard == [outcome]
     assert [r.getMessage() for r in caplog.records] == [
         "plugin failed plugin=a hook=kvfleet_route_finished error=RuntimeError"
     ]

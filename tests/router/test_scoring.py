@@ -62,7 +62,13 @@ def test_what_is_not_known_is_worse_than_what_is() -> None:
     assert utilities(Column(Unit.USD, [0.0, None, 0.0])) == [1.0, 0.0, 1.0]
     assert utilities(Column(Unit.USD, [None, None])) == [0.5, 0.5]
     assert utilities(Column(Unit.UTILITY, [0.9, None])) == [0.9, 0.5]
-    assert utilities(Column(Unit.TOKENS, [None, 100.0, 50.0])) == [0.0, 1.0, 0.5]
+    assert utilities(Column(Unit.TOKENS, [None, 1000.0, 500.0])) == [0.0, 1.0, 0.5]
+
+
+def test_a_few_cached_tokens_count_for_little() -> None:
+    """A prompt of two tokens does not bind its sender to a replica; a long one does."""
+    assert utilities(Column(Unit.TOKENS, [2.0, 0.0])) == [2 / 128, 0.0]
+    assert utilities(Column(Unit.TOKENS, [2000.0, 0.0])) == [1.0, 0.0]
 
 
 def test_nothing_cached_is_worth_nothing() -> None:
