@@ -13,7 +13,7 @@ import statistics
 import time
 from typing import Any
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import FleetConfig, ModelCapabilities, ModelConfig, PolicyConfig, PolicyRule
 from kvfleet.pipeline.engine import Decision
 from kvfleet.plugin.contract import RouteRequest

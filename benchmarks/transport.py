@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from kvfleet.adapters.base import Call, Operation
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.adapters.transport import Payload, PooledTransport

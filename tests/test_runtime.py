@@ -8,7 +8,8 @@ from typing import Any, Self
 import orjson
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, Operation
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Operation
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import (
     AliasConfig,

@@ -12,7 +12,8 @@ import attrs
 
 from kvfleet.adapters.anthropic_bodies import chat_body
 from kvfleet.adapters.anthropic_wire import AnthropicChat
-from kvfleet.adapters.base import Call, EndpointHealth, Operation
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.translated import TranslatedAdapter
 from kvfleet.adapters.translation import Translation

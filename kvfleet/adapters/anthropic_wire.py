@@ -12,7 +12,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.anthropic_blocks import Blocks
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.faults import from_answer
 from kvfleet.adapters.translation import Chunks, Framing, Translation, arguments_text, wants_usage
 from kvfleet.errors import BackendError

@@ -8,100 +8,25 @@ answer or a stream of OpenAI server-sent events. An adapter for an engine with a
 from __future__ import annotations
 
 import abc
-import enum
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Self
 
 import attrs
 import orjson
 
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Usage
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 
 __all__ = [
-    "Call",
     "ChatMessage",
     "ChatRequest",
     "ChatResponse",
     "EndpointHealth",
     "EngineLoad",
     "InferenceAdapter",
-    "Limits",
-    "Operation",
-    "Reply",
     "StreamChunk",
-    "Tally",
-    "Usage",
 ]
-
-
-class Operation(enum.StrEnum):
-    """What is asked of a backend."""
-
-    CHAT = "chat"
-    COMPLETION = "completion"
-    EMBEDDING = "embedding"
-    RERANK = "rerank"
-
-    @property
-    def path(self) -> str:
-        """The OpenAI (for rerank: the field's usual) path of the operation."""
-        return _PATHS[self]
-
-
-_PATHS = {
-    Operation.CHAT: "/v1/chat/completions",
-    Operation.COMPLETION: "/v1/completions",
-    Operation.EMBEDDING: "/v1/embeddings",
-    Operation.RERANK: "/v1/rerank",
-}
-
-
-@attrs.frozen
-class Usage:
-    """Tokens an answer cost; `prompt_tokens` includes the cached ones, `completion_tokens` those of thinking.
-
-    `cached_tokens` were read from a cache, `cache_creation_tokens` written to one that is paid for, `reasoning_tokens`
-    thought; each is None if nobody said.
-    """
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    total_tokens: int = 0
-    cached_tokens: int | None = None
-    cache_creation_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-    @classmethod
-    def from_openai(cls, usage: Mapping[str, Any] | None) -> Usage | None:
-        """Read an OpenAI ``usage`` object; None for none."""
-        if not usage:
-            return None
-        prompt = int(usage.get("prompt_tokens") or 0)
-        completion = int(usage.get("completion_tokens") or 0)
-        details = usage.get("prompt_tokens_details") or {}
-        return cls(
-            prompt,
-            completion,
-            int(usage.get("total_tokens") or prompt + completion),
-            details.get("cached_tokens"),
-            details.get("cache_creation_tokens"),
-            (usage.get("completion_tokens_details") or {}).get("reasoning_tokens"),
-        )
-
-    def to_openai(self) -> dict[str, Any]:
-        """The same as an OpenAI ``usage`` object."""
-        out: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.total_tokens,
-        }
-        cache = {"cached_tokens": self.cached_tokens, "cache_creation_tokens": self.cache_creation_tokens}
-        if known := {key: count for key, count in cache.items() if count is not None}:
-            out["prompt_tokens_details"] = known
-        if self.reasoning_tokens is not None:
-            out["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
-        return out
 
 
 @attrs.frozen
@@ -265,87 +190,6 @@ class EngineLoad:
         if not self.prefix_queries_tokens or self.prefix_hits_tokens is None:
             return None
         return self.prefix_hits_tokens / self.prefix_queries_tokens
-
-
-@attrs.frozen(kw_only=True)
-class Limits:
-    """Time limits of one backend call, in seconds: to connect, to the first byte of the answer, between two bytes."""
-
-    connect_s: float = 5.0
-    first_byte_s: float = 60.0
-    idle_s: float = 60.0
-
-
-@attrs.frozen(kw_only=True)
-class Call:
-    """One backend call, in the OpenAI shape.
-
-    Attributes:
-        operation: Which endpoint.
-        body: The parsed body; never changed in place.
-        raw: The same body as the client sent it, to be forwarded by patching bytes; empty if there is none.
-        stream: True if the answer shall be streamed.
-        headers: Headers to pass on (request id, ``traceparent``, pass-through); they never carry a credential of ours.
-        limits: Time limits.
-        ask_usage: True to have usage reported at the end of a stream even where the client did not ask; the relay then
-            takes the usage-only event out again.
-    """
-
-    operation: Operation
-    body: Mapping[str, Any]
-    raw: bytes = b""
-    stream: bool = False
-    headers: tuple[tuple[str, str], ...] = ()
-    limits: Limits = Limits()
-    ask_usage: bool = False
-
-
-@attrs.define
-class Tally:
-    """What was learned of an answer while it passed by.
-
-    Attributes:
-        usage: Tokens, when reported.
-        finish_reason: Of the first choice, when it came.
-        model: The name the engine answered under.
-        response_id: The engine's id of the answer.
-        events: Server-sent events relayed.
-        is_complete: True once the stream said that it ended (``[DONE]``, or a finish reason and a clean end).
-    """
-
-    usage: Usage | None = None
-    finish_reason: str | None = None
-    model: str = ""
-    response_id: str = ""
-    events: int = 0
-    is_complete: bool = False
-
-
-async def _nothing() -> None:
-    return None
-
-
-@attrs.define
-class Reply:
-    """What came back of a `Call` that the backend accepted.
-
-    Attributes:
-        status: The backend's status, 200..299.
-        headers: The backend's headers, lower-case.
-        body: The OpenAI answer as JSON bytes; empty for a stream.
-        events: For a stream: pieces of one or more whole server-sent events in the OpenAI shape, the final ``[DONE]``
-            included. Iterating raises `BackendError` if the backend dies, falls silent, reports an error amid the
-            stream, or ends without having finished.
-        tally: Filled in as the answer passes.
-        close: Ends the call at once, also amid a stream (the engine then stops its work); safe twice.
-    """
-
-    status: int = 200
-    headers: Mapping[str, str] = attrs.field(factory=dict)
-    body: bytes = b""
-    events: AsyncIterator[bytes] | None = None
-    tally: Tally = attrs.field(factory=Tally)
-    close: Callable[[], Awaitable[None]] = attrs.field(default=_nothing, repr=False)
 
 
 @attrs.define(kw_only=True)

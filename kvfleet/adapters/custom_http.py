@@ -9,7 +9,8 @@ import attrs
 import httpx
 import orjson
 
-from kvfleet.adapters.base import Call, EndpointHealth, Operation, Reply
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Call, Operation, Reply
 from kvfleet.adapters.custom_wire import CustomCall, Paths, fill, nothing_lost, placeholders, values_of
 from kvfleet.adapters.prompting import TEMPLATES
 from kvfleet.adapters.refusals import one_prompt, refuse

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.translation import Framing, Translation
 from kvfleet.errors import BackendError, Fault

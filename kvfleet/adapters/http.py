@@ -23,7 +23,8 @@ import httpx
 import orjson
 
 from kvfleet.adapters import faults
-from kvfleet.adapters.base import EndpointHealth, InferenceAdapter, Limits
+from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
+from kvfleet.adapters.call import Limits
 from kvfleet.adapters.connections import Connections, Route
 from kvfleet.adapters.incoming import Incoming, parsed, send_timed
 from kvfleet.adapters.transport import Payload, PooledTransport

@@ -10,7 +10,7 @@ import httpx
 import orjson
 
 from kvfleet.adapters import faults
-from kvfleet.adapters.base import Limits
+from kvfleet.adapters.call import Limits
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["Incoming", "parsed", "send_timed"]

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import attrs
 
-from kvfleet.adapters.base import EngineLoad, Usage
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Usage
 from kvfleet.adapters.exposition import Reader, Samples
 from kvfleet.adapters.metered import MeteredAdapter
 from kvfleet.errors import BackendError, Fault

@@ -13,7 +13,8 @@ import anyio
 import attrs
 import xxhash
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, InferenceAdapter, Limits, Reply, Tally, Usage
+from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
+from kvfleet.adapters.call import Call, Limits, Reply, Tally, Usage
 from kvfleet.adapters.mock_content import sentence, text_of
 from kvfleet.adapters.mock_engine import EngineLimits, Job, MockEngine, Stage
 from kvfleet.adapters.mock_wire import Part, Work, Writer, error_body, plan

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.mock_content import embed, instance_of, overlap, pack_floats, pieces, render_chat, text_of
 from kvfleet.errors import BackendError, Fault
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, Operation
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.adapters.ollama_wire import OllamaChat, OllamaCompletion, OllamaEmbedding
 from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.translated import TranslatedAdapter

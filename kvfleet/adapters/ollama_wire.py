@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.ollama_bodies import chat_body, completion_body, embedding_body
 from kvfleet.adapters.translation import Chunks, Framing, Translation, tool_calls, wants_usage
 

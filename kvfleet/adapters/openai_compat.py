@@ -10,7 +10,8 @@ import attrs
 import orjson
 
 from kvfleet.adapters import faults, sse
-from kvfleet.adapters.base import Call, EndpointHealth, Operation, Reply, Tally, Usage
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Call, Operation, Reply, Tally, Usage
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming, parsed
 from kvfleet.adapters.patching import body_for, hides_usage

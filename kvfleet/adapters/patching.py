@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.base import Call
+from kvfleet.adapters.call import Call
 
 __all__ = ["body_for", "hides_usage"]
 

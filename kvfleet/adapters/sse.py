@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.base import Tally, Usage
+from kvfleet.adapters.call import Tally, Usage
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.plain import PlainEvents
 from kvfleet.adapters.splitters import EventSplitter, data_of

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.faults import from_answer
 from kvfleet.adapters.refusals import number_of_choices, refuse, text_only
 from kvfleet.adapters.translation import Chunks, Framing, Translation, arguments_text, wants_usage

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Call, Operation, Reply
+from kvfleet.adapters.call import Call, Operation, Reply
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.refusals import refuse

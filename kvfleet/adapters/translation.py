@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Tally, Usage
+from kvfleet.adapters.call import Operation, Tally, Usage
 from kvfleet.adapters.faults import error_object, from_answer
 from kvfleet.errors import BackendError, Fault
 

@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, Operation
+from kvfleet.adapters.base import EndpointHealth, EngineLoad
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.adapters.exposition import Reader, Samples
 from kvfleet.adapters.gauged import GaugedAdapter
 from kvfleet.adapters.prompting import TEMPLATES, template_of

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.refusals import refuse, text_only
 from kvfleet.adapters.translation import Chunks, Framing, Translation, wants_usage
 from kvfleet.errors import BackendError, Fault

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import PROMPT, PromptFacts, prompt_of
 from kvfleet.cache.fingerprints import PromptFingerprinter
 from kvfleet.cache.kv_affinity import ConsistentHashRing

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation, Reply, Tally, Usage
+from kvfleet.adapters.call import Operation, Reply, Tally, Usage
 from kvfleet.cache.answer_memory import AnswerMemory, Held
 from kvfleet.config.fields import flag, number
 from kvfleet.plugin.component import Component

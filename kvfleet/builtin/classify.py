@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.facts import DOMAIN, MODALITY, PII, PROMPT, PromptFacts, messages_of, prompt_of, prompt_texts
 from kvfleet.config.fields import listing
 from kvfleet.plugin.component import Component, Stability

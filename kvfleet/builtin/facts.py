@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, estimate_tokens
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.facts import MODALITY, PROMPT
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig

@@ -7,7 +7,7 @@ import contextlib
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.eval.asking import Asked, ask, whole_call

@@ -10,7 +10,7 @@ import anyio.to_thread
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.answers import ExactCache, GivenAnswer, digest_of, may_keep, may_look, replay
 from kvfleet.builtin.facts import messages_of
 from kvfleet.cache.answer_memory import AnswerMemory, Held

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import anyio
 import attrs
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.builtin.facts import prompt_of
 from kvfleet.builtin.mirror import mirror
 from kvfleet.config.fields import flag, listing, number, text

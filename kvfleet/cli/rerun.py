@@ -9,7 +9,8 @@ import anyio
 import attrs
 import click
 
-from kvfleet.adapters.base import ChatResponse, Operation
+from kvfleet.adapters.base import ChatResponse
+from kvfleet.adapters.call import Operation
 from kvfleet.cli import render
 from kvfleet.cli.compare import chat_request, named_models, standings, standings_table
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports

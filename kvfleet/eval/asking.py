@@ -12,7 +12,8 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Call, ChatRequest, ChatResponse, InferenceAdapter, Limits, Operation, Reply, chunks_of
+from kvfleet.adapters.base import ChatRequest, ChatResponse, InferenceAdapter, chunks_of
+from kvfleet.adapters.call import Call, Limits, Operation, Reply
 from kvfleet.clock import Clock
 from kvfleet.errors import BackendError
 

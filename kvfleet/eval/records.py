@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.errors import TraceError
 from kvfleet.trace import names
 from kvfleet.trace.rows import pack, unpack

@@ -10,7 +10,8 @@ from typing import Any
 import anyio
 import attrs
 
-from kvfleet.adapters.base import Call, ChatRequest, ChatResponse, InferenceAdapter
+from kvfleet.adapters.base import ChatRequest, ChatResponse, InferenceAdapter
+from kvfleet.adapters.call import Call
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.eval.asking import Asked, ask, call_for, similarity
 

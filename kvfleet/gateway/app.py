@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.board import PATH, Board

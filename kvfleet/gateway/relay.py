@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import attrs
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.gateway.errors import error_event, shutting_down
 from kvfleet.gateway.exchange import Exchange, Pairs, Presence

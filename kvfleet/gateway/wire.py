@@ -13,7 +13,7 @@ import attrs
 import orjson
 import xxhash
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import AUTO_MODEL
 from kvfleet.errors import BadRequestError
 from kvfleet.gateway.headers import (

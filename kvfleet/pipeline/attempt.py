@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from kvfleet.adapters.base import Call, InferenceAdapter, Limits, Operation, Reply, Tally
+from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.findings import did_you_mean
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig, ModelConfig
 from kvfleet.errors import BadRequestError, ModelNotFoundError

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import attrs
 import orjson
 
-from kvfleet.adapters.base import InferenceAdapter, Reply, Tally
+from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.adapters.call import Reply, Tally
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError

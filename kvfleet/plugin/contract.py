@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import attrs
 
-from kvfleet.adapters.base import Operation, Reply, Usage
+from kvfleet.adapters.call import Operation, Reply, Usage
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ContractError, RouteError
 from kvfleet.router.scoring import Column, ModelScore, Ranking, ScoringContext

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.adapters.splitters import data_of
 from kvfleet.policy.pii import PIIDetector
 

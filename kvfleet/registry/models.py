@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import DEFAULT_ENDPOINTS, ModelConfig
 from kvfleet.telemetry.cost import with_known_prices
 

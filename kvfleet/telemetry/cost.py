@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.config.schema import LongContextPrices, ModelConfig
 from kvfleet.telemetry.pricelist import SELF_HOSTED, find
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, InferenceAdapter, Limits, Operation, Reply
+from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
+from kvfleet.adapters.call import Call, Limits, Operation, Reply
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError
 from kvfleet.testing.trial import Trial

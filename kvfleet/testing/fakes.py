@@ -15,7 +15,8 @@ import anyio.lowlevel
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, InferenceAdapter, Reply, Tally, Usage
+from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
+from kvfleet.adapters.call import Call, Reply, Tally, Usage
 from kvfleet.adapters.mock import injected_fault
 from kvfleet.adapters.mock_engine import count_tokens
 from kvfleet.adapters.mock_wire import Part, Work, Writer, plan

@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.config.schema import ModelConfig, PolicyRule
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.pipeline.engine import scoring_context

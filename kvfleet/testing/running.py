@@ -8,7 +8,8 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, Operation
+from kvfleet.adapters.base import EndpointHealth, EngineLoad
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.clock import FrozenClock
 from kvfleet.config.findings import Path
 from kvfleet.config.schema import FleetConfig, ModelConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.clock import Clock, FrozenClock
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.plugin.component import Component, Services

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.fields import choice, flag, listing, mapping, number, section, text
 from kvfleet.config.schema import AUTO_MODEL, DATA_CLASSES
 from kvfleet.errors import Fault

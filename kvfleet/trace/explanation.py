@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.trace import names
 from kvfleet.trace.attributes import count, flag, is_attempt, is_stage, number, text, texts
 from kvfleet.trace.records import (

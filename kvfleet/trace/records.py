@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.trace import names
 from kvfleet.trace.attributes import Attributes, count, flag, number, numbers, text, texts, with_prefix
 from kvfleet.trace.spans import AttributeValue, Span, Status

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvfleet.adapters.anthropic import AnthropicAdapter
 from kvfleet.adapters.anthropic_wire import AnthropicChat, usage_of
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.translation import Chunks
 from kvfleet.errors import BackendError, Fault
 from tests.adapters.scripted import STREAM_HEAD, Request, Wire, answering, chunk, engine, streamed, whole

@@ -13,7 +13,8 @@ import openai
 import orjson
 import pytest
 
-from kvfleet.adapters.base import Call, InferenceAdapter, Limits, Operation
+from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.adapters.call import Call, Limits, Operation
 from kvfleet.adapters.custom_http import CustomHTTPAdapter
 from kvfleet.adapters.ollama import OllamaAdapter
 from kvfleet.adapters.tgi import TGIAdapter

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.custom_http import CustomHTTPAdapter
 from kvfleet.adapters.custom_wire import ABSENT, fill, look_up, placeholders
 from kvfleet.clock import FrozenClock

@@ -9,7 +9,8 @@ import attrs
 import httpx
 import pytest
 
-from kvfleet.adapters.base import Call, EndpointHealth, Limits, Reply
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Call, Limits, Reply
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.clock import FrozenClock

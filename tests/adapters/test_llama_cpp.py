@@ -6,7 +6,8 @@ import httpx
 import orjson
 import pytest
 
-from kvfleet.adapters.base import Call, EngineLoad, Operation, Usage
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Call, Operation, Usage
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.llama_cpp import LlamaCppAdapter
 from kvfleet.clock import FrozenClock

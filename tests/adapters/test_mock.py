@@ -13,7 +13,8 @@ import anyio
 import attrs
 import pytest
 
-from kvfleet.adapters.base import Call, ChatMessage, ChatRequest, Limits, Operation, Reply, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Usage
 from kvfleet.adapters.mock import MockAdapter
 from kvfleet.adapters.mock_content import sentence
 from kvfleet.clock import FrozenClock

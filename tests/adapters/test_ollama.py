@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.ollama import OllamaAdapter
 from kvfleet.adapters.ollama_wire import OllamaChat, OllamaCompletion, OllamaEmbedding
 from kvfleet.adapters.translation import Chunks

@@ -11,7 +11,8 @@ from typing import Any
 import orjson
 import pytest
 
-from kvfleet.adapters.base import Call, ChatMessage, ChatRequest, Limits, Operation, Reply, Tally, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally, Usage
 from kvfleet.adapters.openai_compat import READ_WHOLE_BELOW_BYTES, OpenAICompatAdapter
 from kvfleet.errors import BackendError, Fault
 from tests.adapters.scripted import (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Call, Operation
+from kvfleet.adapters.call import Call, Operation
 from kvfleet.adapters.patching import body_for, hides_usage
 
 JSON = st.recursive(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfleet.adapters import faults
-from kvfleet.adapters.base import Tally, Usage
+from kvfleet.adapters.call import Tally, Usage
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.sse import DONE, EventRelay
 from kvfleet.errors import BackendError, Fault

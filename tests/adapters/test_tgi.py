@@ -7,7 +7,8 @@ from typing import Any
 import orjson
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, EngineLoad, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest, EngineLoad
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.tgi import TGIAdapter
 from kvfleet.adapters.tgi_wire import GenerateCall, MessagesCall, generate_body, messages_body
 from kvfleet.adapters.translation import Chunks

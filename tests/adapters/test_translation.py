@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Call, Operation, Tally, Usage
+from kvfleet.adapters.call import Call, Operation, Tally, Usage
 from kvfleet.adapters.custom_http import CustomHTTPAdapter
 from kvfleet.adapters.ollama import OllamaAdapter
 from kvfleet.adapters.tgi import TGIAdapter

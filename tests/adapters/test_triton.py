@@ -8,7 +8,8 @@ from typing import Any
 import orjson
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, EngineLoad, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest, EngineLoad
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.prompting import TEMPLATES
 from kvfleet.adapters.translation import Chunks
 from kvfleet.adapters.triton import TritonAdapter

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.base import Call, Limits, Operation, Reply
+from kvfleet.adapters.call import Call, Limits, Operation, Reply
 from kvfleet.errors import BackendError
 
 USER = {"role": "user", "content": "Hi"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.builtin.classify import ModalityClassifier, PromptClassifier
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.errors import RouteError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.affinity import PrefixAffinity
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import RouteError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.builtin.answers import ExactCache
 from kvfleet.errors import RouteError
 from kvfleet.plugin.contract import Answer, RoutingContext

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.budget import BudgetAdmission, BudgetFilter, ledger_path
 from kvfleet.builtin.policy import TenantFilter
 from kvfleet.clock import FrozenClock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.classify import ModalityClassifier, PIIClassifier, PromptClassifier
 from kvfleet.builtin.facts import MODALITY, PII, PROMPT
 from tests.builtin.making import context, user

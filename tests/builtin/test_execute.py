@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import pytest
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.builtin.execute import Fallback
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.errors import AttemptsExhaustedError, BackendError, Fault

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.facts import MODALITY, PII, PROMPT, PromptFacts, estimate_prompt, prompt_of, prompt_texts
 from kvfleet.cache.fingerprints import PromptFingerprinter
 from kvfleet.plugin.contract import RouteRequest

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import EndpointHealth, Operation
+from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.filters import CapabilityFilter, HealthFilter
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import EngineLoad, Operation
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelCapabilities, ModelConfig, StageConfig
 from kvfleet.errors import AdmissionError, Fault, NoCandidatesError

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.observe import LogObserver, MetricsObserver
 from kvfleet.errors import RouteError
 from kvfleet.plugin.component import Services

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import orjson
 import pytest
 
-from kvfleet.adapters.base import Call
+from kvfleet.adapters.call import Call
 from kvfleet.builtin.redact import Redacting
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import EngineLoad, Operation
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.scorers import (
     CacheAffinityScorer,
     ComplianceScorer,

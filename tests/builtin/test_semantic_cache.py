@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from kvfleet.adapters.base import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.builtin.semantic_cache import SemanticAnswers
 from kvfleet.config.schema import FleetConfig, ModelConfig, SemanticCacheConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.errors import ComponentError

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import pytest
 
-from kvfleet.adapters.base import Call, Reply
+from kvfleet.adapters.call import Call, Reply
 from kvfleet.clock import FrozenClock
 from kvfleet.config.loader import load_config
 from kvfleet.config.schema import (

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.cache.fingerprints import estimate_tokens
 from kvfleet.errors import TraceError
 from kvfleet.eval.records import RecordedRequest, older, read_records, without_content

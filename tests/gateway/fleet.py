@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.config.schema import FleetConfig, GatewayConfig, ModelConfig
 from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.auth import Keys

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.gateway.app import Access, Gateway
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.trace.spans import SpanKind

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
 from kvfleet.gateway.listening import bind

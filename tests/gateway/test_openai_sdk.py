@@ -12,7 +12,7 @@ import attrs
 import openai
 import pytest
 
-from kvfleet.adapters.base import Call
+from kvfleet.adapters.call import Call
 from kvfleet.config.schema import (
     AliasConfig,
     FleetConfig,

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.errors import AdmissionError, AttemptsExhaustedError, BackendError, Fault, NoCandidatesError
 from kvfleet.plugin.contract import RouteRequest
 from tests.gateway.asgi import Client, call

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.config.schema import (
     BudgetConfig,
     FleetConfig,

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import GatewayConfig, PolicyRule
 from kvfleet.errors import BadRequestError
 from kvfleet.gateway.headers import HeaderNames, read_by_conditions

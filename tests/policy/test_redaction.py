@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.policy.pii import PIIDetector
 from kvfleet.policy.redaction import Redaction, RestoredEvents
 

@@ -15,7 +15,8 @@ import openai
 import orjson
 import pytest
 
-from kvfleet.adapters.base import Call, ChatMessage, ChatRequest, Limits, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Call, Limits, Operation, Usage
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.errors import BackendError, Fault
 from tests.real.engines import Engine

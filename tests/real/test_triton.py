@@ -10,7 +10,8 @@ import openai
 import orjson
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.triton import TritonAdapter
 from kvfleet.errors import BackendError, Fault
 from tests.adapters.told import call, deltas, drained, drained_until_it_fails

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.registry.models import ModelRegistry, replicas_of
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.errors import ComponentError, ConfigError, Fault

@@ -8,7 +8,8 @@ import anyio
 import attrs
 import pytest
 
-from kvfleet.adapters.base import Call, EndpointHealth, EngineLoad, InferenceAdapter, Reply
+from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
+from kvfleet.adapters.call import Call, Reply
 from kvfleet.clock import FrozenClock
 from kvfleet.errors import BackendError, Fault
 from kvfleet.telemetry.collector import Collector

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.config.schema import LongContextPrices, ModelConfig
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.cost import Price, cost_usd, with_known_prices

@@ -7,7 +7,8 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.base import Call, EndpointHealth, InferenceAdapter, Reply
+from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
+from kvfleet.adapters.call import Call, Reply
 from tests.testing.made import breaches
 
 

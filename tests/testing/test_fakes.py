@@ -8,7 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from kvfleet.adapters.base import Call, ChatMessage, ChatRequest, EndpointHealth, EngineLoad, Limits, Operation, Usage
+from kvfleet.adapters.base import ChatMessage, ChatRequest, EndpointHealth, EngineLoad
+from kvfleet.adapters.call import Call, Limits, Operation, Usage
 from kvfleet.clock import FrozenClock
 from kvfleet.errors import BackendError, Fault
 from kvfleet.testing.fakes import FakeAdapter, FakeReply, VirtualTime

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import pytest
 
-from kvfleet.adapters.base import Reply
+from kvfleet.adapters.call import Reply
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AttemptsExhaustedError, BadRequestError
 from kvfleet.plugin.component import Component

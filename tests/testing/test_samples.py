@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Fact, Kind, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable

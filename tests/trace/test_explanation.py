@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from kvfleet.adapters.base import Usage
+from kvfleet.adapters.call import Usage
 from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.spans import Span, Trace

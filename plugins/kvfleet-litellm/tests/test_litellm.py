@@ -22,7 +22,7 @@ from kvfleet_litellm.faults import error_of
 from kvfleet_litellm.library import litellm
 from kvfleet_litellm.requests import chat_arguments, embedding_arguments
 
-from kvfleet.adapters.base import Call, Limits, Operation, Reply, Tally, Usage
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally, Usage
 from kvfleet.adapters.refusals import refuse
 from kvfleet.config.loader import load_config
 from kvfleet.errors import BackendError, Fault

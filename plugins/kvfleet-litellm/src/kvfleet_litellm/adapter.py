@@ -11,7 +11,8 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.base import Call, EndpointHealth, InferenceAdapter, Limits, Operation, Reply, Tally
+from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
+from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally
 from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.translation import wants_usage
 from kvfleet.config.fields import flag, listing, mapping

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.base import Tally, Usage
+from kvfleet.adapters.call import Tally, Usage
 
 __all__ = ["chat_answer", "embedding_answer", "events_of"]
 

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from kvfleet.adapters.base import Operation
+from kvfleet.adapters.call import Operation
 from kvfleet.builtin.facts import PII, prompt_texts
 from kvfleet.config.fields import listing, number, text
 from kvfleet.errors import BadRequestError, ComponentError
