@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvfleet.config.loader import load_config, save_config
-    from kvfleet.config.schema import FleetConfig, ModelConfig
+    from kvfleet.config.schema import FleetConfig, ModelConfig, RouteStrategy
     from kvfleet.registry.models import ModelRegistry
     from kvfleet.runtime import Router
     from kvfleet.sdk.async_client import AsyncFleetClient
     from kvfleet.sdk.sync_client import SyncFleetClient
     from kvfleet.trace.explanation import Explanation
+    from kvfleet.trace.explanation import Explanation as RouteExplanation
 
     __version__: str
 
@@ -25,6 +26,8 @@ __all__ = [
     "FleetConfig",
     "ModelConfig",
     "ModelRegistry",
+    "RouteExplanation",
+    "RouteStrategy",
     "Router",
     "SyncFleetClient",
     "__version__",
@@ -38,11 +41,16 @@ _HOMES = {
     "FleetConfig": "kvfleet.config.schema",
     "ModelConfig": "kvfleet.config.schema",
     "ModelRegistry": "kvfleet.registry.models",
+    "RouteExplanation": "kvfleet.trace.explanation",
+    "RouteStrategy": "kvfleet.config.schema",
     "Router": "kvfleet.runtime",
     "SyncFleetClient": "kvfleet.sdk.sync_client",
     "load_config": "kvfleet.config.loader",
     "save_config": "kvfleet.config.loader",
 }
+
+_NAMED = {"RouteExplanation": "Explanation"}
+"""Names that are others at home: the earlier one of the explanation."""
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +61,7 @@ def __getattr__(name: str) -> Any:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'kvfleet' has no attribute {name!r}")
-    return getattr(importlib.import_module(home), name)
+    return getattr(importlib.import_module(home), _NAMED.get(name, name))
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from kvfleet.config.fields import FieldInfo
 from kvfleet.config.findings import NOWHERE, Finding, Origin, Path, did_you_mean
 from kvfleet.config.options import Option, options
 from kvfleet.config.plain import to_plain
-from kvfleet.config.schema import FleetConfig, StageConfig
+from kvfleet.config.schema import FleetConfig, GatewayConfig, StageConfig
 from kvfleet.config.secrets import Problem, Secret, SecretReader
 from kvfleet.config.wording import bounds, named, remedy_for, wanted
 from kvfleet.errors import ConfigError
@@ -37,10 +37,16 @@ _NO_INFO = FieldInfo(doc="")
 _STAGE = re.compile(r"[a-z_]+(?:\.[a-z][a-z0-9_]*)?")
 _STAGE_KEYS = ("use", "name", "on_error", "with")
 
-_LATER: Mapping[type, frozenset[str]] = {
-    FleetConfig: frozenset({"slo"}),
+_RETIRED: Mapping[type, Mapping[str, tuple[str, str]]] = {
+    FleetConfig: {
+        "slo": (
+            "is not available in this version",
+            "remove it; `strategy: slo` chooses the cheapest that meets a target",
+        )
+    },
+    GatewayConfig: {"enabled": ("means nothing", "remove it; `kvfleet serve` is what starts the gateway")},
 }
-"""Documented keys that this version does not have: a finding of their own, because they are no typing mistakes."""
+"""Keys of earlier versions: a finding of their own, because they are no typing mistakes."""
 
 unstructure = to_plain
 
@@ -250,8 +256,8 @@ class _Reader:
 
     def _unknown(self, cls: type, key: Any, known: Mapping[str, Option], path: Path) -> None:
         place = (*path, key if isinstance(key, str) else str(key))
-        if key in _LATER.get(cls, ()):
-            self.complain(place, "is not available in this version", "remove it", code="not-available")
+        if retired := _RETIRED.get(cls, {}).get(key):
+            self.complain(place, *retired, code="not-available")
         else:
             self.complain(place, "unknown key", did_you_mean(str(key), known), code="unknown-key")
 

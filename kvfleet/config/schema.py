@@ -6,6 +6,7 @@ from these descriptions. Options of components live with the components.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +32,9 @@ __all__ = [
     "OtlpConfig",
     "PolicyConfig",
     "PolicyRule",
+    "ProviderType",
     "RouteRuleConfig",
+    "RouteStrategy",
     "ScoringWeights",
     "SemanticCacheConfig",
     "ShadowConfig",
@@ -52,6 +55,46 @@ SELF_HOSTED_PROVIDERS = frozenset({"vllm", "sglang", "llama_cpp", "ollama", "tgi
 
 DEFAULT_ENDPOINTS = {"anthropic": "https://api.anthropic.com"}
 """Where a provider is, for a model that does not say."""
+
+
+class RouteStrategy(enum.StrEnum):
+    """The strategies kvfleet brings, for programs that would rather not spell them; plugins bring more."""
+
+    STATIC = "static"
+    WEIGHTED = "weighted"
+    RULES = "rules"
+    COST_FIRST = "cost_first"
+    LATENCY_FIRST = "latency_first"
+    QUALITY_FIRST = "quality_first"
+    CHEAP_CASCADE = "cheap_cascade"
+    HYBRID_SCORE = "hybrid_score"
+    ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    SEMANTIC = "semantic"
+    DOMAIN = "domain"
+    EPSILON_GREEDY = "epsilon_greedy"
+    UCB1 = "ucb1"
+    THOMPSON_SAMPLING = "thompson_sampling"
+    EXP3 = "exp3"
+    BANDIT = "bandit"  # the short names: epsilon_greedy, ucb1, thompson_sampling
+    LEARNED = "learned"
+    THOMPSON = "thompson"
+
+
+class ProviderType(enum.StrEnum):
+    """The kinds of engine kvfleet itself speaks to, in the same way."""
+
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    LLAMA_CPP = "llama_cpp"
+    OLLAMA = "ollama"
+    TGI = "tgi"
+    TRITON = "triton"
+    OPENAI_COMPAT = "openai_compat"
+    ANTHROPIC = "anthropic"
+    CUSTOM_HTTP = "custom_http"
+    MOCK = "mock"
+
 
 _URL = r"https?://[^\s/?#@]+(?:/[^\s?#]*)?"
 _ENDPOINT = r"(https?|mock)://[^\s/?#@]+(?:/[^\s?#]*)?"  # a user:password@ would end up in traces
@@ -370,6 +413,11 @@ class GatewayConfig:
     data_class_header: str = text("X-KVFleet-Data-Class", doc="Header that names the request's data class.")
     region_header: str = text("X-KVFleet-Region", doc="Header that names the request's source region.")
     session_header: str = text("X-Session-ID", doc="Header that names the conversation.")
+    response_id: str = choice(
+        "request",
+        of=("request", "backend"),
+        doc="Whose identifier an answer's `id` is: the request's, as in `X-Request-ID`, or its backend's own.",
+    )
     max_body_bytes: int = number(20 * 1024 * 1024, gt=0, unit="bytes", doc="Largest request body.")
     max_concurrent: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
 

@@ -15,6 +15,7 @@ import attrs
 
 from kvfleet.adapters.call import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
+from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.board import PATH, Board
 from kvfleet.gateway.catalogue import catalogue
@@ -103,6 +104,7 @@ class Gateway:
         self._reader = RequestReader(self._headers)
         self._catalogue = catalogue(config, int(time.time()))
         self._max_body_bytes = config.gateway.max_body_bytes
+        self._renames_answers = config.gateway.response_id == "request"
         self._new_id = new_id
         self.routes = self._table()
         self._by_path, self._by_prefix = _index(self.routes)
@@ -286,18 +288,20 @@ class Gateway:
         exchange.status = exchange.status or 499
 
     async def _answer(self, exchange: Exchange, request: RouteRequest, presence: Presence) -> None:
+        answer_id = AnswerId(exchange.request_id) if self._renames_answers else None
         try:
             dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
             reply = dispatch.answer.reply
             headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
             if reply.events is not None:
-                await Relay(exchange, presence, self.replicas).pass_on(reply, headers)
+                await Relay(exchange, presence, self.replicas, answer_id).pass_on(reply, headers)
                 return
         except BackendError as error:
             broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
             raise broken from error
         presence.stop()
-        await exchange.whole(200, reply.body, [(b"content-type", b"application/json"), *headers])
+        body = reply.body if answer_id is None else answer_id.in_answer(reply.body, reply.tally.response_id)
+        await exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
 
     async def _explain(self, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)

@@ -10,6 +10,7 @@ import attrs
 
 from kvfleet.adapters.call import Reply
 from kvfleet.errors import BackendError, RouteError
+from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.errors import error_event, shutting_down
 from kvfleet.gateway.exchange import Exchange, Pairs, Presence
 from kvfleet.gateway.replicas import ReplicaNames
@@ -34,11 +35,15 @@ class Relay:
     It ends in exactly one way: with the backend's ``[DONE]``, with an error event, or cut off because the client left.
     Backpressure is the server's: sending waits while the client does not read, and meanwhile nothing is read from the
     backend.
+
+    Attributes:
+        answer_id: Replaces the answer's `id`; it keeps its own if None.
     """
 
     exchange: Exchange
     presence: Presence
     names: ReplicaNames
+    answer_id: AnswerId | None = None
 
     async def pass_on(self, reply: Reply, headers: Pairs) -> None:
         """Send the stream, event by event.
@@ -57,10 +62,12 @@ class Relay:
         """True if it ended as it should, and was read to its end."""
         exchange, events = self.exchange, reply.events
         assert events is not None  # noqa: S101 - the caller looked
+        renamed = _as_it_is if self.answer_id is None else self.answer_id.in_events
         piece = await anext(events, None)
         await exchange.start(200, [*_SSE, *headers])
         try:
             while piece is not None:
+                piece = renamed(piece)
                 if piece.endswith(_DONE):
                     await self._end(piece)
                     return await self._read_out(events)
@@ -93,3 +100,7 @@ class Relay:
         except (BackendError, RouteError):
             return False
         return True
+
+
+def _as_it_is(piece: bytes) -> bytes:
+    return piece

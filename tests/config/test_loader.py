@@ -172,7 +172,14 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
             id="negative-budget",
         ),
         pytest.param(
-            MODEL + "slo: {}\n", "f.yaml:3:1: slo: is not available in this version; remove it", id="slo-not-available"
+            MODEL + "slo: {}\n",
+            "f.yaml:3:1: slo: is not available in this version; remove it; `strategy: slo` chooses the cheapest that meets a target",
+            id="slo-not-available",
+        ),
+        pytest.param(
+            MODEL + "gateway: {enabled: true}\n",
+            "f.yaml:3:11: gateway.enabled: means nothing; remove it; `kvfleet serve` is what starts the gateway",
+            id="gateway-enabled",
         ),
         pytest.param(
             MODEL + "shadow: {shadow_models: [nobody]}\n",

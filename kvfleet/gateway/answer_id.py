@@ -1,0 +1,85 @@
+"""Gives an answer the request's identifier for its `id`, by splicing bytes: whole answers, and a stream's events."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import attrs
+import orjson
+
+from kvfleet.adapters.splitters import data_of
+
+__all__ = ["AnswerId"]
+
+_END = re.compile(rb"\n\r?\n")
+
+
+@attrs.define
+class AnswerId:
+    r"""One answer's `id`, which its engine made up, becomes the request's.
+
+    Engines write the same `id` into every event of a stream, so it is looked for once, and from then on replaced where
+    those very bytes stand. They cannot stand in a text: its quotation marks are escaped there.
+
+    Args:
+        own: The request's identifier: letters, digits and what needs no escape in JSON.
+
+    >>> AnswerId("mine").in_answer(b'{"id":"cmpl-1","choices":[]}')
+    b'{"id":"mine","choices":[]}'
+    >>> AnswerId("mine").in_events(b'data: {"id":"cmpl-1","choices":[]}\n\n')
+    b'data: {"id":"mine","choices":[]}\n\n'
+    """
+
+    own: str
+    _old: bytes = attrs.field(init=False, default=b"")
+    _new: bytes = attrs.field(init=False)
+
+    @_new.default
+    def _written(self) -> bytes:
+        return b'"id":"%b"' % self.own.encode()
+
+    def in_answer(self, body: bytes, known: str = "") -> bytes:
+        """A whole answer with it.
+
+        Args:
+            body: A JSON object. One without choices (vectors, a ranking) that tells no `id` keeps none.
+            known: Its `id`, if that was read before.
+        """
+        if known and (found := self._spliced(body, known)):
+            return found
+        return self._read(body) if b'"choices"' in body else body
+
+    def in_events(self, piece: bytes) -> bytes:
+        """A piece of whole server-sent events with it."""
+        old = self._old
+        if old and piece.count(old) == piece.count(b"\n\n"):
+            return piece.replace(old, self._new)
+        ends = [match.end() for match in _END.finditer(piece)]
+        return b"".join([self._in_event(piece[a:b]) for a, b in zip([0, *ends], ends, strict=False)])
+
+    def _in_event(self, event: bytes) -> bytes:
+        data = data_of(event).strip()
+        return event.replace(data, self._read(data)) if data.startswith(b"{") else event
+
+    def _read(self, body: bytes) -> bytes:
+        """The same for one object whose `id` is not known yet."""
+        try:
+            answer = orjson.loads(body)
+        except orjson.JSONDecodeError:  # the adapter let it pass, and so may we
+            return body
+        if not isinstance(answer, dict) or not ("id" in answer or "choices" in answer):
+            return body
+        found = self._spliced(body, answer.get("id"))
+        return found or orjson.dumps({"id": self.own} | answer | {"id": self.own})
+
+    def _spliced(self, body: bytes, old: Any) -> bytes:
+        """The body with the old `id` replaced; empty if its place is not certain."""
+        if not isinstance(old, str):
+            return b""
+        name = orjson.dumps(old)
+        for token in (b'"id":' + name, b'"id": ' + name):
+            if body.count(token) == 1:
+                self._old = token
+                return body.replace(token, self._new)
+        return b""

@@ -1,0 +1,92 @@
+"""Routing Strategies: static, rules, cost, latency and quality first, and the cheap cascade."""
+
+from __future__ import annotations
+
+from tests.page.models import MODELS
+from tests.page.printed import run
+
+FLEET = (
+    MODELS
+    + """
+models += [ModelConfig(name=name, endpoint=f"http://{name}:8000") for name in ("llama-3-70b", "deepseek", "med-llama")]
+"""
+)
+"""The scoring section's models, and those that the strategies' examples name."""
+
+STATIC = """
+from kvfleet.router.strategies import StaticStrategy
+
+strategy = StaticStrategy(default_model="llama-3-70b")
+scores = strategy.select(models)
+# Always routes to llama-3-70b
+"""
+
+RULES = """
+from kvfleet.config.schema import RouteRuleConfig
+from kvfleet.router.strategies import RulesStrategy
+from kvfleet.router.scoring import ScoringContext
+
+rules = [
+    RouteRuleConfig(name="coding", condition={"tags.domain": "coding"}, target_model="deepseek", priority=1),
+    RouteRuleConfig(name="medical", condition={"tags.domain": "medical"}, target_model="med-llama", priority=1),
+]
+strategy = RulesStrategy(rules=rules)
+scores = strategy.select(models, ScoringContext(tags={"domain": "coding"}))
+"""
+
+FIRST = """
+from kvfleet.router.strategies import CostFirstStrategy, LatencyFirstStrategy, QualityFirstStrategy
+
+# Cheapest model wins
+scores = CostFirstStrategy().select(models)
+cheapest = scores
+
+# Fastest model wins
+scores = LatencyFirstStrategy().select(models)
+fastest = scores
+
+# Highest quality wins
+scores = QualityFirstStrategy().select(models)
+best = scores
+"""
+"""The page's three calls, each result kept under a name of its own."""
+
+CASCADE = """
+from kvfleet.router.strategies import CheapCascadeStrategy
+
+# Try cheapest first, escalate on failure
+strategy = CheapCascadeStrategy()
+scores = strategy.select(models)
+# Order: cheap-fast → balanced → premium
+"""
+
+
+def chosen(scores: object) -> str:
+    """The model that is marked as selected."""
+    (one,) = [score.model_name for score in scores if score.selected]  # type: ignore[attr-defined]
+    return str(one)
+
+
+async def test_static_always_goes_there() -> None:
+    """Whatever the other models are like."""
+    assert chosen((await run(FLEET + STATIC))["scores"]) == "llama-3-70b"
+
+
+async def test_rules_choose_by_tag() -> None:
+    """A coding request goes to the coding model, a medical one to the medical model."""
+    ran = await run(FLEET + RULES)
+    assert chosen(ran["scores"]) == "deepseek"
+    medical = ran["strategy"].select(ran["models"], ran["ScoringContext"](tags={"domain": "medical"}))
+    assert chosen(medical) == "med-llama"
+
+
+async def test_the_cheapest_the_fastest_the_best() -> None:
+    """One dimension decides, and the declared values are what counts without a pipeline."""
+    ran = await run(MODELS + FIRST)
+    assert [chosen(ran[name]) for name in ("cheapest", "fastest", "best")] == ["cheap-fast", "cheap-fast", "premium"]
+
+
+async def test_the_cascade_climbs_from_the_cheapest() -> None:
+    """The ranking is the order in which they are tried."""
+    ran = await run(MODELS + CASCADE)
+    assert [score.model_name for score in ran["scores"]] == ["cheap-fast", "balanced", "premium"]
