@@ -184,10 +184,15 @@ class HealthFilter:
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """The drops."""
-        unavailable = self._health.unavailable(ctx.now_s)
+        health, now_s = self._health, ctx.now_s
+        unavailable = health.unavailable(now_s)
         if not unavailable:
             return ()
-        return [Drop(model, unavailable[model.endpoint]) for model in ctx.candidates if model.endpoint in unavailable]
+        return [
+            Drop(model, unavailable[model.endpoint], retry_after_s=health.wait_s(model.endpoint, now_s))
+            for model in ctx.candidates
+            if model.endpoint in unavailable
+        ]
 
     def state(self) -> Mapping[str, int]:
         """Counts of endpoints by health."""

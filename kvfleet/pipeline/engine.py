@@ -137,6 +137,9 @@ class Decision:
         attributes[names.DROPPED] = tuple([drop.candidate.id for drop in drops])
         attributes[names.DROPPED_REASONS] = tuple([drop.reason for drop in drops])
         attributes[names.DROPPED_RULES] = tuple([drop.rule for drop in drops])
+        wait_s = _soonest_s(drops)
+        if wait_s is not None:
+            attributes[names.RETRY_AFTER_S] = wait_s
         self.excluded.extend([(stage, drop) for drop in drops])
         self._keep(keep)
         if not keep:
@@ -213,7 +216,7 @@ class Decision:
         message = f"no model may or can serve this request: {who}" if who else "no enabled model serves this request"
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
-        return NoCandidatesError(message, details=details)
+        return NoCandidatesError(message, retry_after_s=_soonest_s([d for _, d in self.excluded]), details=details)
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.
@@ -256,6 +259,12 @@ def exclusions(excluded: Sequence[tuple[BoundStage, Drop]]) -> dict[str, dict[st
             name = f"{drop.candidate.name}#{number}"
         found[name] = entry
     return found
+
+
+def _soonest_s(drops: Sequence[Drop]) -> float | None:
+    """Seconds until the first of the dropped may be a candidate again; None if nobody knows."""
+    waits = [drop.retry_after_s for drop in drops if drop.retry_after_s is not None]
+    return min(waits) if waits else None
 
 
 def _check_values(stage: BoundStage, unit: Unit, values: Sequence[float]) -> None:

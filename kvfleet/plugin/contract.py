@@ -213,11 +213,20 @@ class RoutingContext:
 
 @attrs.frozen
 class Drop:
-    """One candidate a filter drops, why, and by which rule (empty if the filter has no rules)."""
+    """One candidate a filter drops, and why.
+
+    Attributes:
+        candidate: Who.
+        reason: Why, in words.
+        rule: By which rule; empty if the filter has none.
+        retry_after_s: Seconds after which the same request might not drop it; None if time changes nothing, or nobody
+            knows.
+    """
 
     candidate: ModelConfig
     reason: str
     rule: str = ""
+    retry_after_s: float | None = None
 
 
 @attrs.frozen(kw_only=True)

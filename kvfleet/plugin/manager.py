@@ -260,13 +260,11 @@ class ComponentTable:
         label = f"{kind}.{name}" if kind.is_stage else f"{kind} {name!r}"
         shown = [f"{kind}.{n}" for n in names] if kind.is_stage else list(names)
         remedy = did_you_mean(f"{kind}.{name}" if kind.is_stage else name, shown)
-        absent = [
-            f"plugin {p.label} is {p.status}" + (f": {p.cause}" if p.cause else "")
-            for p in self.plugins
-            if p.status != "ok"
-        ]
-        hint = f" ({'; '.join(absent[:3])})" if absent else ""
-        return f"there is no {label}; {remedy}{hint}"
+        absent = [_absence(plugin) for plugin in self.plugins if plugin.status != "ok"]
+        if not absent:
+            return f"there is no {label}; {remedy}"
+        # What they bring is not known, and it may be this: that goes before a guess at another component.
+        return f"there is no {label}: {'; '.join(absent[:3])}; {remedy}"
 
 
 def discover(
@@ -366,6 +364,13 @@ def _collect(manager: pluggy.PluginManager, info: PluginInfo) -> tuple[Component
                 raise PluginError(f"it brings {component.key} twice")
             found[component.kind, component.name] = attrs.evolve(component, distribution=info.distribution)
     return tuple(found.values())
+
+
+def _absence(plugin: PluginInfo) -> str:
+    """Why a plugin's components are not there."""
+    if plugin.is_broken:
+        return f"plugin {plugin.label} is broken: {plugin.cause}"
+    return f"plugin {plugin.label} is disabled by {DISABLE_VARIABLE}, and may bring it"
 
 
 def _conflict(found: Sequence[Component]) -> str:

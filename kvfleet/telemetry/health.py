@@ -19,6 +19,7 @@ from kvfleet.errors import Fault
 __all__ = ["HealthManager"]
 
 _MOST_ENDPOINTS = 16_384
+_SOON_S = 1.0
 _NO_EVIDENCE = frozenset({Fault.CANCELLED, Fault.DEADLINE})
 
 
@@ -140,6 +141,16 @@ class HealthManager:
     def unavailable_reason(self, endpoint: str) -> str:
         """Why the endpoint must not be called now; empty if it may."""
         return self.unavailable(self.clock.now_s()).get(endpoint, "")
+
+    def wait_s(self, endpoint: str, now_s: float) -> float | None:
+        """Seconds until the endpoint may be tried again; None if it may be now.
+
+        While a probe is under way its outcome decides, and it may come at any moment: then that is a second.
+        """
+        if endpoint not in self.unavailable(now_s):
+            return None
+        known = self._known[endpoint]
+        return _SOON_S if self._waited(known, now_s) else known.opened_s + self.recovery_timeout_seconds - now_s
 
     def breaker_state(self, endpoint: str) -> str:
         """``closed``, ``open`` or ``half_open``."""

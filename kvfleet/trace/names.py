@@ -165,7 +165,9 @@ BUDGET_RESERVED_USD = _name(
 BUDGET_REMAINING_USD = _name(
     "kvfleet.budget.remaining", "admit", "double", "Left of the tightest of these budgets, less what is held.", "usd"
 )
-RETRY_AFTER_S = _name("kvfleet.retry_after", "admit, attempt", "double", "Seconds after which to try again.", "s")
+RETRY_AFTER_S = _name(
+    "kvfleet.retry_after", "filter, admit, attempt", "double", "Seconds after which to try again.", "s"
+)
 
 # Attempts
 ATTEMPT = _name("kvfleet.attempt", "attempt", "int", "1 for the first attempt.")

@@ -62,7 +62,8 @@ class StageRecord:
         mode: How the first was chosen.
         is_answer: True if the stage answered the request itself.
         match, similarity, age_s: How its answer was found, and how old it is, if the stage says so.
-        refusal, retry_after_s: Why an admission refused, and when to come back.
+        refusal: Why an admission refused.
+        retry_after_s: When to come back after a refusal; for a filter, when the first of its drops may be back.
         is_policy: True if the stage must hold.
         is_skipped: True if it failed and the pipeline went on without it.
         error: What went wrong; empty if nothing did.

@@ -135,6 +135,8 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
         is_same = stage.candidates_out == stage.candidates_in
         told = f"{stage.candidates_in} stay" if is_same else f"{stage.candidates_in} → {stage.candidates_out}"
         pieces.append((told, _bare))
+    if stage.drops and stage.retry_after_s is not None:
+        pieces.append((f"the first again in {duration(stage.retry_after_s * 1000)}", _bare))
     if stage.kind == "affinity" and stage.scored:
         pieces += [(piece, _bare) for piece in _affinity(explanation, stage)]
     elif stage.kind == "score" and stage.scored:

@@ -13,7 +13,7 @@ from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import RoutingContext
+from kvfleet.plugin.contract import Drop, RoutingContext
 from kvfleet.telemetry.health import HealthManager
 from tests.builtin.making import able, context, model, user
 
@@ -167,7 +167,7 @@ def test_replicas_behind_an_open_breaker_are_dropped() -> None:
     services.health.record_failure("http://a", Fault.CONNECT)
     drops = list(stage.filter(context(models, now_s=services.clock.now_s())))
     reason = "circuit open after 1 failed calls, last connect"
-    assert [(d.candidate.id, d.reason) for d in drops] == [("m@http://a", reason), ("n@http://a", reason)]
+    assert drops == [Drop(models[0], reason, retry_after_s=60), Drop(models[2], reason, retry_after_s=60)]
 
 
 def test_if_everybody_is_down_nobody_is_left() -> None:

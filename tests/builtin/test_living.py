@@ -18,6 +18,7 @@ from kvfleet.plugin.contract import RouteRequest
 from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Dispatch, Router
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
+from kvfleet.trace.explanation import Explanation
 
 TABLE = discover()
 SYSTEM = {"role": "system", "content": "You are a helpful assistant, and you answer in verse. " * 10}
@@ -207,15 +208,19 @@ async def test_a_replica_that_fails_leaves_and_comes_back() -> None:
         assert running.metric("kvfleet_breaker_state", model="m", endpoint="http://m-0") == 0
 
 
-async def test_if_every_breaker_is_open_the_error_says_why() -> None:
-    """503, with each replica's reason, and nobody is called."""
+async def test_if_every_breaker_is_open_the_error_says_why_and_until_when() -> None:
+    """503, with each replica's reason and the time until the first may be tried, and nobody is called."""
     async with fleet(replicated("m", 2)) as running:
         for endpoint in ("http://m-0", "http://m-1"):
             for _ in range(3):
                 running.router.services.health.record_failure(endpoint, Fault.CONNECT)
+            running.clock.advance(10)
         with pytest.raises(NoCandidatesError, match="circuit open after 3 failed calls, last connect") as caught:
             await running.ask(user("Hello"))
-        assert caught.value.status == 503
+        assert (caught.value.status, caught.value.retry_after_s) == (503, 40)
+        assert caught.value.trace is not None
+        health = next(one for one in Explanation(caught.value.trace).stages if one.key == "filter.health")
+        assert health.retry_after_s == 40
         assert not any(engine.calls for engine in running.engines.values())
 
 

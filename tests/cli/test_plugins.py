@@ -107,7 +107,7 @@ def test_a_pipeline_that_uses_a_broken_plugin_is_refused_with_the_cause(tmp_path
     path.write_text("strategy: acme\nmodels:\n  - {name: a, provider: mock}\n")
     done = kvfleet(tmp_path, "validate", str(path))
     assert done.returncode == 1
-    assert "(plugin acme_bad (acme-bad 1.0) is broken: RuntimeError: out of order)" in done.stdout
+    assert ": plugin acme_bad (acme-bad 1.0) is broken: RuntimeError: out of order;" in done.stdout
     path.write_text("models:\n  - {name: a, provider: mock}\n")
     assert kvfleet(tmp_path, "validate", str(path)).returncode == 0
 

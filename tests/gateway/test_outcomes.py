@@ -9,8 +9,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kvfleet.adapters.call import Reply
+from kvfleet.clock import FrozenClock
+from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import AdmissionError, AttemptsExhaustedError, BackendError, Fault, NoCandidatesError
+from kvfleet.gateway.app import Gateway
+from kvfleet.gateway.auth import Keys
 from kvfleet.plugin.contract import RouteRequest
+from kvfleet.runtime import Router
 from tests.gateway.asgi import Client, call
 from tests.gateway.fleet import (
     CHAT,
@@ -69,6 +74,19 @@ class TestErrors:
         assert (answer.header("retry-after"), answer.header("retry-after-ms")) == ("2", "1200")
         assert answer.header("x-should-retry") is None
         assert answer.json["error"]["type"] == "rate_limit_error"
+
+    async def test_an_open_breaker_says_when_it_may_be_tried(self) -> None:
+        """A real router behind it: 503 with the rest of the breaker's time, and OpenAI's clients may try again."""
+        model = ModelConfig(name="m", provider="mock")
+        router = Router(FleetConfig(models=(model,)), polls=False, clock=FrozenClock())
+        app = Gateway(router, keys=Keys())
+        await app.start()
+        for _ in range(3):
+            router.services.health.record_failure(router.models[0].endpoint, Fault.CONNECT)
+        answer = await call(app, "POST", "/v1/chat/completions", CHAT)
+        await app.stop()
+        assert (answer.status, answer.json["error"]["code"]) == (503, "no_candidates")
+        assert (answer.header("retry-after"), answer.header("x-should-retry")) == ("60", None)
 
     async def test_the_backends_verdict_on_a_request_comes_back_as_it_is(self) -> None:
         """A backend's 400 keeps its message, type, parameter and code, and gains our facts beside them."""

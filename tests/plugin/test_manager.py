@@ -218,7 +218,18 @@ def test_an_unknown_name_mentions_what_is_broken() -> None:
     with pytest.raises(ComponentError) as caught:
         found.find_stage("filter.slo")
     assert str(caught.value) == (
-        "there is no filter.slo; there are none (plugin slo (kvfleet-slo 1.0) is broken: ValueError: bad)"
+        "there is no filter.slo: plugin slo (kvfleet-slo 1.0) is broken: ValueError: bad; there are none"
+    )
+
+
+def test_a_disabled_plugin_is_named_before_any_guess() -> None:
+    """Who left it out and forgot is not sent to another component first."""
+    points = Point("slo", Dist("kvfleet-slo"), bringing(SIEVE)), Point("p", Dist("acme"), bringing(SIEVE))
+    with pytest.raises(ComponentError) as caught:
+        table(*points, off="slo").find_stage("filter.seive")
+    assert str(caught.value) == (
+        "there is no filter.seive: plugin slo (kvfleet-slo 1.0) is disabled by KVFLEET_DISABLE_PLUGINS, "
+        "and may bring it; did you mean filter.sieve?"
     )
 
 

@@ -123,6 +123,18 @@ def test_after_the_wait_one_call_may_try(health: HealthManager, clock: FrozenClo
     assert health.unavailable_reason(GPU) == "circuit half-open, its probe is under way"
 
 
+def test_an_open_breaker_says_how_long_it_stays_so(health: HealthManager, clock: FrozenClock) -> None:
+    """Until the probe; then, while that is under way, a moment; nothing where one may call."""
+    assert health.wait_s(GPU, clock.now_s()) is None
+    fail(health, 3)
+    clock.advance(18)
+    assert health.wait_s(GPU, clock.now_s()) == 42
+    clock.advance(42)
+    assert health.wait_s(GPU, clock.now_s()) is None
+    health.begin(GPU)
+    assert health.wait_s(GPU, clock.now_s()) == 1
+
+
 def test_a_probe_that_works_closes_the_breaker(health: HealthManager, clock: FrozenClock) -> None:
     """One answer is enough."""
     fail(health, 3)

@@ -227,6 +227,7 @@ def nobody() -> Trace:
         DROPPED=(A1, A2),
         DROPPED_REASONS=("breaker open for 12 s", "unhealthy"),
         DROPPED_RULES=("", ""),
+        RETRY_AFTER_S=12.0,
     )
     health.fail("no_candidates")
     return route(

@@ -76,7 +76,7 @@ def test_nobody_left() -> None:
         "2026-05-28 20:26:40 UTC  request req-1  chat  data confidential\n"
         "├ filter.policy  0.02 ms  3 → 2\n"
         "│   ✗ gpt-4o  confidential data stays on private models  [confidential]\n"
-        "└ filter.health  0.01 ms  2 → 0\n"
+        "└ filter.health  0.01 ms  2 → 0  the first again in 12.0 s\n"
         "    ✗ llama-3-8b@gpu-1:8000  breaker open for 12 s\n"
         "    ✗ llama-3-8b@gpu-2:8000  unhealthy\n"
         "✗ no_candidates  no model may or can serve this request"
