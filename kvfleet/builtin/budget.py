@@ -16,6 +16,7 @@ from kvfleet.config.fields import mapping, number, section, text
 from kvfleet.config.findings import Finding
 from kvfleet.config.schema import BudgetConfig, ModelConfig
 from kvfleet.errors import ConfigError
+from kvfleet.money import money
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Kind, Lease, Outcome, Refusal, RoutingContext
 from kvfleet.plugin.spec import hookimpl
@@ -267,7 +268,7 @@ class BudgetFilter:
             price = self._prices[model.id] if model.id in self._prices else Price.of(model)
             cost = 0.0 if price is None else price.cost_usd(prompt, answer)
             if cost > most:
-                reason = f"the request may cost {cost:.4g} USD there, and {most:g} is the most for one"
+                reason = f"the request may cost {money(cost)} there, and {money(most)} is the most for one"
                 yield Drop(model, reason, "per_request_max_usd")
 
 

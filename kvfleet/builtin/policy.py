@@ -12,6 +12,7 @@ from kvfleet.config.fields import choice, flag, listing, mapping, number
 from kvfleet.config.findings import Finding, Path
 from kvfleet.config.schema import DATA_CLASSES, ModelConfig, PolicyConfig, PolicyRule, TenantConfig
 from kvfleet.errors import ComponentError, ConfigError
+from kvfleet.money import money
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Drop, Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
@@ -186,8 +187,8 @@ class TenantFilter:
                 price = Price.of(model)
                 cost = None if price is None else price.cost_usd(prompt, answer)
                 if cost is None or cost > most_usd:
-                    what = "the request may cost an unknown amount" if cost is None else f"it may cost {cost:.4g} USD"
-                    yield Drop(model, f"{what}, and the tenant's limit is {most_usd:g}", "max_cost_per_request")
+                    what = "the request may cost an unknown amount" if cost is None else f"it may cost {money(cost)}"
+                    yield Drop(model, f"{what}, and the tenant's limit is {money(most_usd)}", "max_cost_per_request")
 
 
 @hookimpl

@@ -14,11 +14,12 @@ import orjson
 from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse
 from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
-from kvfleet.cli.shadow import measure, money, share
+from kvfleet.cli.shadow import measure, share
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BadRequestError
 from kvfleet.eval.asking import mean, median
 from kvfleet.eval.compare import ComparisonResult, ModelComparator
+from kvfleet.money import money
 from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 from kvfleet.telemetry.cost import cost_usd

@@ -16,6 +16,7 @@ from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.money import money
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.runtime import Router
@@ -118,7 +119,7 @@ def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
             for row in rows
         ]
     else:
-        headers = ["model", "endpoint", "provider", "region", "quality", "usd/1k in", "state"]
+        headers = ["model", "endpoint", "provider", "region", "quality", "1k in", "state"]
         cells = [
             [
                 row.model,
@@ -126,7 +127,7 @@ def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
                 row.provider,
                 row.region or "-",
                 f"{row.quality:g}",
-                _figure(row.usd_per_1k_input, "{:g}"),
+                money(row.usd_per_1k_input),
                 _coloured(row),
             ]
             for row in rows

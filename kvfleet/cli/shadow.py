@@ -12,10 +12,11 @@ import click
 from kvfleet.cli import render
 from kvfleet.cli.options import json_option, reports
 from kvfleet.eval.shadow_store import FILE_NAME, ShadowRow, ShadowStore, ShadowSummary, summarise
+from kvfleet.money import money
 from kvfleet.trace.rows import default_path
-from kvfleet.trace.wording import duration, quantity
+from kvfleet.trace.wording import duration
 
-__all__ = ["measure", "money", "shadow", "share"]
+__all__ = ["measure", "shadow", "share"]
 
 _MOST = 10_000
 
@@ -58,11 +59,6 @@ def shadow(*, listed: int, model: str, store: Path | None, as_json: bool) -> Non
 def measure(value: float | None) -> str:
     """Milliseconds, as people read them."""
     return "-" if value is None else duration(value)
-
-
-def money(value: float | None) -> str:
-    """US dollars."""
-    return "-" if value is None else quantity(value, "usd")
 
 
 def share(value: float | None) -> str:

@@ -16,6 +16,7 @@ from kvfleet.cli.fleet import gateway_url
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.clock import SystemClock
 from kvfleet.config.schema import FleetConfig
+from kvfleet.money import money
 from kvfleet.pipeline.build import read
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.policy.budget import month_of
@@ -61,9 +62,9 @@ def _row(row: Mapping[str, Any]) -> list[str]:
     return [
         str(row["account"]),
         str(row["month"]),
-        f"{row['spent_usd']:.4f} USD",
-        f"{row['reserved_usd']:.4f} USD",
-        f"{row['limit_usd']:g} USD",
+        money(row["spent_usd"]),
+        money(row["reserved_usd"]),
+        money(row["limit_usd"]),
         "-" if share is None else f"{share:.1f} %",
         str(row["requests"]),
         str(row["refused"]),

@@ -180,6 +180,15 @@ class ModelConfig:
         unit="usd",
         doc="Price of 1,000 prompt tokens written to a cache that is paid for; as other prompt tokens if absent.",
     )
+    cost_per_1k_batch_input_tokens: float | None = number(
+        None,
+        ge=0,
+        unit="usd",
+        doc="Price of 1,000 prompt tokens through the provider's batch interface, for estimates; the gateway has none.",
+    )
+    cost_per_1k_batch_output_tokens: float | None = number(
+        None, ge=0, unit="usd", doc="Price of 1,000 answer tokens through the provider's batch interface."
+    )
     long_context: LongContextPrices | None = section(None, doc="Prices for long prompts, if they differ.")
     price_source: str = text("", doc="Where the prices come from, for people; filled in if absent.")
     latency_p50_ms: float = number(

@@ -16,6 +16,7 @@ import attrs
 
 from kvfleet.clock import Clock
 from kvfleet.config.schema import BudgetConfig
+from kvfleet.money import money
 
 __all__ = [
     "Account",
@@ -206,7 +207,7 @@ class Account:
         # A request that costs nothing takes nothing from anybody, however little is left.
         if not self.config.throttle_on_exceed or not amount or amount <= self.remaining:
             return None
-        limit = f"{self.config.monthly_budget_usd:g} USD of {self.month}"
+        limit = f"{money(self.config.monthly_budget_usd)} of {self.month}"
         if self.spent.nano_usd + amount > self.limit:
             wait_s = until_next_month_s(self.clock.time_ns()) if amount <= self.limit else None
             return Denial(self.name, INSUFFICIENT_QUOTA, f"the budget {self.name} of {limit} is used up", wait_s)

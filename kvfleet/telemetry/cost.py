@@ -116,6 +116,8 @@ def with_known_prices(model: ModelConfig) -> ModelConfig:
         cost_per_1k_output_tokens=found.output_cost_per_1k,
         cost_per_1k_cached_input_tokens=found.cached_input_cost_per_1k,
         cost_per_1k_cache_write_tokens=found.cache_write_cost_per_1k,
+        cost_per_1k_batch_input_tokens=found.batch_input_cost_per_1k,
+        cost_per_1k_batch_output_tokens=found.batch_output_cost_per_1k,
         long_context=long,
         price_source=f"built-in list, {found.last_updated}",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+from kvfleet.money import money
 from kvfleet.trace.records import endpoint_of, model_of
 
 __all__ = ["duration", "labels", "plural", "quantity"]
@@ -43,7 +44,7 @@ def quantity(value: float, unit: str) -> str:
     if unit == "s":
         return duration(value * 1000)
     if unit == "usd":
-        return f"${value:.3g}" if 0 < abs(value) < 1 else f"${value:,.2f}"
+        return money(value)
     if unit == "tokens":
         return f"{value:,.0f} tokens"
     return f"{value:.3f}"

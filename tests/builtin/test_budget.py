@@ -186,7 +186,7 @@ def test_candidates_too_dear_for_one_request_are_dropped() -> None:
         ctx = context((CHEAP, DEAR), TALK, tenant=tenant, body={"max_tokens": 100})
         return [(drop.candidate.name, drop.reason) for drop in stage.filter(ctx)]
 
-    assert dropped("a") == [("dear", "the request may cost 3 USD there, and 1 is the most for one")]
+    assert dropped("a") == [("dear", "the request may cost $3.00 there, and $1.00 is the most for one")]
     assert dropped("b") == []
 
 

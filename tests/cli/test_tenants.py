@@ -53,12 +53,9 @@ def test_without_a_gateway_the_ledger_is_read(paid: Path) -> None:
     assert lines[3].split() == [
         "fleet",
         month,
-        "0.0000",
-        "USD",
-        "0.0000",
-        "USD",
-        "100",
-        "USD",
+        "$0.00",
+        "$0.00",
+        "$100.00",
         "0.0",
         "%",
         "0",
@@ -89,7 +86,7 @@ def test_prices_tell_what_a_model_is_priced_as_and_where_that_was_read() -> None
     """For a million tokens."""
     status, out, _ = run("prices", "gpt-4o-2024-08-06")
     assert status == 0
-    assert out.splitlines()[1].split()[:7] == ["gpt-4o-2024-08-06", "gpt-4o", "2.5", "1.25", "10", "-", "2026-11-23"]
+    assert out.splitlines()[1].split()[:7] == ["gpt-4o-2024-08-06", "gpt-4o", "$2.50", "$1.25", "$10.00", "$1.25", "/"]
 
 
 def test_an_unknown_price_is_unknown() -> None:

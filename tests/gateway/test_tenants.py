@@ -100,7 +100,7 @@ async def test_a_tenants_key_spends_its_tenants_money_until_it_is_gone() -> None
     refused = kept.traces[2]
     assert refused.route.attributes["kvfleet.outcome"] == "refused"
     stage = next(span for span in refused.stages if span.name == "kvfleet.admit.budget")
-    assert str(stage.attributes["kvfleet.admit.refusal"]).startswith("the budget tenant/a of 0.5 USD")
+    assert str(stage.attributes["kvfleet.admit.refusal"]).startswith("the budget tenant/a of $0.50")
     assert kept.traces[0].route.attributes["kvfleet.cost"] == pytest.approx(0.2)
 
 

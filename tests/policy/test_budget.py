@@ -67,7 +67,7 @@ def test_what_is_used_up_is_used_up_until_the_month_ends() -> None:
     held(reserve([one], nano(0.9), 0)).settle(Spending(nano_usd=nano(0.9)))
     denial = denied(reserve([one], nano(0.2), 0))
     assert (denial.code, denial.retry_after_s) == ("insufficient_quota", 16 * DAY_S + 6400)
-    assert denial.reason == "the budget tenant/a of 1 USD of 2023-11 is used up"
+    assert denial.reason == "the budget tenant/a of $1.00 of 2023-11 is used up"
     clock.advance(16 * DAY_S + 6400)
     held(reserve([one], nano(0.2), 0))
     assert (one.month, one.refused) == ("2023-12", 0)

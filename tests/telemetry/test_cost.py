@@ -65,6 +65,7 @@ def test_the_list_prices_a_model_that_the_file_does_not() -> None:
     assert found.cost_per_1k_cached_input_tokens == 0.00025
     assert found.long_context is not None
     assert found.long_context.from_tokens == 272_000
+    assert (found.cost_per_1k_batch_input_tokens, found.cost_per_1k_batch_output_tokens) == (0.00125, 0.0075)
     assert found.price_source == "built-in list, 2026-11-23"
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kvfleet.config.schema import ModelConfig
+from kvfleet.config.schema import LongContextPrices, ModelConfig
 from kvfleet.telemetry import cost_sync
-from kvfleet.telemetry.cost_sync import KNOWN_MODEL_COSTS, CostSyncManager
+from kvfleet.telemetry.cost_sync import KNOWN_MODEL_COSTS, CostSyncManager, ModelCostInfo
 from kvfleet.telemetry.pricelist import SELF_HOSTED, find
 
 PAGE = [
@@ -131,6 +131,46 @@ def test_long_prompts_are_estimated_at_their_own_price() -> None:
     assert costs.estimate_request_cost("gemini-2.5-pro", 200_001, 1000) == pytest.approx(0.5150025)
 
 
+def test_batches_are_estimated_at_their_own_price() -> None:
+    """Unknown where the list has none, and for long prompts, whose batch prices no list has."""
+    costs = CostSyncManager()
+    assert costs.estimate_request_cost("gpt-4o", 1000, 1000, batch=True) == pytest.approx(0.00125 + 0.005)
+    assert costs.estimate_request_cost("gpt-4", 1000, 1000, batch=True) == 0.0
+    assert costs.estimate_request_cost("gemini-2.5-pro", 200_001, 1, batch=True) == 0.0
+    costs.set_cost("mine", 0.002, 0.004, batch_input_cost=0.001, batch_output_cost=0.002)
+    assert costs.estimate_request_cost("mine", 1000, 1000, batch=True) == pytest.approx(0.003)
+
+
+def test_every_price_of_the_file_is_taken_over() -> None:
+    """Cached, written, batch and long-context prices too."""
+    beyond = LongContextPrices(from_tokens=9, cost_per_1k_input_tokens=7, cost_per_1k_output_tokens=8)
+    model = ModelConfig(
+        name="m",
+        cost_per_1k_input_tokens=1,
+        cost_per_1k_output_tokens=2,
+        cost_per_1k_cached_input_tokens=0.1,
+        cost_per_1k_cache_write_tokens=1.5,
+        cost_per_1k_batch_input_tokens=0.5,
+        cost_per_1k_batch_output_tokens=1.1,
+        long_context=beyond,
+    )
+    costs = CostSyncManager()
+    costs.sync_from_config([model])
+    assert costs.get_cost("m") == ModelCostInfo(
+        model_id="m",
+        input_cost_per_1k=1,
+        output_cost_per_1k=2,
+        cached_input_cost_per_1k=0.1,
+        cache_write_cost_per_1k=1.5,
+        batch_input_cost_per_1k=0.5,
+        batch_output_cost_per_1k=1.1,
+        long_context_from_tokens=9,
+        long_input_cost_per_1k=7,
+        long_output_cost_per_1k=8,
+        source="config",
+    )
+
+
 def test_the_file_replaces_the_list() -> None:
     """Under the model's name and the engine's; models without prices change nothing."""
     costs = CostSyncManager()
@@ -177,6 +217,12 @@ def test_litellms_own_list_is_read_without_importing_it(monkeypatch: pytest.Monk
             "input_cost_per_token": 1e-06,
             "output_cost_per_token": 2e-06,
             "cache_read_input_token_cost": 1e-07,
+            "input_cost_per_token_batches": 5e-07,
+            "output_cost_per_token_batches": 1e-06,
+            "input_cost_per_token_above_256k_tokens": 9e-06,
+            "input_cost_per_token_above_200k_tokens": 2e-06,
+            "output_cost_per_token_above_200k_tokens": 3e-06,
+            "input_cost_per_token_above_200k_tokens_batches": 1e-06,
         },
         "pictures": {"input_cost_per_image": 0.04},
     }
@@ -187,6 +233,9 @@ def test_litellms_own_list_is_read_without_importing_it(monkeypatch: pytest.Monk
     cost = costs.get_cost("new-model")
     assert cost is not None
     assert (cost.input_cost_per_1k, cost.output_cost_per_1k, cost.cached_input_cost_per_1k) == (0.001, 0.002, 0.0001)
+    assert (cost.batch_input_cost_per_1k, cost.batch_output_cost_per_1k) == (0.0005, 0.001)
+    assert (cost.long_context_from_tokens, cost.long_input_cost_per_1k) == (200_000, 0.002)
+    assert (cost.long_output_cost_per_1k, cost.long_cached_input_cost_per_1k) == (0.003, None)
     assert costs.get_cost("pictures") is None
     assert "litellm" not in sys.modules
 

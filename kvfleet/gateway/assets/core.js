@@ -30,9 +30,12 @@ function duration(ms) {
   if (ms >= 1) return ms.toFixed(1) + " ms";
   return ms >= 0.005 ? ms.toFixed(2) + " ms" : ms === 0 ? "0 ms" : "<0.01 ms";
 }
-function dollars(usd) {
+function dollars(usd) { // as kvfleet/money.py has it
   if (usd === null || usd === undefined) return "";
-  return "$" + (usd > 0 && usd < 1 ? Number(usd.toPrecision(3)) : usd.toFixed(2));
+  if (usd < 0) return "-" + dollars(-usd);
+  if (usd === 0 || usd >= 0.9995) return "$" + usd.toFixed(2);
+  if (usd < 1e-9) return "<$0.000000001";
+  return "$" + usd.toFixed(2 - Math.floor(Math.log10(usd))).replace(/0+$/, "").padEnd(4, "0");
 }
 function quantity(value, unit) {
   if (value === null || value === undefined) return "";

@@ -29,6 +29,7 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
+from kvfleet.telemetry.cost_sync import CostSyncManager
 from kvfleet.testing.conformance import check_component
 
 USER = {"role": "user", "content": "Hi"}
@@ -104,6 +105,18 @@ async def test_the_package_is_kept_quiet() -> None:
     assert package.suppress_debug_info
     assert package.disable_hf_tokenizer_download
     assert not importlib.import_module("logging").getLogger("LiteLLM").isEnabledFor(50)
+
+
+def test_its_price_list_can_be_taken_over() -> None:
+    """Thousands of names, batch and long-context prices among them; what it does not know stays unknown."""
+    costs = CostSyncManager()
+    assert costs.sync_from_litellm() > 1000
+    priced = costs.get_cost("gemini/gemini-2.5-pro")
+    assert priced is not None
+    assert priced.source.startswith("LiteLLM ")
+    assert priced.input_cost_per_1k and priced.output_cost_per_1k and priced.batch_input_cost_per_1k  # noqa: PT018 - all
+    assert priced.long_context_from_tokens == 200_000
+    assert costs.get_cost("nobody/nothing-1") is None
 
 
 async def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
