@@ -14,7 +14,7 @@ FLOORS = (
     ("kvfleet.clock", "kvfleet.money", "kvfleet.config.findings", "kvfleet.trace.spans", "kvfleet.trace.names"),
     ("kvfleet.errors",),
     ("kvfleet.config",),
-    ("kvfleet.adapters", "kvfleet.trace"),
+    ("kvfleet.adapters", "kvfleet.sim", "kvfleet.trace"),
     ("kvfleet.router", "kvfleet.policy", "kvfleet.cache", "kvfleet.telemetry", "kvfleet.registry", "kvfleet.eval"),
     ("kvfleet.plugin",),
     ("kvfleet.builtin", "kvfleet.pipeline"),

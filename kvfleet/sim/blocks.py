@@ -1,0 +1,113 @@
+"""The KV cache of a simulated engine: blocks that requests hold, and released ones that still know a prefix."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+import attrs
+
+__all__ = ["BlockPool"]
+
+
+@attrs.define
+class BlockPool:
+    """A fixed number of blocks. Each is untouched, private to a request, shared under a hash, or released.
+
+    A shared block is pinned while anyone holds it. Released blocks queue, least recently used first, and those with a
+    hash can be pinned again until their turn to be taken comes: vLLM's automatic prefix caching,
+    https://docs.vllm.ai/en/latest/design/prefix_caching.html. A block computed twice is kept once.
+
+    >>> pool = BlockPool(3)
+    >>> pool.take(2), pool.share(10), pool.share(11)
+    ([], True, True)
+    >>> pool.release([10, 11], private=0)
+    >>> pool.match([10, 11, 12]), pool.available
+    (2, 3)
+    >>> pool.take(2)  # the untouched one, then the end of the released prefix
+    [11]
+    """
+
+    capacity: int
+    _pins: dict[int, int] = attrs.field(init=False, factory=dict)
+    _released: OrderedDict[Hashable, bool] = attrs.field(init=False, factory=OrderedDict)  # True if the key is a hash
+    _private: int = attrs.field(init=False, default=0)
+
+    @property
+    def held(self) -> int:
+        """Blocks that requests hold."""
+        return len(self._pins) + self._private
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be taken or pinned."""
+        return self.capacity - len(self._pins) - self._private
+
+    @property
+    def cached(self) -> int:
+        """Released blocks that still know a prefix."""
+        return sum(self._released.values())
+
+    def match(self, blocks: Sequence[int], most: int | None = None) -> int:
+        """How many leading blocks are there, of the first `most`."""
+        pins, released = self._pins, self._released
+        found = 0
+        for block in blocks if most is None else blocks[:most]:
+            if block not in pins and block not in released:
+                break
+            found += 1
+        return found
+
+    def unpinned(self, blocks: Sequence[int]) -> int:
+        """How many of these blocks nobody holds."""
+        return sum(block not in self._pins for block in blocks)
+
+    def pin(self, blocks: Sequence[int]) -> None:
+        """Hold blocks that are there."""
+        for block in blocks:
+            if block in self._pins:
+                self._pins[block] += 1
+            else:
+                del self._released[block]
+                self._pins[block] = 1
+
+    def take(self, count: int) -> list[int]:
+        """Make so many blocks private to a request, untouched ones first; gives the hashes that were forgotten for it.
+
+        The caller has seen that so many are `available`.
+        """
+        forgotten: list[int] = []
+        untouched = self.capacity - self.held - len(self._released)
+        for _ in range(count - untouched):
+            key, is_known = self._released.popitem(last=False)
+            if is_known:
+                forgotten.append(key)  # type: ignore[arg-type] # known keys are hashes
+        self._private += count
+        return forgotten
+
+    def share(self, block: int) -> bool:
+        """Give a private block, now full, its hash; False if that hash was there, which is held in its stead."""
+        self._private -= 1
+        if block in self._pins:
+            self._pins[block] += 1
+            return False
+        is_new = self._released.pop(block, None) is None
+        self._pins[block] = 1
+        return is_new
+
+    def release(self, shared: Sequence[int], private: int) -> None:
+        """Let go of a request's blocks: the private ones and the end of the prefix are taken before its beginning."""
+        self._private -= private
+        for _ in range(private):
+            self._released[object()] = False
+        for block in reversed(shared):
+            holders = self._pins[block] - 1
+            if holders:
+                self._pins[block] = holders
+            else:
+                del self._pins[block]
+                self._released[block] = True
+
+    def clear(self) -> None:
+        """Forget every released block."""
+        self._released.clear()

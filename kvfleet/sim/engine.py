@@ -1,0 +1,458 @@
+"""A model of an inference engine in virtual time: chunked prefill, continuous batching, prefix cache, preemption.
+
+It has no clock and waits for nothing. Whoever drives it says what time it is; it says when the next thing happens and,
+afterwards, what happened. The rules are those of vLLM's v1 scheduler (``vllm/v1/core/sched/scheduler.py``), as far as a
+router can notice them:
+
+- One queue, first come first served. A step computes one token for every decoding request and, with what is left of the
+  token budget, chunks of prompts.
+- A request is admitted when a place in the batch is free and all of its prompt's blocks fit beside those that running
+  prefills still need. The longest cached prefix is pinned, but the last token of a prompt is always computed.
+- A block can be shared from the step that computes it on, so within that step too. Released blocks stay known until
+  they are taken, least recently used first.
+- A decode that finds no block preempts the request admitted last, which gives up all it holds, waits at the head of the
+  queue, and computes again what is not cached by then.
+
+Between two admissions nothing changes but the number of tokens, so a run of decode steps is one object with closed-form
+times: a replay jumps over it. Every decoding request gets one token a step, so nothing is kept for each but the step it
+joined at.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterator
+
+import attrs
+
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.errors import BackendError, Fault
+from kvfleet.sim.blocks import BlockPool
+from kvfleet.sim.events import (
+    Cleared,
+    Decoded,
+    Event,
+    Finished,
+    FirstToken,
+    Job,
+    Preempted,
+    Removed,
+    Stage,
+    Started,
+    Stored,
+)
+from kvfleet.sim.runs import Run
+from kvfleet.sim.spec import EngineSpec
+
+__all__ = ["Engine"]
+
+_LONGEST_RUN = 1 << 30
+
+
+def _will_share(job: Job) -> bool:
+    return job.shared < len(job.hashes)
+
+
+@attrs.define(eq=False)
+class Engine:
+    """One engine. All times are seconds on the caller's clock, and never go back.
+
+    >>> engine = Engine(EngineSpec(step_s=0.01, prefill_s_per_token=0.001, block_tokens=10))
+    >>> engine.submit(Job(blocks=(1, 2), prompt_tokens=25, output_tokens=3), now_s=0.0)
+    >>> engine.next_s()
+    0.035
+    >>> for event in engine.advance(1.0):
+    ...     print(type(event).__name__, round(event.at_s, 3))
+    Started 0.0
+    Stored 0.035
+    FirstToken 0.035
+    Decoded 0.055
+    Finished 0.055
+
+    Args:
+        spec: Size and pace.
+        longest_run: Most decode steps taken as one; 1 for the plain loop, which gives the same times.
+    """
+
+    spec: EngineSpec = attrs.field(factory=EngineSpec)
+    longest_run: int = attrs.field(default=_LONGEST_RUN, kw_only=True)
+    preemptions: int = attrs.field(init=False, default=0)
+    _pool: BlockPool = attrs.field(init=False, repr=False)
+    _clock: float = attrs.field(init=False, default=0.0)
+    _waiting: deque[Job] = attrs.field(init=False, factory=deque, repr=False)
+    _running: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)  # in the order of admission
+    _prefilling: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)
+    _decoding: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)
+    # Decoding requests by the step, modulo the block size, at which they need their next block.
+    _phases: tuple[dict[Job, None], ...] = attrs.field(init=False, repr=False)
+    _ends: list[tuple[int, int, Job]] = attrs.field(init=False, factory=list, repr=False)  # (step, order, job)
+    _joined: int = attrs.field(init=False, default=0, repr=False)
+    _step: int = attrs.field(init=False, default=0)  # steps over since the start
+    _context: int = attrs.field(init=False, default=0)  # tokens computed of all decoding requests
+    _run: Run | None = attrs.field(init=False, default=None, repr=False)
+    _is_short_of_blocks: bool = attrs.field(init=False, default=False)
+    _noted: list[tuple[Job, int, int] | list[int]] = attrs.field(init=False, factory=list, repr=False)
+    _events: list[Event] = attrs.field(init=False, factory=list, repr=False)
+    _queries_tokens: int = attrs.field(init=False, default=0)
+    _hits_tokens: int = attrs.field(init=False, default=0)
+
+    def __attrs_post_init__(self) -> None:
+        self._pool = BlockPool(self.spec.cache_blocks)
+        self._phases = tuple({} for _ in range(self.spec.block_tokens))
+
+    # -- the caller's side --------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job, now_s: float) -> None:
+        """Take a request into the queue.
+
+        Raises:
+            BackendError: `Fault.CONTEXT_LENGTH` if it can never fit, `Fault.OVERLOADED` if the queue is full.
+            ValueError: if its block hashes do not fit its prompt's length.
+        """
+        self._check(job)
+        self._run_to(now_s)
+        spec = self.spec
+        free_places = max(0, spec.max_running - len(self._running))
+        if spec.max_waiting is not None and len(self._waiting) >= spec.max_waiting + free_places:
+            job.stage = Stage.DONE
+            raise BackendError(Fault.OVERLOADED, "the engine's queue is full", status=503, retry_after_s=1.0)
+        if not self._waiting:  # behind others that cannot be admitted it changes nothing
+            self._cut()
+        self._waiting.append(job)
+
+    def cancel(self, job: Job, now_s: float) -> None:
+        """Drop a request wherever it is; safe if it is over. The step under way keeps its length."""
+        self._run_to(now_s)
+        if job.stage is Stage.DONE:
+            return
+        self._cut()
+        if job.stage is Stage.WAITING:
+            self._waiting.remove(job)
+        else:
+            self._leave(job)
+        job.stage = Stage.DONE
+
+    def next_s(self) -> float | None:
+        """When the present run of steps ends, if nothing is submitted or cancelled before; None if it is idle.
+
+        Asking decides what the next step computes. What a submission or a cancellation has let happen is told by
+        `advance` even if there is nothing to wait for.
+        """
+        run = self._run or self._compose()
+        return run.end_s(run.steps) if run else None
+
+    def next_step_s(self) -> float | None:
+        """When the present step ends, for a caller who wants each token at its time; None if it is idle."""
+        run = self._run or self._compose()
+        return run.end_s(run.ended + 1) if run else None
+
+    def advance(self, now_s: float) -> list[Event]:
+        """Everything that happened up to now and was not told before, in order."""
+        self._run_to(now_s)
+        events, self._events = self._events, []
+        return events
+
+    def clear_cache(self, now_s: float) -> bool:
+        """Forget all blocks, as vLLM's ``/reset_prefix_cache``; False, and nothing happens, while any are held."""
+        self._run_to(now_s)
+        if self._pool.held:
+            return False
+        self._pool.clear()
+        self._events.append(Cleared(self._clock))
+        return True
+
+    def load(self) -> EngineLoad:
+        """The engine's own account of itself."""
+        run, decoding = self._run, len(self._decoding)
+        return EngineLoad(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            kv_usage=self._pool.held / self._pool.capacity,
+            cache_blocks=self._pool.capacity,
+            block_tokens=self.spec.block_tokens,
+            prefix_queries_tokens=float(self._queries_tokens),
+            prefix_hits_tokens=float(self._hits_tokens),
+            tokens_per_second=decoding / run.first_s if run else 0.0,
+        )
+
+    def _check(self, job: Job) -> None:
+        spec = self.spec
+        full = job.prompt_tokens // spec.block_tokens
+        if job.prompt_tokens < 1 or job.output_tokens < 0:
+            raise ValueError("a job needs a prompt of at least one token, and an answer of none or more")
+        if job.hashes and len(job.blocks) != full:
+            raise ValueError(
+                f"a prompt of {job.prompt_tokens} tokens has {full} full blocks of {spec.block_tokens}, but"
+                f" {len(job.blocks)} hashes were given"
+            )
+        if job.prompt_tokens + job.output_tokens > spec.room_tokens:
+            raise BackendError(
+                Fault.CONTEXT_LENGTH,
+                f"this model's context is {spec.room_tokens} tokens; {job.prompt_tokens} of prompt and"
+                f" {job.output_tokens} of answer are more",
+                status=400,
+            )
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _run_to(self, now_s: float) -> None:
+        """Let time pass. A step that would begin just now is not composed yet: others may come at the same moment."""
+        while self._clock < now_s:
+            run = self._run or self._compose()
+            if run is None:
+                self._clock = now_s
+                return
+            done = run.steps_by(now_s)
+            if done > run.ended:
+                self._end(run, done - run.ended)
+                self._clock = run.end_s(run.ended)
+            if run.ended == run.steps:
+                self._run = None
+                continue
+            if run.begun == run.ended and self._clock < now_s:
+                self._begin(run)
+            return
+
+    def _cut(self) -> None:
+        """End the present run with the step under way."""
+        run = self._run
+        if run is not None:
+            run.steps = run.begun
+            if run.ended == run.steps:
+                self._run = None
+
+    def _begin(self, run: Run) -> None:
+        """Give the decoding requests the blocks of a further step of a run, of which there are enough."""
+        run.begun += 1
+        needy = self._phases[self._step % len(self._phases)]
+        if needy:
+            self._take(len(needy))
+            for job in needy:
+                job.held += 1
+        if self._phases[(self._step + 1) % len(self._phases)]:
+            self._fill_answers()
+
+    def _end(self, run: Run, steps: int) -> None:
+        """Let steps of a run be over: blocks, tokens, first tokens, ends."""
+        for _ in range(steps):
+            if run.begun == run.ended:
+                self._begin(run)
+            run.ended += 1
+            self._step += 1
+            if self._noted:
+                self._tell_blocks(run.end_s(run.ended))
+        at_s = run.end_s(run.ended)
+        if self._decoding:
+            self._context += steps * len(self._decoding)
+            self._events.append(Decoded(at_s, tuple(self._decoding), steps))
+            self._finish(at_s)
+        for job in run.filled:
+            if job.stage is Stage.PREFILL:  # not cancelled meanwhile
+                self._sample_first(job, at_s)
+
+    def _finish(self, at_s: float) -> None:
+        """Let those go that have their last token."""
+        ends = self._ends
+        while ends and ends[0][0] <= self._step:
+            _, order, job = heapq.heappop(ends)
+            if job.stage is Stage.DECODE and job.order == order:
+                self._close(job, at_s)
+
+    def _sample_first(self, job: Job, at_s: float) -> None:
+        """A prefill is over: the request decodes from now on, if its answer has more than this token."""
+        if not job.output_tokens:
+            self._close(job, at_s)
+            return
+        self._events.append(Decoded(at_s, (job,), 1) if job.generated else FirstToken(at_s, job))
+        job.generated += 1
+        if job.generated >= job.output_tokens:
+            self._close(job, at_s)
+            return
+        del self._prefilling[job]
+        self._decoding[job] = None
+        job.stage = Stage.DECODE
+        job.since_step = self._step
+        self._phases[(self._step - job.computed) % self.spec.block_tokens][job] = None
+        self._context += job.computed
+        self._joined += 1
+        job.order = self._joined
+        heapq.heappush(self._ends, (self._step + job.output_tokens - job.generated, job.order, job))
+
+    def _close(self, job: Job, at_s: float) -> None:
+        self._leave(job)
+        job.stage = Stage.DONE
+        self._events.append(Finished(at_s, job))
+
+    def _leave(self, job: Job) -> None:
+        """Take a running request out of the batch, and release its blocks."""
+        if job.stage is Stage.DECODE:
+            steps = self._step - job.since_step
+            del self._decoding[job]
+            del self._phases[(job.since_step - job.computed) % self.spec.block_tokens][job]
+            job.computed += steps
+            job.generated += steps
+            self._context -= job.computed
+        else:
+            del self._prefilling[job]
+        del self._running[job]
+        self._pool.release(job.hashes[: job.shared], job.held - job.shared)
+        job.held = job.shared = job.computed = 0
+
+    # -- composing a step ---------------------------------------------------------------------------------------------
+
+    def _compose(self) -> Run | None:
+        """Decide what the next step computes, and for how long nothing else will change."""
+        if not self._running and not self._waiting:
+            return None
+        preemptions = self.preemptions
+        for job in tuple(self._phases[self._step % self.spec.block_tokens]):
+            if job.stage is Stage.DECODE:
+                self._make_room(job, 1)
+        self._fill_answers()
+        budget = self.spec.token_budget - len(self._decoding)
+        chunks = list(self._continued(budget))
+        budget -= sum(tokens for _, tokens in chunks)
+        is_calm = self.preemptions == preemptions
+        if is_calm:
+            chunks.extend(self._admitted(budget))
+        self._run = self._timed(chunks, self._quiet_steps() if is_calm and not chunks else 1)
+        return self._run
+
+    def _timed(self, chunks: list[tuple[Job, int]], steps: int) -> Run:
+        spec, decoding = self.spec, len(self._decoding)
+        prefill = sum(tokens for _, tokens in chunks)
+        pairs = sum(tokens * (job.computed - (tokens + 1) / 2) for job, tokens in chunks)
+        return Run(
+            start_s=self._clock,
+            first_s=spec.step_time_s(prefill, pairs, decoding, self._context),
+            growth_s=decoding * spec.decode_s_per_context_token / spec.speed,
+            steps=steps,
+            filled=tuple(job for job, _ in chunks if job.computed == job.target),
+            begun=1,
+        )
+
+    def _quiet_steps(self) -> int:
+        """Steps until a request ends, or blocks run short, or one that waits for blocks may find one shared."""
+        ends = self._ends
+        while ends[0][2].order != ends[0][1] or ends[0][2].stage is not Stage.DECODE:
+            heapq.heappop(ends)
+        steps = min(ends[0][0] - self._step, self.longest_run)
+        size, decoding = self.spec.block_tokens, len(self._decoding)
+        if self._is_short_of_blocks or decoding * -(-steps // size) > self._pool.available:
+            steps = min(steps, self._steps_with_room(steps))
+        return steps
+
+    def _steps_with_room(self, most: int) -> int:
+        """Steps, after the first, for which there are blocks, and in which none is shared that another waits for."""
+        size, room = self.spec.block_tokens, self._pool.available
+        for steps in range(1, most):
+            step = self._step + steps
+            room -= len(self._phases[step % size])
+            if room < 0 or (self._is_short_of_blocks and any(map(_will_share, self._phases[(step + 1) % size]))):
+                return steps
+        return most
+
+    def _continued(self, budget: int) -> Iterator[tuple[Job, int]]:
+        """Chunks of the prefills under way."""
+        for job in tuple(self._prefilling):
+            if not budget or job.stage is not Stage.PREFILL:
+                return
+            tokens = min(job.target - job.computed, budget)
+            if not self._compute(job, tokens):
+                return
+            budget -= tokens
+            yield job, tokens
+
+    def _admitted(self, budget: int) -> Iterator[tuple[Job, int]]:
+        """First chunks of those whose turn has come."""
+        spec, pool, size = self.spec, self._pool, self.spec.block_tokens
+        self._is_short_of_blocks = False
+        reserved = sum(-(-job.target // size) - job.held for job in self._prefilling)
+        while budget and self._waiting and len(self._running) < spec.max_running:
+            job = self._waiting[0]
+            hits = pool.match(job.hashes, (job.target - 1) // size)
+            fresh = -(-job.target // size) - hits
+            if fresh + pool.unpinned(job.hashes[:hits]) + reserved > pool.available:
+                self._is_short_of_blocks = True
+                return
+            self._waiting.popleft()
+            self._admit(job, hits)
+            tokens = min(job.target - job.computed, budget)
+            self._compute(job, tokens)
+            reserved += -(-job.target // size) - job.held
+            budget -= tokens
+            yield job, tokens
+
+    def _admit(self, job: Job, hits: int) -> None:
+        self._pool.pin(job.hashes[:hits])
+        job.held = job.shared = hits
+        job.computed = hits * self.spec.block_tokens
+        job.stage = Stage.PREFILL
+        self._running[job] = self._prefilling[job] = None
+        if not job.is_resumed:
+            job.cached_tokens = job.computed
+            self._queries_tokens += job.prompt_tokens
+            self._hits_tokens += job.cached_tokens
+            self._events.append(Started(self._clock, job, job.cached_tokens))
+
+    def _compute(self, job: Job, tokens: int) -> bool:
+        """Take the blocks of a chunk, and share those it fills; False if the request itself had to give way."""
+        size = self.spec.block_tokens
+        if not self._make_room(job, -(-(job.computed + tokens) // size) - job.held):
+            return False
+        job.computed += tokens
+        self._share(job, job.computed // size)
+        return True
+
+    # -- blocks -------------------------------------------------------------------------------------------------------
+
+    def _make_room(self, job: Job, blocks: int) -> bool:
+        """Take blocks for a running request, preempting the last ones admitted if need be; False if it was the last."""
+        while self._pool.available < blocks:
+            victim = next(reversed(self._running))
+            self._preempt(victim)
+            if victim is job:
+                return False
+        self._take(blocks)
+        job.held += blocks
+        return True
+
+    def _take(self, blocks: int) -> None:
+        forgotten = self._pool.take(blocks)
+        if forgotten:
+            self._noted.append(forgotten)
+
+    def _preempt(self, job: Job) -> None:
+        self._leave(job)
+        job.stage = Stage.WAITING
+        job.is_resumed = True
+        self._waiting.appendleft(job)
+        self.preemptions += 1
+        self._events.append(Preempted(self._clock, job))
+
+    def _fill_answers(self) -> None:
+        """Share the blocks that decoding requests fill in the step that begins."""
+        size = self.spec.block_tokens
+        for job in self._phases[(self._step + 1) % size]:
+            if _will_share(job):
+                self._share(job, (job.computed + self._step - job.since_step + 1) // size)
+
+    def _share(self, job: Job, full: int) -> None:
+        """Give a request's full blocks their hashes, as far as they are known."""
+        first, last = job.shared, min(full, len(job.hashes))
+        start = first
+        for index in range(first, last):
+            if not self._pool.share(job.hashes[index]):
+                if start < index:
+                    self._noted.append((job, start, index))
+                start = index + 1
+        if start < last:
+            self._noted.append((job, start, last))
+        job.shared = max(first, last)
+
+    def _tell_blocks(self, at_s: float) -> None:
+        """Turn what happened to blocks in a step into events, at its end."""
+        for note in self._noted:
+            self._events.append(Removed(at_s, tuple(note)) if isinstance(note, list) else Stored(at_s, *note))
+        self._noted.clear()

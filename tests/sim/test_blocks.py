@@ -1,0 +1,102 @@
+"""The pool of KV blocks: pinned, released, taken; against a list that does the same slowly."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfleet.sim.blocks import BlockPool
+
+
+def hold(pool: BlockPool, blocks: list[int]) -> list[int]:
+    """Hold a prefix, computing what is not there; gives what was forgotten for it."""
+    hits = pool.match(blocks)
+    pool.pin(blocks[:hits])
+    forgotten = pool.take(len(blocks) - hits)
+    for block in blocks[hits:]:
+        pool.share(block)
+    return forgotten
+
+
+class TestBlockPool:
+    def test_the_end_of_the_least_recently_used_prefix_goes_first(self) -> None:
+        """A pool of four forgets the older of two prompts, from its end."""
+        pool = BlockPool(4)
+        for blocks in ([1, 2], [3, 4]):
+            hold(pool, blocks)
+            pool.release(blocks, private=0)
+        assert hold(pool, [5]) == [2]
+        assert pool.match([1, 2]) == 1
+
+    def test_a_hit_makes_a_prefix_recent(self) -> None:
+        """What was pinned again is forgotten after what was not."""
+        pool = BlockPool(4)
+        for blocks in ([1, 2], [3, 4], [1, 2]):
+            hold(pool, blocks)
+            pool.release(blocks, private=0)
+        assert hold(pool, [5, 6]) == [4, 3]
+
+    def test_a_pinned_block_is_never_taken(self) -> None:
+        """What a request holds is not available, and not forgotten however much is taken."""
+        pool = BlockPool(4)
+        hold(pool, [1, 2])
+        assert pool.available == 2
+        assert pool.take(2) == []
+        assert (pool.match([1, 2]), pool.available) == (2, 0)
+
+    def test_a_shared_block_is_released_with_its_last_holder(self) -> None:
+        """Two requests with the same prefix hold one block, and it stays held until both have left."""
+        pool = BlockPool(4)
+        hold(pool, [1])
+        hold(pool, [1])
+        pool.release([1], private=0)
+        assert pool.held == 1
+        pool.release([1], private=0)
+        assert (pool.held, pool.match([1])) == (0, 1)
+
+    def test_a_block_computed_twice_is_kept_once(self) -> None:
+        """A full block whose hash is there already is the one that is there; the second copy is free again."""
+        pool = BlockPool(4)
+        hold(pool, [1])
+        pool.take(1)
+        assert pool.share(1) is False
+        assert pool.held == 1
+
+    def test_a_private_block_is_taken_in_its_turn(self) -> None:
+        """Released blocks without a hash are no freer than others that were released before them."""
+        pool = BlockPool(2)
+        hold(pool, [1])
+        pool.release([1], private=0)
+        pool.take(1)
+        pool.release([], private=1)
+        assert pool.take(1) == [1]
+
+    def test_clearing_forgets_what_nobody_holds(self) -> None:
+        """A cleared pool knows nothing."""
+        pool = BlockPool(2)
+        hold(pool, [1, 2])
+        pool.release([1, 2], private=0)
+        pool.clear()
+        assert (pool.match([1]), pool.cached, pool.available) == (0, 0, 2)
+
+    @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(0, 2), st.booleans()), max_size=60))
+    def test_blocks_are_conserved(self, steps: list[tuple[int, int, int, bool]]) -> None:
+        """Whatever is held and released: what was forgotten is gone, what is held is there, and none is lost."""
+        pool = BlockPool(10)
+        held: list[tuple[list[int], int]] = []
+        known: set[int] = set()
+        for family, length, private, is_release in steps:
+            if is_release and held:
+                pool.release(*held.pop(0))
+            else:
+                blocks = list(range(family * 100, family * 100 + length))
+                if length - pool.match(blocks) + pool.unpinned(blocks[: pool.match(blocks)]) + private > pool.available:
+                    continue
+                forgotten = hold(pool, blocks) + pool.take(private)
+                known = (known | set(blocks)) - set(forgotten)
+                held.append((blocks, private))
+            pinned = {block for blocks, _ in held for block in blocks}
+            assert pinned <= known == {block for block in range(400) if pool.match([block])}
+            assert pool.held == len(pinned) + sum(private for _, private in held)
+            assert pool.held + pool.available == pool.capacity
+            assert pool.held + pool.cached <= pool.capacity
