@@ -18,6 +18,7 @@
     │   ├── DeadlineExceededError   504: the request's own deadline passed
     │   └── AttemptsExhaustedError  502..504, or the backend's own status: every attempt failed
     ├── BackendError                one backend call that failed; ``.kind`` is a `Fault`
+    ├── KVEventError                a message of an engine's KV events that cannot be read
     └── TraceError                  a recorded trace that cannot be found or read
 
 Where a message may reach an operator it says what is wrong, where, and what to do. No message holds a prompt, an answer
@@ -45,6 +46,7 @@ __all__ = [
     "ContractError",
     "DeadlineExceededError",
     "Fault",
+    "KVEventError",
     "KVFleetError",
     "ModelNotFoundError",
     "NoCandidatesError",
@@ -157,6 +159,10 @@ class BackendError(KVFleetError):
         self.body = body
         self.retry_after_s = retry_after_s
         self.received = received
+
+
+class KVEventError(KVFleetError, ValueError):
+    """A message of an engine's KV events that cannot be read; says what is wrong with it, and shows none of it."""
 
 
 class RouteError(KVFleetError, RuntimeError):
