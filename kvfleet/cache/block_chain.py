@@ -17,7 +17,7 @@ import attrs
 import xxhash
 
 from kvfleet.cache.blocks import PromptBlocks, salt_of
-from kvfleet.cache.kv_events import BlockRemoved, BlockStored
+from kvfleet.cache.kv_events import ANYWHERE, BlockRemoved, BlockStored
 
 __all__ = ["BlockCounts", "BlockIndex", "EngineBlocks", "holder_of", "token_blocks"]
 
@@ -171,25 +171,30 @@ class EngineBlocks:
 
     def removed(self, event: BlockRemoved) -> None:
         """Take out blocks that the engine no longer keeps."""
-        slot = self._slots.get((event.tier, event.group), {})
+        tiers = [event.tier] if event.tier != ANYWHERE else [tier for tier, g in self._slots if g == event.group]
+        for tier in tiers or ["gpu"]:
+            self._take_out(event.hashes, tier, self._slots.get((tier, event.group), {}), is_sure=len(tiers) < 2)
+
+    def _take_out(self, hashes: Sequence[int], tier: str, slot: dict[int, int], *, is_sure: bool) -> None:
+        """Take blocks out of a tier; `is_sure` if they should be there."""
         gone: list[int] = []
-        for block in event.hashes:
+        for block in hashes:
             copies = slot.get(block)
             if copies is None:
-                self.counts.strangers += block not in self._skipped
+                self.counts.strangers += is_sure and block not in self._skipped
                 self._skipped.discard(block)
                 continue
-            self.copies -= event.tier == "gpu"
+            self.copies -= tier == "gpu"
             if copies > 1:
                 slot[block] = copies - 1
             else:
-                if self._is_everywhere(block, event.tier):
-                    gone.extend(self._released(block, event.tier))
+                if self._is_everywhere(block, tier):
+                    gone.extend(self._released(block, tier))
                 del slot[block]
                 self.counts.removed += 1
                 self._forget(block)
         if gone:
-            self.index.remove(self.holder, gone, event.tier)
+            self.index.remove(self.holder, gone, tier)
 
     # Taking in
 

@@ -25,7 +25,21 @@ import xxhash
 
 from kvfleet.errors import ComponentError, KVEventError
 
-__all__ = ["AllCleared", "BlockRemoved", "BlockStored", "Event", "EventBatch", "decode", "hash_of", "tier_of", "words"]
+__all__ = [
+    "ANYWHERE",
+    "AllCleared",
+    "BlockRemoved",
+    "BlockStored",
+    "Event",
+    "EventBatch",
+    "decode",
+    "hash_of",
+    "tier_of",
+    "words",
+]
+
+ANYWHERE = ""
+"""In place of a tier: whichever it was."""
 
 _U64 = (1 << 64) - 1
 _STORED = (
@@ -75,7 +89,7 @@ class BlockStored:
 
 @attrs.frozen
 class BlockRemoved:
-    """Blocks that are no longer in a tier of the cache."""
+    """Blocks that are no longer in a tier of the cache, or `ANYWHERE` in it."""
 
     hashes: tuple[int, ...]
     tier: str = "gpu"

@@ -94,34 +94,30 @@ class EventStream(CacheState):
             if len(self._pending) < _MOST_PENDING:  # what is dropped here is a gap later, and asked for again
                 self._pending.append((seq, payload))
             return
-        before, self._live = self._live, seq
-        last = self._last
-        if last is None:
-            if seq == 0 or not self._sync(0, seq, payload):
-                self._begin(seq)
-                self._apply(seq, payload)
-        elif seq == last + 1:
-            self._apply(seq, payload)
-        elif seq > last:
-            self.counts.gaps += 1
-            if not self._sync(max(last, 0), seq, payload):
-                self.lose(f"{seq - last - 1} messages were missed, and there is no replay")
-                self._apply(seq, payload)
-        elif seq <= before or self._is_newer(payload):
+        if self._last is not None and seq <= self._last:
+            if seq > self._live and not self._is_newer(payload):
+                self._live = seq
+                self.duplicates += 1  # it came with a replay already
+                return
             self._restarted()
-            if seq == 0 or not self._sync(0, seq, payload):
+        is_next = seq == (0 if self._last is None else self._last + 1)
+        if is_next or not self._await_missed(seq, payload):
+            if self._last is None:
                 self._begin(seq)
-                self._apply(seq, payload)
-        else:
-            self.duplicates += 1  # it came with a replay already
+            self._live = seq
+            self._apply(seq, payload)
 
-    def _sync(self, start: int, seq: int, payload: bytes) -> bool:
-        """Ask for a replay, and keep the message until it has come; False if there is none to be had."""
-        if not self.can_replay or self.clock.now_s() < self._no_replay_until_s:
-            return False
-        self._pending.append((seq, payload))
-        self._want(start)
-        return True
+    def _await_missed(self, seq: int, payload: bytes) -> bool:
+        """Keep a message until those before it are replayed; False, and what is known is lost, if they will not be."""
+        last = self._last
+        self.counts.gaps += last is not None
+        if self.can_replay and self.clock.now_s() >= self._no_replay_until_s:
+            self._pending.append((seq, payload))
+            self._want(max(last or 0, 0))
+            return True
+        if last is not None:
+            self.lose(f"{seq - last - 1} messages were missed, and there is no replay")
+        return False
 
     def _is_newer(self, payload: bytes) -> bool:
         try:

@@ -68,7 +68,7 @@ class TestBlocks:
         assert held(index, PROMPT) == 12
 
     def test_copies_are_counted(self, blocks: EngineBlocks, index: Noted) -> None:
-        """vLLM may keep a block twice, and tells of both."""
+        """An engine (vLLM) may keep a block twice, and tells of both."""
         blocks.stored(stored([1], PROMPT[:4]))
         blocks.stored(stored([1], PROMPT[:4]))
         blocks.removed(removed(1))
@@ -135,7 +135,7 @@ class TestTiersAndGroups:
         assert (held(index, PROMPT), held(index, PROMPT, tier="cpu")) == (4, 0)
 
     def test_a_copy_without_tokens(self, blocks: EngineBlocks, index: Noted) -> None:
-        """vLLM tells only the hashes of what it copied to the CPU."""
+        """Of what it copied to the CPU, vLLM tells only the hashes."""
         blocks.stored(stored([1, 2], PROMPT[:8]))
         blocks.stored(stored([1, 2, 9], (), tier="cpu"))
         assert (held(index, PROMPT, tier="cpu"), blocks.counts.sparse) == (8, 1)
