@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 
-from kvfleet.cache.block_chain import token_blocks
+from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.kv_events import BlockRemoved, BlockStored
 
 __all__ = ["Noted", "held", "removed", "stored", "words"]
@@ -60,4 +60,4 @@ def removed(*hashes: int, tier: str = "gpu", group: int = 0) -> BlockRemoved:
 
 def held(index: Noted, tokens: Iterable[int], *, size: int = 4, salt: str = "", tier: str = "gpu") -> int:
     """How many tokens of a prompt are claimed from its beginning on."""
-    return size * index.matched(token_blocks(words(tokens), size, salt).hashes, tier=tier)
+    return size * index.matched(token_hashes(words(tokens), size, salt), tier=tier)

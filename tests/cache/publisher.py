@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import msgspec
 
-from kvfleet.cache.block_chain import token_blocks
+from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.clock import FrozenClock
 from tests.cache.made import words
@@ -91,7 +91,7 @@ class Publisher:
 
     def held(self) -> set[int]:
         """The blocks of ours that it holds."""
-        return {token_blocks(words(prompt), SIZE).hashes[-1] for prompt in self.cache}
+        return {token_hashes(words(prompt), SIZE)[-1] for prompt in self.cache}
 
     def replay(self, stream: EventStream, *, fails: bool = False) -> None:
         """Answer one request for a replay."""

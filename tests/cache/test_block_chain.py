@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet.cache.block_chain import BlockCounts, EngineBlocks, token_blocks
+from kvfleet.cache.block_chain import BlockCounts, EngineBlocks, token_hashes
 from kvfleet.cache.kv_events import BlockStored
 from tests.cache.made import Noted, held, removed, stored, words
 
@@ -35,16 +35,16 @@ class TestPrompts:
     def test_prompts_that_begin_alike_share_blocks_up_to_there(self, tokens: list[int], size: int, at: int) -> None:
         """And no block beyond the first difference."""
         other = [*tokens[:at], *(token ^ 1 for token in tokens[at:])]
-        one, two = token_blocks(words(tokens), size), token_blocks(words(other), size)
-        alike = sum(itertools.takewhile(bool, (x == y for x, y in zip(one.hashes, two.hashes, strict=True))))
+        one, two = token_hashes(words(tokens), size), token_hashes(words(other), size)
+        alike = sum(itertools.takewhile(bool, (x == y for x, y in zip(one, two, strict=True))))
         assert alike == min(at, len(tokens)) // size
-        assert len(set(one.hashes) & set(two.hashes)) == alike
-        assert (one.tokens, len(one.hashes), one.is_exact) == (len(tokens), len(tokens) // size, True)
+        assert len(set(one) & set(two)) == alike
+        assert len(one) == len(tokens) // size
 
     def test_a_salt_keeps_prompts_apart(self) -> None:
         """From the first block on."""
-        plain, salted = token_blocks(words(PROMPT), 4), token_blocks(words(PROMPT), 4, "team")
-        assert not set(plain.hashes) & set(salted.hashes)
+        plain, salted = token_hashes(words(PROMPT), 4), token_hashes(words(PROMPT), 4, "team")
+        assert not set(plain) & set(salted)
 
 
 class TestBlocks:
@@ -229,7 +229,7 @@ def test_the_index_is_what_the_engine_holds(seed: int, size: int, steps: int) ->
     expected = {
         block
         for prompt in cache
-        for block in token_blocks(words(prompt), 4).hashes
+        for block in token_hashes(words(prompt), 4)
         if all(prompt[:end] in cache for end in range(size, len(prompt), size))
     }
     assert index.claims.get(("a", "gpu"), set()) == expected
