@@ -9,13 +9,20 @@ from typing import Any
 
 import orjson
 
-from kvfleet.adapters.call import Call
+from kvfleet.adapters.call import Call, Operation
 
 __all__ = ["body_for", "hides_usage"]
 
 # The value after the key; JSON strings hold no bare quote, so the first one that is not escaped ends it.
 _MODEL = re.compile(rb'"model"[ \t\r\n]*:[ \t\r\n]*("(?:[^"\\]|\\.)*")')
 _ASK_USAGE = b'"stream_options":{"include_usage":true},'
+_PROMPTS = {
+    Operation.CHAT: (b'"messages"',),
+    Operation.COMPLETION: (b'"prompt"',),
+    Operation.EMBEDDING: (b'"input"',),
+    Operation.RERANK: (b'"query"', b'"documents"'),
+}
+"""Where a request's text stands. Its bytes must not read otherwise at the backend than they did for the policy."""
 
 
 def hides_usage(call: Call) -> bool:
@@ -29,8 +36,9 @@ def hides_usage(call: Call) -> bool:
 def body_for(call: Call, model: str) -> bytes:
     """The call's body for a backend that knows the model as `model`.
 
-    The client's bytes are kept and patched where that is safe: the key ``model`` stands in them exactly once, and not
-    written with escapes. Else the parsed body is encoded anew, which keeps all fields too.
+    The client's bytes are kept and patched where that is safe: ``model`` and the keys of the prompt stand in them once,
+    and not written with escapes. Else the parsed body is encoded anew, which keeps all fields too: of a key that stands
+    twice the last one counts, and a backend that would take the first never sees it.
     """
     add_usage = hides_usage(call)
     return _spliced(call, model, add_usage=add_usage) or _encoded(call, model, add_usage=add_usage)
@@ -40,8 +48,10 @@ def _spliced(call: Call, model: str, *, add_usage: bool) -> bytes | None:
     raw, body = call.raw, call.body
     # Within valid JSON these seven bytes are a key, a value, or the end of a text with an escaped quote. If they stand
     # there once, the body has that key, and no letter of it is escaped anywhere (d, e, l, m and o are U+006x), they are
-    # that key.
+    # that key. The same holds for the prompt's keys, whose other letters are U+007x.
     if not raw or raw.count(b'"model"') != 1 or b"\\u006" in raw or not isinstance(body.get("model"), str):
+        return None
+    if b"\\u007" in raw or any(raw.count(key) > 1 for key in _PROMPTS[call.operation]):
         return None
     if bool(body.get("stream")) != call.stream or (add_usage and "stream_options" in body):
         return None

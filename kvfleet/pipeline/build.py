@@ -114,7 +114,7 @@ def _read_stage(
     except ComponentError as error:
         findings.append(config.origin.finding(place, str(error), code="unknown-stage"))
         return None
-    if stage.on_error == "skip" and (why := _why_not_skip(component)):
+    if why := _why_not(component, stage.on_error):
         findings.append(
             config.origin.finding((*place, "on_error"), f"{component.key} {why}", "remove on_error", code="must-hold")
         )
@@ -126,7 +126,12 @@ def _read_stage(
     return None if instance is None else Built(stage, component, instance)
 
 
-def _why_not_skip(component: Component) -> str:
+def _why_not(component: Component, on_error: str) -> str:
+    """Why a stage cannot have what its entry says of failures; empty if it can."""
+    if on_error == "fail":
+        return "runs after the answer, and cannot fail it" if component.kind is Kind.OBSERVE else ""
+    if not on_error:
+        return ""
     if component.must_hold:
         return "must hold and cannot be skipped"
     if component.kind in (Kind.SELECT, Kind.EXECUTE):

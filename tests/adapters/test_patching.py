@@ -82,8 +82,10 @@ def test_usage_is_asked_for_by_splicing() -> None:
         (b'{"model":"a","model":"b"}', {"model": "m"}),
         (b'{"mod\\u0065l":"a","metadata":{"model":"a"}}', {"model": "m", "metadata": {"model": "a"}}),
         (b'{"model":null}', {"model": "m"}),
+        (b'{"model":"a","messages":[1],"messages":[2]}', {"model": "m", "messages": [2]}),
+        (b'{"model":"a","messages":[1],"me\\u0073sages":[2]}', {"model": "m", "messages": [2]}),
     ],
-    ids=["nested too", "nested only", "value", "duplicate", "escaped key", "null"],
+    ids=["nested too", "nested only", "value", "duplicate", "escaped key", "null", "two prompts", "escaped prompt"],
 )
 def test_unsafe_bodies_are_encoded_anew(raw: bytes, expected: dict[str, Any]) -> None:
     """Where the bytes are ambiguous the parsed body decides, as the gateway read it."""

@@ -105,7 +105,7 @@ async def test_the_backend_gets_its_own_key_and_not_the_gateways() -> None:
                     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
                 },
             )
-    assert answer.json() == {"id": "1", "object": "chat.completion", "choices": []}
+    assert answer.json() == {"id": "my-trace-001", "object": "chat.completion", "choices": []}
     head, _, body = backend.requests[0].partition(b"\r\n\r\n")
     sent = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     assert sent[b"authorization"] == f"bearer {BACKEND_KEY}".lower().encode()

@@ -172,7 +172,7 @@ async def test_a_client_that_stays_keeps_its_backend_connection() -> None:
     async with upstream(head % len(answer) + answer) as backend, gateway_to(backend.url) as serving:
         for _ in range(3):
             caller = await Caller.of(serving, stream=False)
-            await asyncio.wait_for(caller.reader.readuntil(answer), 5)
+            await asyncio.wait_for(caller.reader.readuntil(b'"choices":[]}'), 5)
             caller.writer.close()
         assert len(backend.requests) == 3
         assert not backend.left.is_set()

@@ -65,6 +65,12 @@ def findings(tmp_path: Path, text: str) -> list[str]:
             ],
         ),
         (
+            "pipeline:\n  - select\n  - execute\n  - {use: observe.log, on_error: fail}\n",
+            [
+                "f.yaml:6:24: pipeline[2].on_error: observe.log runs after the answer, and cannot fail it; remove on_error"
+            ],
+        ),
+        (
             "pipeline:\n  - select\n  - {use: execute, with: {max_atempts: 2}}\n",
             ["f.yaml:5:27: pipeline[1].with.max_atempts: unknown key; did you mean max_attempts?"],
         ),
