@@ -22,7 +22,7 @@ __all__ = ["Redacting"]
 _MOST_IN_LOOP_BYTES = 4096  # 64 KB of nothing but finds take 60 to 150 ms; a thread lets other requests go on meanwhile
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Redacting(Fallback):
     """As `execute.fallback`, but models that are not private get the request without personal data.
 

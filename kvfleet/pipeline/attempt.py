@@ -8,29 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from urllib.parse import urlsplit
 
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally
+from kvfleet.adapters.call import Call, Limits, Reply, Tally
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest
 from kvfleet.trace import names
+from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
 __all__ = ["Attempts", "Relay"]
-
-_GEN_AI = {
-    Operation.CHAT: "chat",
-    Operation.COMPLETION: "text_completion",
-    Operation.EMBEDDING: "embeddings",
-    Operation.RERANK: "rerank",
-}
 
 Ended = Callable[[BackendError | None], None]
 
@@ -182,21 +175,11 @@ class Attempts:
         return BackendError(Fault.CANCELLED, "the client left")
 
     def _begin(self, candidate: ModelConfig, reason: str) -> tuple[Span, AttemptHandle]:
-        model_id = candidate.get_model_id()
         operation = self.request.operation
         span = Span(f"{operation} {candidate.name}", self.clock.time_ns(), kind=SpanKind.CLIENT)
         handle = self.bridge.start_attempt(self.handle, span.name, span.start_ns)
         span.span_id = handle.span_id
-        span.attributes = {
-            names.ATTEMPT: self._made,
-            names.ATTEMPT_REASON: reason,
-            names.REPLICA: candidate.id,
-            names.MODEL: candidate.name,
-            names.GEN_AI_OPERATION: _GEN_AI[operation],
-            names.GEN_AI_PROVIDER: candidate.provider,
-            names.GEN_AI_REQUEST_MODEL: model_id,
-            **server_attributes(candidate.endpoint),
-        }
+        span.attributes = attempt_attributes(candidate, operation, number=self._made, reason=reason)
         self.trace.spans.append(span)
         return span, handle
 
@@ -294,7 +277,7 @@ class _One:
         span, handle = self.begun
         span.end_ns = made.clock.time_ns()
         if tally is not None:
-            _describe_tally(span, tally)
+            describe_tally(span, tally)
         tokens = tally.usage.completion_tokens if tally is not None and tally.usage else None
         made.services.load.finished(
             candidate.id, made.clock.now_s() - self.started_s, ok=error is None, completion_tokens=tokens
@@ -304,52 +287,6 @@ class _One:
             span.status = Status.OK
             health.record_success(candidate.endpoint)
         else:
-            _describe_error(span, error)
+            describe_error(span, error)
             health.record_failure(candidate.endpoint, error.kind)
         made.bridge.end_attempt(handle, span)
-
-
-def _describe_tally(span: Span, tally: Tally) -> None:
-    attributes = span.attributes
-    if tally.model:
-        attributes[names.GEN_AI_RESPONSE_MODEL] = tally.model
-    if tally.response_id:
-        attributes[names.GEN_AI_RESPONSE_ID] = tally.response_id
-    if tally.finish_reason:
-        attributes[names.GEN_AI_FINISH_REASONS] = (tally.finish_reason,)
-    usage = tally.usage
-    if usage is None:
-        return
-    attributes[names.GEN_AI_INPUT_TOKENS] = usage.prompt_tokens
-    attributes[names.GEN_AI_OUTPUT_TOKENS] = usage.completion_tokens
-    if usage.cached_tokens is not None:
-        attributes[names.GEN_AI_CACHED_TOKENS] = usage.cached_tokens
-    if usage.cache_creation_tokens is not None:
-        attributes[names.GEN_AI_CACHE_WRITTEN_TOKENS] = usage.cache_creation_tokens
-
-
-def _describe_error(span: Span, error: BackendError) -> None:
-    span.fail(error.message)
-    span.attributes[names.ERROR_TYPE] = error.kind.value
-    if error.status is not None:
-        span.attributes[names.STATUS_CODE] = error.status
-    if error.retry_after_s is not None:
-        span.attributes[names.RETRY_AFTER_S] = error.retry_after_s
-
-
-_SERVERS: dict[str, dict[str, str | int]] = {}
-_MOST_SERVERS = 10_000
-
-
-def server_attributes(endpoint: str) -> Mapping[str, str | int]:
-    """``server.address`` and ``server.port`` of an endpoint; remembered, since endpoints are few."""
-    found = _SERVERS.get(endpoint)
-    if found is None:
-        parts = urlsplit(endpoint)
-        found = {}
-        if parts.hostname:
-            port = parts.port or {"https": 443, "http": 80}.get(parts.scheme)
-            found = {names.SERVER_ADDRESS: parts.hostname, **({names.SERVER_PORT: port} if port else {})}
-        if len(_SERVERS) < _MOST_SERVERS:
-            _SERVERS[endpoint] = found
-    return found

@@ -1,0 +1,139 @@
+"""Models asked one after the other, for programs that call adapters themselves.
+
+What is retried, in which order and for how long is decided by the rules of `execute.fallback`
+(`kvfleet.router.attempts`). A pipeline does more: it ranks, filters, watches health and budgets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+
+import attrs
+
+from kvfleet.adapters.base import ChatRequest, ChatResponse, InferenceAdapter
+from kvfleet.adapters.call import Operation, Tally
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.schema import FallbackConfig, ModelConfig
+from kvfleet.errors import BackendError, Fault
+from kvfleet.router.attempts import FallbackRules
+from kvfleet.trace import names
+from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
+from kvfleet.trace.explanation import Explanation
+from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+
+__all__ = ["FallbackChain"]
+
+
+@attrs.define
+class FallbackChain:
+    """Models asked one after the other until one answers.
+
+    Args:
+        config: Order, number and time limits of the attempts; with ``enabled=False`` only the first is made.
+        clock: For the times in an explanation.
+    """
+
+    config: FallbackConfig = attrs.field(factory=FallbackConfig)
+    clock: Clock = attrs.field(factory=SystemClock, repr=False, eq=False)
+
+    async def execute_with_fallback(
+        self,
+        primary_model: str,
+        adapters: Mapping[str, InferenceAdapter],
+        request: ChatRequest,
+        explanation: Explanation | None = None,
+        fallback_order: Sequence[str] | None = None,
+    ) -> ChatResponse:
+        """The first answer; who gave it stands in the explanation.
+
+        Args:
+            primary_model: Whom to ask first.
+            adapters: By model name; a model that has none counts as a failed attempt.
+            request: What to ask; its ``model`` does not count.
+            explanation: Each attempt is added to its trace, and who answered; one that `Router.simulate` gave, or one
+                made for this. Read it afterwards: what was read before is kept as it was.
+            fallback_order: Whom to ask next, instead of the configuration's order.
+
+        Raises:
+            AttemptsExhaustedError: if nobody answers.
+        """
+        order = self.config.fallback_order if fallback_order is None else fallback_order
+        models = [_replica(name, adapters.get(name)) for name in dict.fromkeys((primary_model, *order))]
+        calls = _Calls(adapters, request, None if explanation is None else explanation.trace, self.clock)
+
+        async def attempt(model: ModelConfig, timeout_s: float | None, reason: str) -> ChatResponse:
+            response = await calls.make(model, timeout_s, reason)
+            calls.gave(model)
+            return response
+
+        return await FallbackRules.of(self.config).first_answer(models, attempt, is_stream=False)
+
+
+def _replica(name: str, adapter: InferenceAdapter | None) -> ModelConfig:
+    """A model as the rules know it, from its adapter."""
+    if adapter is None:
+        return ModelConfig(name=name)
+    return ModelConfig(name=name, endpoint=adapter.endpoint, model_id=adapter.model_id, timeout_seconds=adapter.timeout)
+
+
+@attrs.define
+class _Calls:
+    """Makes attempts by adapters, and writes each into a trace, if there is one."""
+
+    adapters: Mapping[str, InferenceAdapter]
+    request: ChatRequest
+    trace: Trace | None
+    clock: Clock
+    _made: int = attrs.field(init=False, default=0)
+
+    async def make(self, model: ModelConfig, timeout_s: float | None, reason: str) -> ChatResponse:
+        """One whole answer.
+
+        Raises:
+            BackendError: if there is none.
+        """
+        self._made += 1
+        span = Span(f"{Operation.CHAT} {model.name}", self.clock.time_ns(), kind=SpanKind.CLIENT)
+        span.attributes = attempt_attributes(model, Operation.CHAT, number=self._made, reason=reason)
+        if self.trace is not None:
+            self.trace.spans.append(span)
+        try:
+            response = await self._ask(model, timeout_s)
+        except BackendError as error:
+            describe_error(span, error)
+            raise
+        finally:
+            span.end_ns = self.clock.time_ns()
+        describe_tally(span, Tally(response.usage, response.finish_reason, response.model))
+        span.status = Status.OK
+        return response
+
+    async def _ask(self, model: ModelConfig, timeout_s: float | None) -> ChatResponse:
+        adapter = self.adapters.get(model.name)
+        if adapter is None:
+            raise BackendError(Fault.NOT_FOUND, f"there is no adapter for {model.name!r}")
+        limit_s = adapter.timeout if timeout_s is None else timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await adapter.chat(attrs.evolve(self.request, model=""))
+        except TimeoutError as error:
+            raise BackendError(Fault.TIMEOUT, f"no answer within {limit_s:g} s") from error
+        except BackendError:
+            raise
+        except Exception as error:
+            # The plugin border: an adapter that breaks is a failed attempt, and the next one may work.
+            raise BackendError(Fault.PROTOCOL, f"the adapter failed: {type(error).__name__}") from error
+
+    def gave(self, model: ModelConfig) -> None:
+        """Note whose answer is the one."""
+        if self.trace is None:
+            return
+        route = self.trace.route
+        route.attributes.pop(names.DRY_RUN, None)  # it was one, and now somebody has answered
+        route.attributes |= {
+            names.MODEL_SERVED: model.name,
+            names.REPLICA_SERVED: model.id,
+            names.OUTCOME: "answered",
+        }
+        route.status, route.end_ns = Status.OK, self.clock.time_ns()
