@@ -36,6 +36,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "health": ("Look", "kvfleet.cli.fleet:health", "Ask every backend whether it is up."),
     "shadow": ("Evaluate", "kvfleet.cli.shadow:shadow", "Show how shadow models did beside those that answered."),
     "compare": ("Evaluate", "kvfleet.cli.compare:compare", "Put prompts to several models, side by side."),
+    "replay": (
+        "Evaluate",
+        "kvfleet.cli.replay:replay",
+        "Send a trace through pipelines and simulated engines, in virtual time.",
+    ),
     "rerun": ("Evaluate", "kvfleet.cli.rerun:rerun", "Decide recorded requests again, or put them to other models."),
     "components": ("Extend", "kvfleet.cli.plugins:components", "List stages, strategies, adapters and actions."),
     "plugins": ("Extend", "kvfleet.cli.plugins:plugins", "List plugins, broken ones too, or begin a new one."),

@@ -1,0 +1,176 @@
+"""``kvfleet replay``: a trace sent through pipelines and simulated engines, on a virtual clock."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import attrs
+import click
+
+from kvfleet.cli import render
+from kvfleet.cli.options import read_fleet, reports
+from kvfleet.config.schema import FleetConfig
+from kvfleet.plugin.manager import ComponentTable, discover
+from kvfleet.replay.driver import Replay
+from kvfleet.replay.expect import Verdict, parse_expectation, shown
+from kvfleet.replay.fleet import SimulatedFleet, read_fleet_description
+from kvfleet.replay.generate import GENERATORS, generator_from
+from kvfleet.replay.measures import FIGURES
+from kvfleet.replay.readers import FORMATS, read_trace
+from kvfleet.replay.results import Comparison, Standing
+from kvfleet.replay.slo import parse_slo
+from kvfleet.replay.traces import RequestTrace
+from kvfleet.replay.variants import with_strategy
+
+__all__ = ["replay"]
+
+_COLUMNS = (
+    "ttft_mean",
+    "ttft_p50",
+    "ttft_p90",
+    "ttft_p99",
+    "tpot_mean",
+    "e2e_mean",
+    "cached_share",
+    "imbalance",
+    "goodput",
+    "cost_usd",
+)
+
+
+@click.command()
+@click.argument("trace")
+@click.option(
+    "-p",
+    "--pipeline",
+    "pipelines",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A fleet file; give several to compare them.",
+)
+@click.option(
+    "-s", "--strategy", "strategies", multiple=True, help="Replay each file also with this strategy; may be repeated."
+)
+@click.option("--fleet", type=click.Path(path_type=Path), help="A YAML file that says which engine each replica is.")
+@click.option(
+    "--format", "form", type=click.Choice(list(FORMATS)), help="The trace's; told by its beginning if absent."
+)
+@click.option(
+    "--speed",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Requests come that much faster.",
+)
+@click.option("-n", "--limit", type=click.IntRange(1), help="Only the first so many requests.")
+@click.option(
+    "--loop",
+    type=click.Choice(["open", "closed"]),
+    help="Whether turns wait for the answer before; by default where the trace has sessions.",
+)
+@click.option("--slo", default="", help="What a good answer is, as in 'ttft < 2s, tpot < 50ms'.")
+@click.option(
+    "--expect", "expected", multiple=True, help="What must hold, as in 'ttft_p99 < 5s'; exit status 1 if it does not."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures there, as JSON.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a report there, with plots.")
+@reports
+def replay(
+    trace: str,
+    *,
+    pipelines: Sequence[Path],
+    strategies: Sequence[str],
+    fleet: Path | None,
+    form: str | None,
+    speed: float,
+    limit: int | None,
+    loop: str | None,
+    slo: str,
+    expected: Sequence[str],
+    seed: int,
+    json_path: Path | None,
+    html_path: Path | None,
+) -> None:
+    """Send a trace through pipelines, with simulated engines behind them, and compare what comes of it."""
+    level = parse_slo(slo) if slo else parse_slo("ttft < 2s")
+    table = discover()
+    variants = _variants(pipelines, strategies, table)
+    expectations = [parse_expectation(text, list(variants)) for text in expected]
+    engines = read_fleet_description(fleet) if fleet else SimulatedFleet()
+    requests = _trace(trace, form or "", limit, seed)
+    render.echo(
+        f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
+        f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
+    )
+    results = []
+    for label, config in variants.items():
+        run = Replay(
+            config=config,
+            trace=requests,
+            fleet=engines,
+            table=table,
+            seed=seed,
+            speed=speed,
+            is_closed_loop=None if loop is None else loop == "closed",
+        )
+        with _progress(label, len(requests.requests)) as tick:
+            run.progress = tick
+            results.append(run.run(label))
+    comparison = Comparison.of(results, level, speed=speed, seed=seed)
+    render.echo(_table(comparison.standings))
+    if json_path:
+        json_path.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+    verdicts = [verdict for one in expectations for verdict in one.check(comparison.figures)]
+    if failed := [verdict for verdict in verdicts if not verdict.holds]:
+        render.echo(_verdicts(failed))
+        raise SystemExit(1)
+
+
+def _variants(pipelines: Sequence[Path], strategies: Sequence[str], table: ComponentTable) -> dict[str, FleetConfig]:
+    found: dict[str, FleetConfig] = {}
+    for path in pipelines:
+        config = read_fleet(path, table)
+        found[path.stem] = config
+        found |= {f"{path.stem}:{name}": with_strategy(config, name) for name in strategies}
+    return found
+
+
+def _trace(name: str, form: str, limit: int | None, seed: int) -> RequestTrace:
+    if name.partition(":")[0] in GENERATORS and not Path(name).exists():
+        found = generator_from(name).generate(seed)
+        return attrs.evolve(found, requests=found.requests[:limit])
+    return read_trace(Path(name), form, limit)
+
+
+@contextlib.contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
+        yield lambda done: bar.update(done - bar.pos) if done % 50 == 0 or done == total else None
+
+
+def _table(standings: Sequence[Standing]) -> str:
+    rows = [(one.label, *(shown(one.figures.get(name), FIGURES[name]) for name in _COLUMNS)) for one in standings]
+    return render.table(("pipeline", *_COLUMNS), rows)
+
+
+def _verdicts(verdicts: Sequence[Verdict]) -> str:
+    rows = [
+        (
+            render.bad("failed"),
+            one.expectation.text,
+            one.label,
+            shown(one.left, one.expectation.figure),
+            shown(one.right, one.expectation.figure),
+        )
+        for one in verdicts
+    ]
+    return render.table(("", "expected", "pipeline", "is", "against"), rows)

@@ -1,0 +1,1 @@
+"""Traces of requests replayed through pipelines on a virtual clock."""

@@ -1,0 +1,209 @@
+"""Reads traces: Mooncake's JSON Lines, Azure's CSV, recorded requests, and kvfleet's own store."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import xxhash
+
+from kvfleet.builtin.facts import estimate_prompt, prompt_texts
+from kvfleet.errors import TraceError
+from kvfleet.eval.records import RecordedRequest, read_records
+from kvfleet.replay.traces import RequestTrace, TracedRequest, chained, spread
+from kvfleet.trace import names
+from kvfleet.trace.reader import TraceReader
+from kvfleet.trace.spans import Span, SpanKind, Trace
+
+__all__ = ["FORMATS", "read_trace"]
+
+_MOONCAKE_BLOCK_TOKENS = 512
+_OWN_BLOCK_TOKENS = 16
+_BYTES_PER_TOKEN = 4
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_SQLITE = b"SQLite format 3\0"
+
+
+def read_trace(path: Path, form: str = "", limit: int | None = None) -> RequestTrace:
+    """Read a trace.
+
+    Args:
+        path: The file.
+        form: One of `FORMATS`; told by the file's beginning if empty.
+        limit: Only the first so many requests.
+
+    Raises:
+        TraceError: naming the line, if it is not such a trace.
+        OSError: if the file cannot be read.
+    """
+    form = form or _form_of(path)
+    block_tokens, read = FORMATS[form]
+    requests = itertools.islice(read(path), limit)
+    found = RequestTrace.of(path.stem, block_tokens, requests)
+    if not found.requests:
+        raise TraceError(f"{path} holds no request")
+    return found
+
+
+def _form_of(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head.startswith(_SQLITE):
+        return "store"
+    if head.lstrip(b"\xef\xbb\xbf").startswith(_AZURE_COLUMNS[0].encode()):
+        return "azure"
+    line = head.split(b"\n", 1)[0]
+    if b'"hash_ids"' in line:
+        return "mooncake"
+    if line.startswith(b'{"v":'):
+        return "records"
+    raise TraceError(
+        f"{path} is no trace that is known: Mooncake's JSON Lines (with `hash_ids`), Azure's CSV "
+        f"(with {', '.join(_AZURE_COLUMNS)}), a file of `observe.record`, or a trace store"
+    )
+
+
+# Mooncake
+
+
+def _mooncake(path: Path) -> Iterator[TracedRequest]:
+    """Mooncake's open traces: https://github.com/kvcache-ai/Mooncake (FAST25-release/traces).
+
+    Timestamps are in milliseconds. Each hash id stands for a block of 512 tokens and for all before it. The last one
+    may stand for a block that is not full; engines cache only full ones, so it is left out.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = orjson.loads(line)
+                tokens = int(row["input_length"])
+                full = tokens // _MOONCAKE_BLOCK_TOKENS
+                yield TracedRequest(
+                    at_s=float(row["timestamp"]) / 1000,
+                    prompt_tokens=tokens,
+                    output_tokens=int(row["output_length"]),
+                    blocks=tuple(map(spread, row["hash_ids"][:full])),
+                )
+            except (ValueError, TypeError, KeyError, IndexError) as error:
+                raise TraceError(f"{path}:{number}: is no line of a Mooncake trace: {_what(error)}") from error
+
+
+# Azure
+
+
+def _azure(path: Path) -> Iterator[TracedRequest]:
+    """Azure's open traces of 2023 and 2024: https://github.com/Azure/AzurePublicDataset.
+
+    They say nothing of what prompts share, so nothing is shared.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if missing := [name for name in _AZURE_COLUMNS if name not in (rows.fieldnames or ())]:
+            raise TraceError(f"{path}:1: has no column {missing[0]}; an Azure trace has {', '.join(_AZURE_COLUMNS)}")
+        start: datetime | None = None
+        for row in rows:
+            try:
+                at = datetime.fromisoformat(row["TIMESTAMP"])
+                start = at if start is None else start
+                yield TracedRequest(
+                    at_s=(at - start).total_seconds(),
+                    prompt_tokens=int(row["ContextTokens"]),
+                    output_tokens=int(row["GeneratedTokens"]),
+                )
+            except (ValueError, TypeError) as error:
+                raise TraceError(f"{path}:{rows.line_num}: is no line of an Azure trace: {_what(error)}") from error
+
+
+def _what(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+# Our own
+
+
+def _store(path: Path) -> Iterator[TracedRequest]:
+    """Traces that a gateway kept: times, tokens and tenants. They hold no text, so what was shared is not known."""
+    last = 0
+    with TraceReader(path) as reader:
+        while rows := reader.since(last):
+            last = rows[-1].id
+            for row in rows:
+                if row.prompt_tokens is not None and row.completion_tokens is not None:
+                    yield TracedRequest(
+                        at_s=row.start_ns / 1e9,
+                        prompt_tokens=row.prompt_tokens,
+                        output_tokens=row.completion_tokens,
+                        tenant=row.tenant,
+                    )
+
+
+def _records(path: Path) -> Iterator[TracedRequest]:
+    """What `observe.record` wrote; with content, blocks are hashed from it; sessions give think times."""
+    ended_s: dict[str, float] = {}
+    for record in read_records(path):
+        found = _of_trace(record.trace)
+        if found is None:
+            continue
+        if record.has_content:
+            found["prompt_tokens"] = found["prompt_tokens"] or estimate_prompt(record.operation, record.body)
+            found["blocks"], found["answer_blocks"] = _blocks_of(record, found)
+        if record.session:
+            found["session"] = record.session
+            before_s = ended_s.get(record.session)
+            if before_s is not None:
+                found["think_s"] = max(found["at_s"] - before_s, 0.0)
+            ended_s[record.session] = found["at_s"] + record.duration_s
+        found["model"] = record.model_requested
+        yield TracedRequest(**found)
+
+
+def _of_trace(trace: Trace) -> dict[str, Any] | None:
+    """What a decision's record says of a request; None if it was not answered by a backend."""
+    usage = next((u for u in map(_usage_of, reversed(trace.stages)) if u is not None), None)
+    if usage is None:
+        return None
+    attributes = trace.route.attributes
+    return {
+        "at_s": trace.route.start_ns / 1e9,
+        "prompt_tokens": usage[0],
+        "output_tokens": usage[1],
+        "tenant": str(attributes.get(names.TENANT, "")),
+        "model": str(attributes.get(names.MODEL_REQUESTED, "auto")),
+    }
+
+
+def _usage_of(span: Span) -> tuple[int, int] | None:
+    found = span.attributes.get(names.GEN_AI_INPUT_TOKENS), span.attributes.get(names.GEN_AI_OUTPUT_TOKENS)
+    if span.kind is not SpanKind.CLIENT or not isinstance(found[0], int) or not isinstance(found[1], int):
+        return None
+    return found[0], found[1]
+
+
+def _blocks_of(record: RecordedRequest, found: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Blocks of the prompt and of its answer, hashed over the texts' bytes, four to a token."""
+    prompt = "\x1e".join(prompt_texts(record.operation, record.body)).encode(errors="replace")
+    whole = prompt + b"\x1e" + record.answer.encode(errors="replace")
+    hashes = chained(0, _parts(whole))
+    full = min(len(prompt) // _BYTES_PER_TOKEN, found["prompt_tokens"]) // _OWN_BLOCK_TOKENS
+    return hashes[:full], hashes[full:]
+
+
+def _parts(text: bytes) -> list[int]:
+    size = _OWN_BLOCK_TOKENS * _BYTES_PER_TOKEN
+    return [xxhash.xxh3_64_intdigest(text[i : i + size]) for i in range(0, len(text) - size + 1, size)]
+
+
+FORMATS: Mapping[str, tuple[int, Callable[[Path], Iterator[TracedRequest]]]] = {
+    "mooncake": (_MOONCAKE_BLOCK_TOKENS, _mooncake),
+    "azure": (_MOONCAKE_BLOCK_TOKENS, _azure),
+    "records": (_OWN_BLOCK_TOKENS, _records),
+    "store": (_OWN_BLOCK_TOKENS, _store),
+}
+"""By name: the tokens of a block, and what reads it."""
