@@ -21,6 +21,7 @@ from kvfleet.replay.fleet import SimulatedFleet, read_fleet_description
 from kvfleet.replay.generate import GENERATORS, generator_from
 from kvfleet.replay.measures import FIGURES
 from kvfleet.replay.readers import FORMATS, read_trace
+from kvfleet.replay.report import html_report
 from kvfleet.replay.results import Comparison, Standing
 from kvfleet.replay.slo import parse_slo
 from kvfleet.replay.traces import RequestTrace
@@ -127,6 +128,8 @@ def replay(
     if json_path:
         json_path.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
     verdicts = [verdict for one in expectations for verdict in one.check(comparison.figures)]
+    if html_path:
+        html_path.write_text(html_report(comparison, verdicts), encoding="utf-8")
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
         render.echo(_verdicts(failed))
         raise SystemExit(1)

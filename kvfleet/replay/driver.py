@@ -2,8 +2,8 @@
 
 The router is the live one. Each request takes the way a request to the gateway takes: the pipeline's stages, admission,
 the choice, the execute stage with its retries and time limits, the books of load and health, the observers. Two things
-differ: the replicas' adapters lead to simulated engines, and the facts of a prompt come from the trace, because there is
-no text.
+differ: the replicas' adapters lead to simulated engines, and the facts of a prompt come from the trace, which has no
+text.
 """
 
 from __future__ import annotations
