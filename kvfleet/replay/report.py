@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from importlib.resources import files
 
@@ -220,18 +220,16 @@ def _distribution(standings: Sequence[Standing]) -> str:
     return curves(lines, x, Axis("share", 0.0, 1.0, label="{:.0%}".format), "distribution of the time to first token")
 
 
-def _over_time(standings: Sequence[Standing], time: Axis, measure: object, unit: str) -> str:
+def _over_time(
+    standings: Sequence[Standing], time: Axis, measure: Callable[[Sequence[Served]], float], unit: str
+) -> str:
     lines = []
     for place, standing in enumerate(standings):
         bins: list[list[Served]] = [[] for _ in range(_BINS)]
         for one in standing.result.served:
             if one.is_whole:
                 bins[min(int(one.at_s / time.high * _BINS), _BINS - 1)].append(one)
-        points = [
-            ((i + 0.5) / _BINS * time.high, measure(found))
-            for i, found in enumerate(bins)
-            if found  # type: ignore[operator]
-        ]
+        points = [((i + 0.5) / _BINS * time.high, measure(found)) for i, found in enumerate(bins) if found]
         lines.append(Curve(standing.label, place % _COLOURS, points))
     highest = max((y for line in lines for _, y in line.points), default=1.0)
     y = (
