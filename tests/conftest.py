@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Asyncio, because uvicorn and the data path's transport run on it."""
+    """Asyncio, because the gateway's server and the data path's transport run on it."""
     return "asyncio"

@@ -1,4 +1,7 @@
-"""The gateway as a bare ASGI application: a table of routes, each with its auth policy, and their handlers."""
+"""The gateway's application: a table of routes, each with its auth policy, and their handlers.
+
+It answers exchanges (`kvfleet.gateway.exchange`), which its own server makes; it is an ASGI application too.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ import attrs
 from kvfleet.adapters.call import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
 from kvfleet.gateway.answer_id import AnswerId
+from kvfleet.gateway.asgi import ASGIExchange, Message, Receive, Send, live
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.board import PATH, Board
 from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.decision_headers import decision_headers
 from kvfleet.gateway.errors import error_headers, error_object, shutting_down
-from kvfleet.gateway.exchange import ClientLeftError, Exchange, Message, Presence, Receive, Send
+from kvfleet.gateway.exchange import ClientLeftError, Exchange
 from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
@@ -136,28 +140,16 @@ class Gateway:
             Route("GET", "/readyz", Access.OPEN, self._readyz),
         )
 
-    # ASGI ------------------------------------------------------------------------------------------------------------
+    # Life ------------------------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request, or take part in the server's start and stop."""
+        """Answer one HTTP request of an ASGI server, or take part in its start and stop."""
         if scope["type"] == "http":
-            await self._serve(scope, receive, send)
+            await self.handle(ASGIExchange.of(scope, receive, send))
         elif scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await live(receive, send, self.start, self.stop)
         else:
             raise RuntimeError(f"the gateway does not speak {scope['type']}")
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        try:
-            await self.start()
-        except Exception as error:  # noqa: BLE001 - the server must learn of any failure, and why
-            await send({"type": "lifespan.startup.failed", "message": f"{type(error).__name__}: {error}"})
-            return
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        await self.stop()
-        await send({"type": "lifespan.shutdown.complete"})
 
     async def start(self) -> None:
         """Open the router and be ready."""
@@ -177,14 +169,16 @@ class Gateway:
         self.phase = Phase.STOPPING
         self.board.close()
 
-    async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope["path"], {}, "", receive, send, [])
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer one request, whatever happens."""
         template, meters = "other", self.meters
         meters.in_flight += 1
         try:
-            exchange.headers = self._headers.read(scope["headers"])
+            exchange.headers = self._headers.read(exchange.fields)
             self._prepare(exchange)
-            route = self._find(scope["method"], exchange)
+            route = self._find(exchange)
             if route is not None:
                 template = route.path
                 await route.handler(exchange)
@@ -202,16 +196,16 @@ class Gateway:
         finally:
             meters.in_flight -= 1
             meters.responses[template, exchange.status] += 1
+            exchange.finish()
 
     def _prepare(self, exchange: Exchange) -> None:
         headers = exchange.headers
         exchange.request_id = request_id(headers, self._new_id)
         exchange.common.append((b"x-request-id", exchange.request_id.encode()))
-        if self.phase is Phase.STOPPING:
-            exchange.common.append((b"connection", b"close"))
+        exchange.closes = self.phase is Phase.STOPPING
         exchange.common.extend(self.cors.headers_for(headers.get(b"origin")))
 
-    def _find(self, method: str, exchange: Exchange) -> Route | None:
+    def _find(self, exchange: Exchange) -> Route | None:
         """The route of a request, once its caller may use it; None for a browser's preflight.
 
         What is not in the table needs a key too, so that nobody without one learns what is.
@@ -219,7 +213,7 @@ class Gateway:
         Raises:
             RouteError: 401, 404 or 405.
         """
-        methods = self._methods(exchange.path)
+        methods, method = self._methods(exchange.path), exchange.method
         if method == "OPTIONS" and methods and b"origin" in exchange.headers:
             return None
         route = methods.get("GET" if method == "HEAD" else method)
@@ -261,8 +255,7 @@ class Gateway:
         if error.trace is not None:
             headers.append((b"x-kvfleet-trace", error.trace.trace_id.encode()))
         if error.status == 413:
-            # What is still being sent is not read.
-            headers.append((b"connection", b"close"))
+            exchange.closes = True  # what is still being sent is not read
         await exchange.json(error.status, error_object(error, self.replicas, exchange.request_id), headers)
 
     # Inference -------------------------------------------------------------------------------------------------------
@@ -271,35 +264,31 @@ class Gateway:
         raw = await exchange.body(self._max_body_bytes)
         asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id)
         request = bind(asked, exchange.caller, self.router.config.tenants)
-        presence = Presence()
-        presence.watch(exchange.receive)
+        exchange.watch()
         try:
-            await self._answer(exchange, request, presence)
+            await self._answer(exchange, request)
         except asyncio.CancelledError:
-            if not presence.has_left:
+            if not exchange.has_left:
                 raise
-            presence.forgive()
             self._note_departure(exchange)
-        finally:
-            presence.stop()
 
     def _note_departure(self, exchange: Exchange) -> None:
         self.meters.left += 1
         exchange.status = exchange.status or 499
 
-    async def _answer(self, exchange: Exchange, request: RouteRequest, presence: Presence) -> None:
+    async def _answer(self, exchange: Exchange, request: RouteRequest) -> None:
         answer_id = AnswerId(exchange.request_id) if self._renames_answers else None
         try:
             dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
             reply = dispatch.answer.reply
             headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
             if reply.events is not None:
-                await Relay(exchange, presence, self.replicas, answer_id).pass_on(reply, headers)
+                await Relay(exchange, self.replicas, answer_id).pass_on(reply, headers)
                 return
         except BackendError as error:
             broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
             raise broken from error
-        presence.stop()
+        exchange.unwatch()
         body = reply.body if answer_id is None else answer_id.in_answer(reply.body, reply.tally.response_id)
         await exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
 

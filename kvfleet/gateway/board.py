@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from kvfleet.errors import RouteError
-from kvfleet.gateway.exchange import Exchange, Presence
+from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.health import is_usable
 from kvfleet.gateway.page import load_page
 from kvfleet.gateway.recent import RecentRoutes, detail_of
@@ -111,19 +111,17 @@ class Board:
             raise RouteError(
                 f"{self.watchers} dashboards are open, and no more may be", status=503, code="too_many_watchers"
             )
-        presence = Presence()
         self.watchers += 1
-        presence.watch(exchange.receive)
+        exchange.watch()
         try:
-            await self._push(exchange, presence)
+            await self._push(exchange)
         except asyncio.CancelledError:
-            if not presence.has_left:
+            # Leaving is how a watcher's visit ends.
+            if not exchange.has_left:
                 raise
-            # That is how a watcher's visit ends.
-            presence.forgive()
         finally:
             self.watchers -= 1
-            presence.stop()
+            exchange.unwatch()
 
     def _admit(self, exchange: Exchange) -> None:
         """The dashboard shows everybody's requests, so it is the operator's: a tenant's key does not open it."""
@@ -134,14 +132,14 @@ class Board:
                 code="operators_only",
             )
 
-    async def _push(self, exchange: Exchange, presence: Presence) -> None:
+    async def _push(self, exchange: Exchange) -> None:
         await exchange.start(200, _STREAM)
         while not self._over.is_set():
             await exchange.piece(b"data: " + self._gather() + b"\n\n")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
                     await self._over.wait()
-        presence.stop()
+        exchange.unwatch()
         await exchange.end()
 
     # Gathering -------------------------------------------------------------------------------------------------------

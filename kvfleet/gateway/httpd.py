@@ -1,93 +1,144 @@
-"""uvicorn as the gateway runs it: quick to stop, watchful of clients that stall, gentle to what is in flight."""
+"""The gateway's own HTTP server: accepts, watches over clients that stall, and ends without dropping anything."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import email.utils
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
-import uvicorn
 
 from kvfleet.gateway.app import Gateway
-from kvfleet.gateway.guard import GuardedProtocol, Patience, sweep
+from kvfleet.gateway.connection import ClientConnection
+from kvfleet.gateway.guard import Patience, sweep
+from kvfleet.gateway.http_exchange import HTTPExchange
 
 __all__ = ["Server", "Stop"]
 
 _log = logging.getLogger(__name__)
 
-# Longer than the pools of usual clients and load balancers keep an idle connection (httpx 5 s, AWS 60 s), so that it is
-# they who close it, and never the gateway under a request that is just being sent.
-_KEEP_ALIVE_S = 75
+_LAST_WORDS_S = 1.0
+"""How long clients may take, after a stop, to read what was sent to them."""
 
 
-class Server(uvicorn.Server):
-    """Uvicorn's server, stopped by a call instead of a poll, and with `sweep` once a second."""
+class Server:
+    """Serves a gateway on listening sockets.
+
+    Args:
+        gateway: What answers.
+        drain_s: Seconds that requests in flight have to end after a stop.
+        patience: With clients that stall.
+        sweep_s: Seconds between two looks at them.
+
+    Attributes:
+        loop: The event loop it runs on.
+        connections: The open ones.
+        date_line: The Date header of every answer, a sweep old at most.
+        is_stopping: True once it accepts nothing more.
+    """
 
     def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, sweep_s: float = 1.0) -> None:
-        super().__init__(
-            uvicorn.Config(
-                gateway,
-                http=GuardedProtocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=max(1, round(drain_s)),
-            )
-        )
+        self.loop = asyncio.get_running_loop()
+        self.connections: set[ClientConnection] = set()
+        self.date_line = _date_line()
+        self.is_stopping = False
+        self._gateway = gateway
+        self._drain_s = drain_s
         self._patience = patience
         self._sweep_s = sweep_s
-        self._ready = asyncio.Event()
+        self._listening: list[asyncio.Server] = []
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
+        self._is_hurried = asyncio.Event()
+        self._is_quiet = asyncio.Event()
 
-    async def wait_until_started(self, task: asyncio.Task[None]) -> None:
-        """Return once connections are accepted.
-
-        Raises:
-            Exception: whatever kept it from starting.
-        """
-        ready = asyncio.create_task(self._ready.wait())
-        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        if task.done():
-            await task
+    async def start(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept connections from now on."""
+        for one in sockets:
+            self._listening.append(await self.loop.create_server(lambda: ClientConnection(self), sock=one))
 
     def stop(self) -> None:
         """Accept nothing more, wait for what is in flight, and end."""
-        self.should_exit = True
         self._stopping.set()
 
     def stop_now(self) -> None:
         """End without waiting."""
-        self.force_exit = True
+        self._is_hurried.set()
         self.stop()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's start, announced."""
-        await super().startup(sockets)
-        self._ready.set()
+    async def run(self) -> None:
+        """Serve until stopped; returns after the last answer."""
+        while not self._stopping.is_set():
+            self.date_line = _date_line()
+            sweep(self.connections, self.loop.time(), self._patience)
+            await _happens(self._stopping, self._sweep_s)
+        await self._end()
 
-    async def main_loop(self) -> None:
-        """Uvicorn's own wakes ten times a second to look whether it should stop."""
-        loop = asyncio.get_running_loop()
-        while not await self.on_tick(0):
-            sweep(self.server_state.connections, loop.time(), self._patience)  # type: ignore[arg-type]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._sweep_s):
-                    await self._stopping.wait()
+    # What a connection calls
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to whoever runs the server."""
-        yield
+    def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
+        """See `kvfleet.gateway.connection.Host`."""
+        task = self.loop.create_task(self._gateway.handle(exchange))
+        self._tasks.add(task)
+        return task
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """See `kvfleet.gateway.connection.Host`."""
+        self._tasks.discard(task)
+        if self.is_stopping:
+            self._look_around()
+
+    def gone(self, connection: ClientConnection) -> None:
+        """See `kvfleet.gateway.connection.Host`."""
+        self.connections.discard(connection)
+        self._look_around()
+
+    # The end
+
+    def _look_around(self) -> None:
+        if self.is_stopping and not self._tasks and not self.connections:
+            self._is_quiet.set()
+
+    async def _end(self) -> None:
+        self.is_stopping = True
+        for server in self._listening:
+            server.close()
+        for connection in tuple(self.connections):
+            connection.stop()
+        self._look_around()
+        await self._quiet(self._drain_s)
+        if self._tasks:
+            _log.warning("gateway gives up requests in_flight=%d drain_s=%g", len(self._tasks), self._drain_s)
+        for task in tuple(self._tasks):
+            task.cancel()  # each tells its client that the gateway is shutting down
+        if not await _happens(self._is_quiet, _LAST_WORDS_S):
+            for connection in tuple(self.connections):
+                connection.abort()
+            await _happens(self._is_quiet, _LAST_WORDS_S)
+
+    async def _quiet(self, seconds: float) -> None:
+        """Wait until nothing is in flight, somebody is in a hurry, or the time is up."""
+        quiet = asyncio.ensure_future(self._is_quiet.wait())
+        hurried = asyncio.ensure_future(self._is_hurried.wait())
+        await asyncio.wait({quiet, hurried}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        quiet.cancel()
+        hurried.cancel()
+
+
+async def _happens(event: asyncio.Event, within_s: float) -> bool:
+    """True if an event happens within so many seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(within_s):
+            await event.wait()
+    return event.is_set()
+
+
+def _date_line() -> bytes:
+    return b"date: %b\r\n" % email.utils.formatdate(usegmt=True).encode("ascii")
 
 
 @attrs.define

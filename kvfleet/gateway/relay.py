@@ -12,7 +12,7 @@ from kvfleet.adapters.call import Reply
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.errors import error_event, shutting_down
-from kvfleet.gateway.exchange import Exchange, Pairs, Presence
+from kvfleet.gateway.exchange import Exchange, Pairs
 from kvfleet.gateway.replicas import ReplicaNames
 
 __all__ = ["Relay"]
@@ -41,7 +41,6 @@ class Relay:
     """
 
     exchange: Exchange
-    presence: Presence
     names: ReplicaNames
     answer_id: AnswerId | None = None
 
@@ -74,7 +73,7 @@ class Relay:
                 await exchange.piece(piece)
                 piece = await anext(events, None)
         except asyncio.CancelledError:
-            if not self.presence.has_left:
+            if not exchange.has_left:
                 await self._end(error_event(shutting_down(), self.names, exchange.request_id))
             raise
         except (BackendError, RouteError) as error:
@@ -89,7 +88,7 @@ class Relay:
 
     async def _end(self, piece: bytes) -> None:
         # The client may go now: that must not count as a departure.
-        self.presence.stop()
+        self.exchange.unwatch()
         await self.exchange.end(piece)
 
     async def _read_out(self, events: AsyncIterator[bytes]) -> bool:

@@ -1,4 +1,4 @@
-"""Runs the gateway on uvicorn: sockets, signals, and an end that drops nothing."""
+"""Runs the gateway: sockets, signals, and an end that drops nothing."""
 
 from __future__ import annotations
 
@@ -138,9 +138,9 @@ async def running(
     sockets = bind("127.0.0.1", 0)
     await gateway.start()
     server = Server(gateway, drain_s=5.0, patience=patience or Patience())
-    task = asyncio.create_task(server.serve(sockets), name="kvfleet-gateway")
+    await server.start(sockets)
+    task = asyncio.create_task(server.run(), name="kvfleet-gateway")
     try:
-        await server.wait_until_started(task)
         yield Serving(url_of(sockets[0]), gateway)
     finally:
         gateway.drain()
@@ -170,8 +170,8 @@ async def _serve(
         await gateway.start()
         stack.push_async_callback(gateway.stop)
         server = Server(gateway, drain_s=drain_s, patience=Patience())
-        task = asyncio.create_task(server.serve(sockets), name="kvfleet-gateway")
-        await server.wait_until_started(task)
+        await server.start(sockets)
+        task = asyncio.create_task(server.run(), name="kvfleet-gateway")
         _calm_garbage_collector()
         with stop.on_signals(gateway, server):
             serving = Serving(url_of(sockets[0]), gateway)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from kvfleet.cli.main import COMMANDS, cli
 from tests.cli.running import install, kvfleet, python
 
-HEAVY = ("httpx", "httpcore", "h2", "httptools", "uvicorn", "opentelemetry", "prometheus_client", "ruamel", "cattrs")
+HEAVY = ("httpx", "httpcore", "h2", "httptools", "opentelemetry", "prometheus_client", "ruamel", "cattrs")
 
 
 def test_the_help_imports_nothing_heavy() -> None:

@@ -23,8 +23,8 @@ from kvfleet.config.schema import (
     TraceStoreConfig,
 )
 from kvfleet.errors import RouteError
+from kvfleet.gateway.asgi import ASGIExchange
 from kvfleet.gateway.board import Board
-from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.page import load_page
 from kvfleet.gateway.recent import RecentRoutes
 from kvfleet.gateway.replicas import ReplicaNames
@@ -241,7 +241,7 @@ class Watched:
     board: Board
 
     async def __call__(self, scope: dict[str, object], receive: object, send: object) -> None:
-        exchange = Exchange("/dashboard/events", {}, "", receive, send, [])  # type: ignore[arg-type]
+        exchange = ASGIExchange("GET", "/dashboard/events", [], receive, send)  # type: ignore[arg-type]
         await self.board.events(exchange)
 
 

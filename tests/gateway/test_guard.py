@@ -26,8 +26,8 @@ async def served(router: FakeRouter, patience: Patience = LONG, *, key: str = ""
     app = await gateway(router, key=key)
     sockets = bind("127.0.0.1", 0)
     server = Server(app, drain_s=1, patience=patience, sweep_s=0.02)
-    task = asyncio.create_task(server.serve(sockets))
-    await server.wait_until_started(task)
+    await server.start(sockets)
+    task = asyncio.create_task(server.run())
     try:
         yield sockets[0].getsockname()
     finally:

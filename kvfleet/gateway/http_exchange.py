@@ -1,0 +1,181 @@
+"""One request of a connection, and its answer: how it is framed, and what becomes of it if the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import attrs
+
+from kvfleet.gateway.exchange import ClientLeftError, Exchange, Pairs, check_announced, too_large
+
+if TYPE_CHECKING:
+    from kvfleet.gateway.connection import ClientConnection
+
+__all__ = ["STATUS_LINES", "HTTPExchange"]
+
+STATUS_LINES = {one.value: f"HTTP/1.1 {one.value} {one.phrase}\r\n".encode() for one in HTTPStatus}
+"""The first line of an answer, by its status."""
+
+_BODILESS = (204, 304)
+
+
+@attrs.define(eq=False)
+class HTTPExchange(Exchange):
+    """One request of a connection, and its answer.
+
+    Attributes:
+        connection: Where it came from.
+        keeps_alive: True if another request may follow on the connection.
+        is_old: True for HTTP/1.0, which knows no chunks.
+        is_received: True once the request's body is whole.
+        is_over: True once the answer is whole, or cut off.
+    """
+
+    connection: ClientConnection
+    keeps_alive: bool = True
+    is_old: bool = False
+    is_received: bool = attrs.field(init=False, default=False)
+    is_over: bool = attrs.field(init=False, default=False)
+    _pieces: list[bytes] = attrs.field(init=False, factory=list, repr=False)
+    _size: int = attrs.field(init=False, default=0)
+    _waiter: asyncio.Future[None] | None = attrs.field(init=False, default=None, repr=False)
+    _task: asyncio.Task[None] | None = attrs.field(init=False, default=None, repr=False)
+    _is_watched: bool = attrs.field(init=False, default=False)
+    _is_chunked: bool = attrs.field(init=False, default=False)
+    _head: bytes = attrs.field(init=False, default=b"", repr=False)
+
+    # What a handler calls
+
+    async def body(self, limit: int) -> bytes:
+        """See `Exchange.body`."""
+        check_announced(self.headers, limit)
+        if not self.is_received:
+            self.connection.encourage(self)
+        while not self.is_received:
+            if self._size > limit:
+                raise too_large(limit)
+            if self.is_over:
+                raise ClientLeftError
+            self._waiter = self.connection.loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._size > limit:
+            raise too_large(limit)
+        pieces = self._pieces
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def start(self, status: int, headers: Pairs) -> None:
+        """See `Exchange.start`; the head leaves with the first piece."""
+        if self.method != "HEAD" and status not in _BODILESS:
+            if self.is_old:
+                self.keeps_alive = False  # the end of the connection is the end of the answer
+            else:
+                self._is_chunked = True
+                headers = [*headers, (b"transfer-encoding", b"chunked")]
+        self._head = self._head_of(status, headers)
+
+    async def whole(self, status: int, body: bytes, headers: Pairs) -> None:
+        """See `Exchange.whole`."""
+        head = self._head_of(status, [(b"content-length", b"%d" % len(body)), *headers])
+        self._write(head if self.method == "HEAD" else head + body)
+        self._done()
+
+    async def piece(self, body: bytes) -> None:
+        """See `Exchange.piece`."""
+        if body:
+            self._write(self._framed(body))
+        if self.connection.is_write_paused:
+            await self.connection.writable()
+
+    async def end(self, body: bytes = b"") -> None:
+        """See `Exchange.end`."""
+        data = self._framed(body)
+        self._write(data + b"0\r\n\r\n" if self._is_chunked else data)
+        self._done()
+
+    def watch(self) -> None:
+        """See `Exchange.watch`."""
+        self._is_watched = True
+        if self.is_over:
+            self.leave()
+
+    def unwatch(self) -> None:
+        """See `Exchange.unwatch`."""
+        self._is_watched = False
+
+    def finish(self) -> None:
+        """See `Exchange.finish`."""
+        self._is_watched = False
+        if not self.is_over:
+            self.is_over = True
+            self.connection.abort()
+        if self._task is not None:
+            self.connection.host.ended(self._task)
+
+    # What the connection calls
+
+    def begin(self) -> None:
+        """Have the request answered."""
+        self._task = self.connection.host.begin(self)
+
+    def receive(self, data: bytes) -> None:
+        """A piece of the request's body has arrived."""
+        if not self.is_over:
+            self._size += len(data)
+            self._pieces.append(data)
+            self._wake()
+
+    def received(self) -> None:
+        """The request's body is whole."""
+        self.is_received = True
+        self._wake()
+
+    def leave(self) -> None:
+        """The client has left."""
+        self.is_over = True
+        self._wake()
+        if self._is_watched and self._task is not None:
+            self.has_left = True
+            self._is_watched = False
+            self._task.cancel()
+
+    # Inner workings
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _head_of(self, status: int, headers: Pairs) -> bytes:
+        """The answer's head; also decides whether the connection is kept."""
+        self.status = status
+        host = self.connection.host
+        common = self.common
+        if self.closes or host.is_stopping or not self.is_received:
+            self.keeps_alive = False
+        if not self.keeps_alive:
+            common = [*common, (b"connection", b"close")]
+        elif self.is_old:
+            common = [*common, (b"connection", b"keep-alive")]
+        lines = [b"%b: %b\r\n" % pair for pair in (*headers, *common)]
+        first = STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        return b"".join((first, *lines, host.date_line, b"\r\n"))
+
+    def _framed(self, body: bytes) -> bytes:
+        head, self._head = self._head, b""
+        if self._is_chunked and body:
+            return b"%b%x\r\n%b\r\n" % (head, len(body), body)
+        return head if self.method == "HEAD" else head + body
+
+    def _write(self, data: bytes) -> None:
+        if not self.is_over and data:
+            self.connection.write(data)
+
+    def _done(self) -> None:
+        self._is_watched = False
+        if not self.is_over:
+            self.is_over = True
+            self.connection.answered(self)
