@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import attrs
 
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import mapping, number, section, text
@@ -66,25 +67,30 @@ class _Held:
 
 
 def spending_of(outcome: Outcome, expected: tuple[int, int]) -> Spending:
-    """What a route came to.
+    """What a route came to, answers included that were made on the way and not given.
 
     An answer whose engine reports no tokens is booked as it was expected: `expected` prompt and answer tokens. A route
     that broke off before its engine reported any is booked at nothing.
     """
-    model, usage = outcome.served_by, outcome.usage
-    if model is None or (usage is None and not outcome.is_success):
-        return Spending(requests=1)
-    prompt, answer = (usage.prompt_tokens, usage.completion_tokens) if usage is not None else expected
-    cached = (usage.cached_tokens or 0) if usage is not None else 0
-    cost = outcome.cost_usd
-    if cost is None:
-        price = Price.of(model)
-        cost = None if price is None else price.cost_usd(prompt, answer, cached)
+    answers = [(one.model, one.usage) for one in outcome.unused]
+    if outcome.served_by is not None and (outcome.usage is not None or outcome.is_success):
+        answers.append((outcome.served_by, outcome.usage))
+    whole = Spending(requests=1)
+    for model, usage in answers:
+        whole = whole.plus(_spent(model, Usage(*expected) if usage is None else usage))
+    if outcome.cost_usd is None:
+        return whole
+    return attrs.evolve(whole, nano_usd=nano(outcome.cost_usd), unpriced=0)
+
+
+def _spent(model: ModelConfig, usage: Usage) -> Spending:
+    """What one answer came to; where only one price is known, it is taken for all tokens."""
+    price, cached = Price.of(model), usage.cached_tokens or 0
+    cost = None if price is None else price.cost_usd(usage.prompt_tokens, usage.completion_tokens, cached)
     return Spending(
         nano_usd=nano(cost or 0.0),
-        requests=1,
-        prompt_tokens=prompt,
-        completion_tokens=answer,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
         cached_tokens=cached,
         unpriced=int(cost is None),
     )

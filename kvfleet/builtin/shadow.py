@@ -29,7 +29,8 @@ from kvfleet.plugin.spec import hookimpl
 from kvfleet.registry.models import serves
 from kvfleet.telemetry.cost import cost_usd
 from kvfleet.trace import names
-from kvfleet.trace.spans import AttributeValue, Span
+from kvfleet.trace.attributes import answering_attempts
+from kvfleet.trace.spans import AttributeValue
 
 __all__ = ["ShadowObserver", "ShadowOnlyFilter"]
 
@@ -332,7 +333,7 @@ def _cost(model: ModelConfig, usage: Usage | None) -> float | None:
 
 def _attempt_ms(outcome: Outcome) -> float:
     """What the call that answered took, without the decision and the attempts before it."""
-    attempts: list[Span] = [span for span in outcome.trace.stages if names.ATTEMPT in span.attributes]
+    attempts = answering_attempts(outcome.trace.spans)
     return attempts[-1].duration_ms if attempts else outcome.duration_s * 1000
 
 

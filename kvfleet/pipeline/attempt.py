@@ -12,12 +12,13 @@ from collections.abc import AsyncIterator, Callable, Mapping
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Call, Limits, Reply, Tally
+from kvfleet.adapters.call import Call, Limits, Reply, Tally, Usage
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest
+from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest, Unused
+from kvfleet.telemetry.cost import cost_usd
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
@@ -123,6 +124,7 @@ class Attempts:
 
     Attributes:
         on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
+        prompt_tokens: About how many tokens the prompt has, for answers that are not read to their end.
         keeps_content: True to keep the answer's bytes, for the trace or for a component that asked for them.
         deadline_s: When the request's own time is up, by the monotonic clock; None if it has no deadline.
     """
@@ -135,9 +137,11 @@ class Attempts:
     trace: Trace
     clock: Clock
     on_end: Callable[[ModelConfig, Tally, BackendError | None, bytes], None]
+    prompt_tokens: Callable[[], int] = lambda: 0
     keeps_content: bool = False
     deadline_s: float | None = None
     _made: int = attrs.field(init=False, default=0)
+    _answered: list[_One] = attrs.field(init=False, factory=list)
 
     async def __call__(
         self,
@@ -149,8 +153,8 @@ class Attempts:
     ) -> Answer:
         """See `kvfleet.plugin.contract.Attempt`."""
         self._made += 1
-        one = _One(self, candidate, self._begin(candidate, reason), rewrite)
-        if rewrite is not None:
+        one = _One(self, candidate, self._made, self._begin(candidate, reason), rewrite)
+        if rewrite is not None and rewrite.types:
             one.begun[0].attributes[names.REDACTED] = tuple(rewrite.types)
         wait_s = candidate.timeout_seconds if timeout_s is None else timeout_s
         try:
@@ -166,7 +170,25 @@ class Attempts:
             broken = _adapter_broke(error, received=False)
             one.end(None, broken)
             raise broken from error
-        return Answer(reply, candidate)
+        one.tally = reply.tally
+        self._answered.append(one)
+        return Answer(reply, candidate, attempt=one.number)
+
+    def give(self, answer: Answer) -> bool:
+        """Note which answer the caller gets: its end is the route's. False if no attempt made it."""
+        if not self._answered:
+            return False
+        tally = answer.reply.tally
+        found = next((one for one in reversed(self._answered) if one.tally is tally), self._answered[-1])
+        if len(self._answered) > 1:
+            self.trace.route.attributes[names.ATTEMPT_SERVED] = found.number
+        found.give()
+        return True
+
+    @property
+    def unused(self) -> tuple[Unused, ...]:
+        """What the answers came to that the caller does not get."""
+        return tuple([one.unused for one in self._answered if not one.is_given])
 
     def _why_cancelled(self) -> BackendError:
         """A cancelled attempt: the request's own deadline has passed, or the client has left."""
@@ -206,13 +228,23 @@ class Attempts:
 
 @attrs.define
 class _One:
-    """One attempt under way."""
+    """One attempt under way.
+
+    Attributes:
+        tally: What was learned of its answer; None before there is one.
+        is_given: True once it is the answer that the caller gets.
+    """
 
     attempts: Attempts
     candidate: ModelConfig
+    number: int
     begun: tuple[Span, AttemptHandle]
     rewrite: Rewrite | None = None
+    tally: Tally | None = attrs.field(init=False, default=None)
+    is_given: bool = attrs.field(init=False, default=False)
     started_s: float = attrs.field(init=False, default=0.0)
+    _ended: tuple[Tally, BackendError | None, bytes] | None = attrs.field(init=False, default=None)
+    _is_discarded: bool = attrs.field(init=False, default=False)
     _is_over: bool = attrs.field(init=False, default=False)
 
     async def call(self, wait_s: float) -> Reply:
@@ -227,8 +259,7 @@ class _One:
             reply = self.rewrite.restore(reply)
         if reply.events is None:
             made.services.load.answered(candidate.id, self._first_byte())
-            self.end(reply.tally, None)
-            made.on_end(candidate, reply.tally, None, reply.body if made.keeps_content else b"")
+            self._answer_ended(reply.tally, None, reply.body if made.keeps_content else b"")
             return reply
         first = await self._first_event(reply, wait_s)
         made.services.load.first_byte(candidate.id, self._first_byte())
@@ -238,6 +269,7 @@ class _One:
         relay = Relay(first, reply.events, lambda error: self._stream_ended(reply.tally, error, kept), kept, left_s)
 
         async def close() -> None:
+            self._is_discarded = not self.is_given  # by the executor then: no client has seen anything of it
             relay.leave()
             await reply.close()
 
@@ -265,8 +297,32 @@ class _One:
         return ttfb_s
 
     def _stream_ended(self, tally: Tally, error: BackendError | None, kept: _Kept | None) -> None:
+        if self._is_discarded:
+            self.begun[0].attributes[names.ATTEMPT_DISCARDED] = True
+            error = None
+        self._answer_ended(tally, error, bytes(kept.pieces) if kept else b"")
+
+    def _answer_ended(self, tally: Tally, error: BackendError | None, content: bytes) -> None:
         self.end(tally, error)
-        self.attempts.on_end(self.candidate, tally, error, bytes(kept.pieces) if kept else b"")
+        self._ended = (tally, error, content)
+        if self.is_given:
+            self.attempts.on_end(self.candidate, *self._ended)
+
+    def give(self) -> None:
+        """This is the answer that the caller gets."""
+        self.is_given = True
+        if self._ended is not None:
+            self.attempts.on_end(self.candidate, *self._ended)
+
+    @property
+    def unused(self) -> Unused:
+        """What it came to, for nobody; of an answer that was not read to its end, about that."""
+        usage = self.tally.usage if self.tally is not None else None
+        if usage is None and self._is_discarded and self.tally is not None:
+            prompt, answer = self.attempts.prompt_tokens(), self.tally.events
+            usage = Usage(prompt, answer, prompt + answer)
+        cost = None if usage is None else cost_usd(self.candidate, usage)
+        return Unused(model=self.candidate, usage=usage, cost_usd=cost)
 
     def end(self, tally: Tally | None, error: BackendError | None) -> None:
         """Close the books of this attempt; once."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import attrs
 import orjson
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Reply, Tally
+from kvfleet.adapters.call import Reply, Tally, Usage
+from kvfleet.builtin.facts import prompt_tokens
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError
@@ -18,7 +19,7 @@ from kvfleet.pipeline.attempt import Attempts
 from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import Answer, Outcome, RoutingContext
+from kvfleet.plugin.contract import Answer, Outcome, RoutingContext, Unused
 from kvfleet.telemetry.cost import cost_usd
 from kvfleet.trace import names
 from kvfleet.trace.otel import Bridge, RouteHandle
@@ -57,6 +58,7 @@ class Route:
     _started_s: float = attrs.field(init=False, default=0.0)
     _ttfb_s: float | None = attrs.field(init=False, default=None)
     _content: bytes = attrs.field(init=False, default=b"", repr=False)
+    _attempts: Attempts | None = attrs.field(init=False, default=None)
     _is_closed: bool = attrs.field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Route:
         attributes[names.MODEL_SELECTED] = first.name
         attributes[names.REPLICA_SELECTED] = first.id
         timeout_s = self.ctx.request.timeout_s
-        attempts = Attempts(
+        self._attempts = attempts = Attempts(
             request=self.ctx.request,
             adapters=self.adapters,
             services=self.services,
@@ -127,10 +129,14 @@ class Route:
             trace=self.trace,
             clock=self.clock,
             on_end=self._attempt_ended,
+            prompt_tokens=lambda: prompt_tokens(self.ctx),
             keeps_content=self.keeps_content or self.wants_content,
             deadline_s=None if timeout_s is None else self._started_s + timeout_s,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
+        attributes.update(given.details)
+        if not attempts.give(given):
+            return self._short_circuit(given)
         if self._ttfb_s is None:
             self._ttfb_s = self.clock.now_s() - self._started_s
         return given
@@ -186,7 +192,8 @@ class Route:
             return
         self._is_closed = True
         usage = tally.usage if tally is not None else None
-        cost = cost_usd(model, usage) if model is not None and usage is not None else None
+        unused = self._attempts.unused if self._attempts is not None else ()
+        cost = _cost_of(model, usage, unused)
         span = self.trace.route
         span.end_ns = self.clock.time_ns()
         self._describe_end(span, word, model, error, cost)
@@ -196,6 +203,7 @@ class Route:
             ranking=self.decision.ranking,
             served_by=model,
             usage=usage,
+            unused=unused,
             error=error,
             cost_usd=cost,
             ttfb_s=self._ttfb_s,
@@ -233,6 +241,15 @@ class Route:
         span.fail(error.message)
         attributes[names.ERROR_TYPE] = error.code
         attributes[names.STATUS_CODE] = error.status
+
+
+def _cost_of(model: ModelConfig | None, usage: Usage | None, unused: Sequence[Unused]) -> float | None:
+    """What the route cost: the answer that was given, and those that were not; None if one of them is not known."""
+    costs = [one.cost_usd for one in unused]
+    if model is not None:
+        costs.append(None if usage is None else cost_usd(model, usage))
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if costs and len(known) == len(costs) else None
 
 
 def _client_left() -> RouteError:

@@ -45,6 +45,7 @@ __all__ = [
     "RoutingContext",
     "Scorer",
     "Strategy",
+    "Unused",
 ]
 
 T = TypeVar("T")
@@ -248,12 +249,30 @@ class Answer:
     Attributes:
         reply: The answer in the OpenAI shape, whole or streamed.
         served_by: The replica that answered; None for a short-circuit answer.
-        details: What the trace is to say of a short-circuit answer, by attribute name; never content.
+        details: What the trace is to say of it, by attribute name; never content. Of a short-circuit answer it stands
+            on the stage's span, of an executor's on the route's.
+        attempt: The number of the attempt that made it, from 1; 0 for a short-circuit answer.
     """
 
     reply: Reply
     served_by: ModelConfig | None = None
     details: Mapping[str, AttributeValue] = attrs.field(factory=dict)
+    attempt: int = 0
+
+
+@attrs.frozen(kw_only=True)
+class Unused:
+    """An answer that was made on the way and that the caller did not get: one that did not suffice, or a judge's.
+
+    Attributes:
+        model: The replica that made it.
+        usage: Its tokens; estimated if it was not read to its end, None if the engine did not say.
+        cost_usd: What it cost; None if that is not known.
+    """
+
+    model: ModelConfig
+    usage: Usage | None = None
+    cost_usd: float | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -264,9 +283,10 @@ class Outcome:
         context: The last context before the answer.
         ranking: The choice; None if it did not come to one.
         served_by: The replica that answered; None for none (or a short-circuit answer).
-        usage: Tokens, if reported.
+        usage: Tokens of the answer that was given, if reported.
+        unused: Answers that were made on the way and not given.
         error: Why there was no answer, or no whole one.
-        cost_usd: What it cost; None if a price is unknown.
+        cost_usd: What the route cost, answers that were not given included; None if a price is unknown.
         ttfb_s, duration_s: From the start to the first byte, and to the end.
         trace: The finished record.
         content: The whole answer as the caller got it, if a component of the pipeline has ``wants_content = True``; for
@@ -278,6 +298,7 @@ class Outcome:
     ranking: Ranking | None = None
     served_by: ModelConfig | None = None
     usage: Usage | None = None
+    unused: tuple[Unused, ...] = ()
     error: RouteError | None = None
     cost_usd: float | None = None
     ttfb_s: float | None = None

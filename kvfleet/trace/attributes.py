@@ -5,12 +5,24 @@ Spans may come from a file that somebody else wrote, so an attribute of the wron
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue, Span
 
-__all__ = ["Attributes", "count", "flag", "is_attempt", "is_stage", "number", "numbers", "text", "texts", "with_prefix"]
+__all__ = [
+    "Attributes",
+    "answering_attempts",
+    "count",
+    "flag",
+    "is_attempt",
+    "is_stage",
+    "number",
+    "numbers",
+    "text",
+    "texts",
+    "with_prefix",
+]
 
 Attributes = Mapping[str, AttributeValue]
 
@@ -23,6 +35,12 @@ def is_stage(span: Span) -> bool:
 def is_attempt(span: Span) -> bool:
     """True for an attempt's span."""
     return names.ATTEMPT in span.attributes
+
+
+def answering_attempts(spans: Sequence[Span]) -> list[Span]:
+    """The attempts whose answer may be the one given: the one that the route names, else all; `spans` are a trace's."""
+    number_ = count(spans[0].attributes, names.ATTEMPT_SERVED) if spans else None
+    return [s for s in spans if is_attempt(s) and number_ in (None, s.attributes[names.ATTEMPT])]
 
 
 def text(attributes: Attributes, name: str) -> str:

@@ -139,7 +139,9 @@ class Explanation:
     @cached_property
     def usage(self) -> Usage | None:
         """Tokens of the answer, if the engine told."""
-        return next((a.usage for a in reversed(self.attempts) if a.usage is not None), None)
+        number_ = count(self.trace.route.attributes, names.ATTEMPT_SERVED)
+        may_be_it = [a for a in self.attempts if number_ in (None, a.number)]
+        return next((a.usage for a in reversed(may_be_it) if a.usage is not None), None)
 
     @cached_property
     def stages(self) -> tuple[StageRecord, ...]:

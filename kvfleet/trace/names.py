@@ -174,6 +174,15 @@ ATTEMPT = _name("kvfleet.attempt", "attempt", "int", "1 for the first attempt.")
 ATTEMPT_REASON = _name(
     "kvfleet.attempt.reason", "attempt", "string", "Why this attempt was made: first, or the fault of the one before."
 )
+ATTEMPT_SERVED = _name(
+    "kvfleet.attempt.served_by", "route", "int", "The attempt whose answer was given; only where several made one."
+)
+ATTEMPT_DISCARDED = _name(
+    "kvfleet.attempt.discarded",
+    "attempt",
+    "bool",
+    "True for a stream that began and was not read on; else absent.",
+)
 REDACTED = _name(
     "kvfleet.redacted", "attempt", "string[]", "Types of personal data taken out before the request left, if any was."
 )

@@ -13,7 +13,7 @@ import attrs
 import orjson
 
 from kvfleet.trace import names
-from kvfleet.trace.attributes import Attributes, count, flag, is_attempt, number, text
+from kvfleet.trace.attributes import Attributes, answering_attempts, count, flag, is_attempt, number, text
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
 __all__ = ["APPLICATION_ID", "COLUMNS", "SCHEMA", "VERSION", "TraceRow", "default_path", "pack", "row_of", "unpack"]
@@ -88,7 +88,8 @@ def row_of(trace: Trace) -> tuple[Any, ...]:
     route = trace.route
     a = route.attributes
     attempts = [span.attributes for span in trace.stages if is_attempt(span)]
-    used: Attributes = next((one for one in reversed(attempts) if names.GEN_AI_INPUT_TOKENS in one), {})
+    answering = [span.attributes for span in answering_attempts(trace.spans)]
+    used: Attributes = next((one for one in reversed(answering) if names.GEN_AI_INPUT_TOKENS in one), {})
     return (
         trace.trace_id,
         route.span_id,
