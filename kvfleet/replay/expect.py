@@ -23,7 +23,7 @@ _COMPARISONS: Mapping[str, Callable[[float, float], bool]] = {
 }
 _NUMBER = r"\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+"
 _TOKEN = re.compile(
-    rf"\s*(?:(?P<compare><=|>=|<|>)|(?P<times>\*)|(?P<number>{_NUMBER})(?P<unit>%|[a-z]+(?:/s)?)?"
+    rf"\s*(?:(?P<compare><=|>=|<|>)|(?P<times>\*)|(?P<number>{_NUMBER})(?:\s*(?P<unit>%|/s|[a-z]+))?"
     r"|(?P<name>[A-Za-z_][\w:@/+.-]*))",
     re.IGNORECASE,
 )
@@ -216,4 +216,4 @@ def shown(value: float | None, figure: Figure) -> str:
         return f"{value:.1%}"
     if figure.unit == "usd":
         return f"${value:,.4g}"
-    return f"{value:,.0f}" if value == int(value) and figure.name != "imbalance" else f"{value:,.3g}"
+    return f"{value:,.0f}" if figure.is_count or value >= 100 else f"{value:.3g}"

@@ -72,12 +72,24 @@ class Served:
 
 @attrs.frozen
 class Figure:
-    """One figure of a replay: its unit (``s``, ``share``, ``usd``, ``1/s`` or empty for a number), and its meaning."""
+    """One figure of a replay.
+
+    Attributes:
+        name: As ``--expect`` calls it.
+        unit: ``s``, ``share``, ``usd``, ``1/s``, ``count``, or empty for a bare number.
+        doc: What it is.
+        is_better_low: True if less is better.
+    """
 
     name: str
     unit: str
     doc: str
     is_better_low: bool = True
+
+    @property
+    def is_count(self) -> bool:
+        """True for a whole number."""
+        return self.unit == "count"
 
 
 _TIMES = {
@@ -112,11 +124,11 @@ FIGURES: Mapping[str, Figure] = {
         ),
         Figure("goodput_rps", "1/s", "Requests a second that met it.", False),
         Figure("cost_usd", "usd", "What all answers cost, by the prices of the models; unknown if one is."),
-        Figure("requests", "", "Requests sent.", False),
-        Figure("failed", "", "Requests without a whole answer."),
+        Figure("requests", "count", "Requests sent.", False),
+        Figure("failed", "count", "Requests without a whole answer."),
         Figure("failed_share", "share", "Share of the requests without a whole answer."),
-        Figure("retries", "", "Backend calls beyond one for each request."),
-        Figure("preemptions", "", "Times an engine put a running request back, for want of KV memory."),
+        Figure("retries", "count", "Backend calls beyond one for each request."),
+        Figure("preemptions", "count", "Times an engine put a running request back, for want of KV memory."),
         Figure(
             "output_tokens_per_s", "1/s", "Answer tokens a second, from the first request to the last answer.", False
         ),

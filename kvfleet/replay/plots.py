@@ -118,7 +118,7 @@ def shades(rows: Sequence[tuple[str, Sequence[float]]], x: Axis, most: float, ti
         cell = wide / max(len(values), 1)
         parts += [
             f'<rect class="cell" x="{left + i * cell:.1f}" y="{top:.1f}" width="{cell:.2f}" height="{step - 1:.1f}" '
-            f'opacity="{value / most:.2f}"><title>{escape(name)}: {value:.1f}</title></rect>'
+            f'opacity="{(value / most) ** 0.6:.2f}"><title>{escape(name)}: {value:.1f}</title></rect>'
             for i, value in enumerate(values)
             if most and value > 0.005 * most
         ]

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import xxhash
 
-from kvfleet.builtin.facts import estimate_prompt, prompt_texts
+from kvfleet.builtin.facts import prompt_texts
 from kvfleet.errors import TraceError
 from kvfleet.eval.records import RecordedRequest, read_records
 from kvfleet.replay.traces import RequestTrace, TracedRequest, chained, spread
@@ -152,8 +152,7 @@ def _records(path: Path) -> Iterator[TracedRequest]:
         if found is None:
             continue
         if record.has_content:
-            found["prompt_tokens"] = found["prompt_tokens"] or estimate_prompt(record.operation, record.body)
-            found["blocks"], found["answer_blocks"] = _blocks_of(record, found)
+            found |= _sizes_and_blocks(record)
         if record.session:
             found["session"] = record.session
             before_s = ended_s.get(record.session)
@@ -186,13 +185,13 @@ def _usage_of(span: Span) -> tuple[int, int] | None:
     return found[0], found[1]
 
 
-def _blocks_of(record: RecordedRequest, found: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Blocks of the prompt and of its answer, hashed over the texts' bytes, four to a token."""
+def _sizes_and_blocks(record: RecordedRequest) -> dict[str, Any]:
+    """The prompt's size and the blocks of it and of its answer, over the texts' bytes, four to a token."""
     prompt = "\x1e".join(prompt_texts(record.operation, record.body)).encode(errors="replace")
-    whole = prompt + b"\x1e" + record.answer.encode(errors="replace")
-    hashes = chained(0, _parts(whole))
-    full = min(len(prompt) // _BYTES_PER_TOKEN, found["prompt_tokens"]) // _OWN_BLOCK_TOKENS
-    return hashes[:full], hashes[full:]
+    hashes = chained(0, _parts(prompt + b"\x1e" + record.answer.encode(errors="replace")))
+    tokens = max(-(-len(prompt) // _BYTES_PER_TOKEN), 1)
+    full = tokens // _OWN_BLOCK_TOKENS
+    return {"prompt_tokens": tokens, "blocks": hashes[:full], "answer_blocks": hashes[full:]}
 
 
 def _parts(text: bytes) -> list[int]:

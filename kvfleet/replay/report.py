@@ -66,7 +66,7 @@ def _facts(comparison: Comparison) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
+    top = "".join(cell if cell.startswith("<th") else f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -95,7 +95,7 @@ def _figure_table(standings: Sequence[Standing]) -> str:
 def _best(values: Sequence[float | None], figure: Figure) -> float | None:
     """The best of several values that differ; None if there is no such thing."""
     known = [value for value in values if value is not None]
-    if len(known) < 2 or min(known) == max(known) or figure.name in ("requests", "duration_s"):
+    if len(known) < 2 or min(known) == max(known) or figure.name in ("requests", "duration_s", "output_tokens_per_s"):
         return None
     return min(known) if figure.is_better_low else max(known)
 
@@ -142,7 +142,7 @@ def _verdict_table(verdicts: Sequence[Verdict]) -> str:
         ]
         for one in verdicts
     ]
-    head = ["", '<span class="text">expected</span>', "pipeline", "left side", "right side"]
+    head = ["", *(f'<th class="text">{word}</th>' for word in ("expected", "pipeline")), "left side", "right side"]
     return f"<h2>Expectations</h2>{_table(head, rows)}"
 
 
@@ -198,7 +198,7 @@ def _plots(comparison: Comparison) -> Iterable[str]:
     rows = [(_load_rows(one, end_s)) for one in standings]
     most = max((value for found in rows for _, values in found for value in values), default=0.0)
     for standing, found in zip(standings, rows, strict=True):
-        title = f"Requests at each replica of {standing.label}; the darkest is {most:.0f}"
+        title = f"Requests at each replica of {standing.label} over time; the strongest shade is {most:.0f}"
         yield _figure(title, shades(found, time, most, title))
 
 

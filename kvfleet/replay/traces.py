@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import attrs
 import xxhash
 
+from kvfleet.errors import TraceError
+
 __all__ = ["RequestTrace", "TracedRequest", "chained", "spread"]
 
 _MASK = (1 << 64) - 1
@@ -54,6 +56,20 @@ class RequestTrace:
     name: str
     block_tokens: int
     requests: tuple[TracedRequest, ...] = attrs.field(repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        """Check that the blocks fit the prompts.
+
+        Raises:
+            TraceError: naming the first request whose blocks do not.
+        """
+        size = self.block_tokens
+        for number, one in enumerate(self.requests):
+            if one.prompt_tokens < 1 or (one.blocks and len(one.blocks) != one.prompt_tokens // size):
+                what = f"{len(one.blocks)} blocks of {size} tokens for a prompt of {one.prompt_tokens}"
+                raise TraceError(
+                    f"request {number} of the trace {self.name} has {what}; give every whole block, or none"
+                )
 
     @classmethod
     def of(cls, name: str, block_tokens: int, requests: Iterable[TracedRequest]) -> RequestTrace:

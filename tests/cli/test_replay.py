@@ -1,0 +1,99 @@
+"""`kvfleet replay`: a trace through pipelines, told as a table, as JSON and as a page, and gated on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import run
+
+FLEET = """\
+fleet_name: two
+models:
+  - {name: m, provider: vllm, endpoint: "http://a", replicas: ["http://b"], cost_per_1k_input_tokens: 0.001, cost_per_1k_output_tokens: 0.002}
+strategy: hybrid_score
+"""
+TRACE = "shared_prefix:requests=60,prompts=3,system_tokens=2000"
+
+
+@pytest.fixture
+def pipeline(write: Callable[..., Path]) -> Path:
+    """A fleet of two replicas."""
+    return write(FLEET, "two.yaml")
+
+
+def test_pipelines_are_compared_in_a_table(pipeline: Path, write: Callable[..., Path]) -> None:
+    """A line for each file, and for each file with another strategy."""
+    other = write(FLEET.replace("hybrid_score", "round_robin"), "other.yaml")
+    code, out, _ = run("replay", TRACE, "-p", pipeline, "-p", other, "-s", "least_requests")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("shared_prefix: 60 requests over ")
+    assert lines[1].split()[:3] == ["PIPELINE", "TTFT_MEAN", "TTFT_P50"]
+    assert [line.split()[0] for line in lines[2:6]] == ["two", "two:least_requests", "other", "other:least_requests"]
+    assert "$" in lines[2]
+
+
+def test_expectations_decide_the_exit_status(pipeline: Path) -> None:
+    """What fails is listed, with what it was."""
+    held = run("replay", TRACE, "-p", pipeline, "--expect", "ttft_p99 < 1h", "--expect", "failed <= 0")
+    assert (held[0], "failed" in held[1]) == (0, False)
+    code, out, _ = run(
+        "replay", TRACE, "-p", pipeline, "-s", "round_robin",
+        "--expect", "ttft_p99 < 1us", "--expect", "two:round_robin.ttft_mean < 1h",
+    )  # fmt: skip
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines() if "1us" in line] == ["failed", "failed"]
+    assert "1h" not in out
+
+
+def test_a_wrong_expectation_is_told_before_anything_runs(pipeline: Path) -> None:
+    """With its column."""
+    code, out, err = run("replay", TRACE, "-p", pipeline, "--expect", "ttft_p9 < 1s")
+    assert (code, out) == (1, "")
+    assert "--expect:1:1: there is no figure 'ttft_p9'; did you mean ttft_p9" in err
+
+
+def test_figures_and_page_are_written(pipeline: Path, tmp_path: Path) -> None:
+    """The same figures for the same seed."""
+    found = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.json"
+        page = tmp_path / f"{name}.html"
+        options = ("--json", path, "--html", page, "--seed", "5", "--slo", "ttft < 50ms", "-n", "40")
+        assert run("replay", TRACE, "-p", pipeline, *options)[0] == 0
+        found.append(json.loads(path.read_text()))
+        assert page.read_text().startswith("<!doctype html>")
+    assert found[0] == found[1]
+    assert (found[0]["trace"]["requests"], found[0]["slo"], found[0]["seed"]) == (40, "ttft <= 50 ms", 5)
+
+
+def test_engines_can_be_described(pipeline: Path, tmp_path: Path) -> None:
+    """A slow replica shows in the figures."""
+    described = tmp_path / "engines.yaml"
+    described.write_text("engines: {'http://b': {speed: 0.05}}")
+    times = []
+    for options in ((), ("--fleet", described)):
+        path = tmp_path / "out.json"
+        run("replay", TRACE, "-p", pipeline, "-s", "round_robin", "--json", path, *options)
+        times.append(json.loads(path.read_text())["pipelines"][1]["replicas"][1]["ttft_mean"])
+    assert times[1] > 5 * times[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("nowhere.jsonl",), "nowhere.jsonl: no such file"),
+        (("burst:requests=1",), "burst:requests=1: no such file"),
+        ((TRACE, "-s", "best"), "best"),
+        ((TRACE, "--slo", "ttft"), "--slo:1:1: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_told(pipeline: Path, args: tuple[str, ...], words: str) -> None:
+    """In a line, without a traceback."""
+    code, _, err = run("replay", *args, "-p", pipeline)
+    assert code == 1
+    assert words in err
