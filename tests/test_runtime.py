@@ -195,7 +195,7 @@ async def test_unknown_names_are_the_callers_mistake() -> None:
         with pytest.raises(BadRequestError, match="unknown model 'huge' in the list"):
             await fleet.router.route(prompt="Hi", model_allowlist=["huge"])
         with pytest.raises(
-            BadRequestError, match=r"unknown strategy 'best'; known: .*cheap_cascade, cost_first, .*ran"
+            BadRequestError, match=r"unknown strategy 'best'; known: .*cheap_cascade, .*cost_first, .*ran"
         ):
             await fleet.router.route(prompt="Hi", strategy_override="best")
         with pytest.raises(BadRequestError, match="give messages, a prompt or a request"):

@@ -1,24 +1,27 @@
-"""Affinity by conversations and shared beginnings, learned from where requests were answered."""
+"""Affinity by blocks of the prompt, learned from where requests were sent and what engines report of their cache."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import attrs
 
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import PROMPT, PromptFacts, prompt_of
-from kvfleet.cache.fingerprints import PromptFingerprinter
+from kvfleet.cache.blocks import BYTES_PER_TOKEN, PromptBlocks, salt_of
 from kvfleet.cache.kv_affinity import ConsistentHashRing
-from kvfleet.cache.prefix_index import PrefixIndex
-from kvfleet.config.fields import number
+from kvfleet.cache.prefix_index import RoutedIndex, Visit
+from kvfleet.cache.trust import Trust
+from kvfleet.config.fields import flag, number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Affinity, CacheMode, Kind, Outcome, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.scoring import by_model
-from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.metrics import GaugeSource, MetricsExporter
 
 __all__ = ["PrefixAffinity"]
 
@@ -26,170 +29,230 @@ _HOME_TOKENS = 1.0
 """What the home of an unknown beginning is given: enough to break ties, and no more. Its mode is `NONE`."""
 _ENOUGH_TOKENS = 64
 """Shorter expectations say nothing of an engine, whose cache has blocks."""
-_WEIGHT_OF_NEW = 0.2
 _MOST_SESSIONS = 100_000
+_MOST_PLACED = 100_000
 
 
-@attrs.define
-class _Session:
-    """Where a named conversation was answered last."""
+@attrs.define(eq=False)
+class _Placed:
+    """Where a request was sent before it was answered, and what was expected there."""
 
-    replica: str
-    tokens: int
-    until_s: float
-
-
-@attrs.define
-class _Trust:
-    """How far a replica's expectations came true, 0..1, by the cached tokens its engine reports."""
-
-    share: float = 1.0
-    reports: int = 0
-
-    def learn(self, expected: float, reported: int) -> None:
-        share = min(reported / expected, 1.0)
-        self.share += (share - self.share) * max(_WEIGHT_OF_NEW, 1 / (self.reports + 2))
-        self.reports += 1
+    visits: list[tuple[str, Visit]] = attrs.field(factory=list)
+    expected: dict[str, float] = attrs.field(factory=dict)
 
 
 @attrs.define
 class PrefixAffinity:
-    """Expect a prompt's beginning in the KV cache of the replica that answered it before.
+    """Expect a prompt's beginning in the KV cache of the replicas that computed it before.
 
-    Known are conversations that name themselves (a session header, or ``prompt_cache_key``), and beginnings of prompts:
-    the turns of a conversation, system prompts, the first tokens. A replica whose engine reports fewer cached tokens
-    than expected is believed less. A long beginning nobody has answered yet has a home on a consistent hash, so that a
-    burst of requests, or many gateways, begin at the same replica. What is remembered is bounded, in number and time.
+    A prompt is a chain of blocks (`kvfleet.cache.blocks`), and of each replica it is known which blocks were sent
+    there and are not forgotten yet: turns of a conversation, system prompts, documents, whatever prompts share. A
+    replica forgets as its engine does, by the size of its cache, which its engine tells. Where a request goes counts at
+    once, under a lease, so that a burst of siblings stays together; an attempt that comes to nothing is taken back. A
+    replica whose engine reports fewer cached tokens than expected is believed less. A long beginning nobody holds has a
+    home on a consistent hash, so that many gateways begin at the same replica.
     """
 
-    session_ttl_s: float = number(3600.0, gt=0, unit="s", doc="How long a conversation or a beginning is remembered.")
-    prefix_tokens: int = number(128, ge=1, unit="tokens", doc="Tokens of a prompt's beginning that identify it.")
-    virtual_nodes: int = number(150, ge=1, doc="Points of each replica on the hash ring.")
-    min_affinity: float = number(
-        0.3, ge=0, le=1, doc="A known part of the prompt below this share of it counts as none."
+    session_ttl_s: float = number(3600.0, gt=0, unit="s", doc="How long what was sent somewhere is remembered.")
+    lease_s: float = number(
+        60.0, gt=0, unit="s", doc="How long a request counts as computed where it was sent, before it is answered."
     )
-    max_entries: int = number(50_000, ge=1, doc="Most beginnings remembered; each takes about 400 bytes.")
-    _index: PrefixIndex = attrs.field(init=False, repr=False, eq=False)
-    _fingerprinter: PromptFingerprinter = attrs.field(init=False, repr=False, eq=False)
-    _sessions: OrderedDict[tuple[str, str], _Session] = attrs.field(init=False, factory=OrderedDict, repr=False)
-    _trust: dict[str, _Trust] = attrs.field(init=False, factory=dict, repr=False)
+    block_bytes: int = number(
+        256, ge=16, unit="bytes", doc="Bytes of a block of the prompt; smaller ones tell prompts apart more finely."
+    )
+    prefix_tokens: int = number(128, ge=1, unit="tokens", doc="Tokens of an unknown prompt that decide on its home.")
+    virtual_nodes: int = number(150, ge=1, doc="Points of each replica on the hash ring of homes.")
+    min_affinity: float = number(
+        0.0, ge=0, le=1, doc="A known part of the prompt below this share of it counts as none."
+    )
+    cache_tokens: int = number(
+        500_000, ge=1, unit="tokens", doc="Size of a replica's KV cache, until its engine tells."
+    )
+    max_entries: int = number(
+        1_000_000, ge=1, doc="Most blocks remembered, over all replicas; each takes about 130 bytes."
+    )
+    isolate_tenants: bool = flag(doc="Tenants share no cache, because engines salt it or each has its own.")
+    min_trust: float = number(
+        0.5, ge=0, le=1, doc="A replica whose expectations come true to less than this share raises the alarm."
+    )
+    _index: RoutedIndex = attrs.field(init=False, repr=False, eq=False)
+    _trust: dict[str, Trust] = attrs.field(init=False, factory=dict, repr=False)
+    _placed: OrderedDict[int, _Placed] = attrs.field(init=False, factory=OrderedDict, repr=False)
+    _sessions: OrderedDict[tuple[str, str], tuple[str, float]] = attrs.field(
+        init=False, factory=OrderedDict, repr=False
+    )
     _rings: dict[str, ConsistentHashRing] = attrs.field(init=False, factory=dict, repr=False)
     _metrics: MetricsExporter | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     @_index.default
-    def _make_index(self) -> PrefixIndex:
-        return PrefixIndex(self.session_ttl_s, self.max_entries)
-
-    @_fingerprinter.default
-    def _make_fingerprinter(self) -> PromptFingerprinter:
-        return PromptFingerprinter(self.prefix_tokens)
+    def _make_index(self) -> RoutedIndex:
+        return RoutedIndex(self.max_entries, max(1, int(self.cache_tokens * BYTES_PER_TOKEN / self.block_bytes)))
 
     def provision(self, services: Services) -> None:
-        """Put the replicas of each model on a ring."""
-        self._metrics = services.metrics
-        self._trust = {model.id: _Trust() for model in services.models}
-        groups = by_model(services.models)
+        """Know the replicas, and put those of each model on a ring."""
+        self._metrics, self._load = services.metrics, services.load
+        self._index.register([model.id for model in services.models])
+        self._trust = {model.id: Trust(least=self.min_trust) for model in services.models}
+        self._show_trust(services.metrics, services.models)
         self._rings = {
             name: ConsistentHashRing.of([model.id for model in replicas], self.virtual_nodes)
-            for name, replicas in groups.items()
+            for name, replicas in by_model(services.models).items()
             if len(replicas) > 1
         }
 
     def affinity(self, ctx: RoutingContext) -> Affinity:
         """The expectations."""
         prompt = prompt_of(ctx)
-        held = self._held(ctx, prompt)
-        tokens = [held.get(model.id, 0.0) for model in ctx.candidates] if held else ()
-        if not any(tokens):
-            return self._homes(ctx, prompt)
-        modes = [self._mode(model.id) if held.get(model.id) else CacheMode.NONE for model in ctx.candidates]
-        return Affinity(tokens, modes)
+        blocks = self._blocks(ctx, prompt)
+        held = self._held(blocks, ctx.now_s)
+        if not held:
+            return self._homes(ctx, prompt, blocks)
+        least = self.min_affinity * blocks.tokens
+        tokens, modes, trust = [], [], self._trust
+        for model in ctx.candidates:
+            expected = held.get(model.id, 0.0)
+            known = trust.get(model.id)
+            if expected < least or not expected or known is None:
+                tokens.append(0.0)
+                modes.append(CacheMode.NONE)
+            else:
+                tokens.append(expected * known.share)
+                modes.append(CacheMode.OBSERVED if known.reports else CacheMode.APPROXIMATE)
+        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, prompt, blocks)
+
+    def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:
+        """Count on the prompt being computed there."""
+        prompt = prompt_of(ctx)
+        blocks = self._blocks(ctx, prompt)
+        placed = self._placed.get(id(prompt))
+        if placed is None:
+            placed = self._placed[id(prompt)] = _Placed()
+            placed.expected = self._held(blocks, ctx.now_s)
+            while len(self._placed) > _MOST_PLACED:
+                self._placed.popitem(last=False)
+        visit = self._index.record(candidate.id, _whole(blocks), ctx.now_s, self.lease_s)
+        if visit is not None:
+            placed.visits.append((candidate.id, visit))
 
     async def observe(self, outcome: Outcome) -> None:
-        """Learn where the prompt was answered, and what its engine said of its cache."""
+        """Learn where the prompt was computed, and what its engine said of its cache."""
+        self.settle(outcome)
+
+    def settle(self, outcome: Outcome) -> None:
+        """The same, without waiting for anything."""
         served, ctx, error = outcome.served_by, outcome.context, outcome.error
-        is_whole = error is None or error.code == "client_left"
-        if served is None or ctx.dry_run or not is_whole:
+        if ctx.dry_run:
             return
         prompt = prompt_of(ctx)
-        if ctx.affinity.get(served.id, 0.0) > _HOME_TOKENS and self._metrics is not None:
-            bound = self._session(ctx, prompt)
-            is_session = bound is not None and bound.replica == served.id
-            self._metrics.record_cache_hit("session" if is_session else "prefix")
-        self._learn_trust(ctx, prompt, served, outcome.usage)
-        self._index.record(prompt.fingerprint_by(self._fingerprinter).marks, served.id, ctx.now_s)
+        placed = self._placed.pop(id(prompt), None) or _Placed()
+        is_computed = served is not None and (error is None or error.code == "client_left")
+        for replica, visit in placed.visits:
+            if not is_computed or served is None or replica != served.id:
+                self._index.retract(replica, visit)
+        if served is None or not is_computed:
+            return
+        blocks = self._blocks(ctx, prompt)
+        self._count_hit(ctx, prompt, served)
+        self._learn_trust(blocks, placed.expected.get(served.id, 0.0), served, outcome.usage)
+        self._index.record(served.id, _whole(blocks), ctx.now_s + outcome.duration_s, self.session_ttl_s)
+        self._note_size(served, blocks.block_tokens)
         if prompt.session:
-            self._bind(ctx, prompt, served, outcome.usage)
+            self._bind(ctx, prompt.session, served.id)
 
-    def state(self) -> Mapping[str, float]:
-        """How much is remembered."""
-        return {**self._index.state(), "sessions": len(self._sessions)}
+    def state(self) -> Mapping[str, Any]:
+        """How much is remembered, and how far each replica is believed."""
+        trust = {replica: round(known.share, 3) for replica, known in self._trust.items() if known.reports}
+        return {**self._index.state(), "sessions": len(self._sessions), "trust": trust}
+
+    def _show_trust(self, metrics: MetricsExporter, models: Iterable[ModelConfig]) -> None:
+        """Let the scrapes see how far each replica is believed."""
+        labels = {model.id: (model.name, model.endpoint) for model in models}
+
+        def source(read: Callable[[Trust], float]) -> GaugeSource:
+            return lambda: {labels[one]: read(trust) for one, trust in self._trust.items() if trust.reports}
+
+        metrics.read_gauge("kvfleet_cache_trust", source(lambda trust: trust.share))
+        metrics.read_gauge("kvfleet_cache_prediction_error_tokens", source(lambda trust: trust.error_tokens))
+        metrics.read_gauge("kvfleet_cache_trust_alarm", source(lambda trust: float(trust.is_alarming)))
 
     # Expecting
 
-    def _held(self, ctx: RoutingContext, prompt: PromptFacts) -> dict[str, float]:
-        """By replica: the tokens of the prompt it is expected to have, as far as that is worth anything."""
-        least = self.min_affinity * prompt.fingerprint_by(self._fingerprinter).token_estimate
-        trust = self._trust
-        held = {}
-        for replica, tokens in self._known(ctx, prompt).items():
-            if tokens >= least:
-                known = trust.get(replica)
-                held[replica] = tokens * known.share if known is not None else float(tokens)
+    def _blocks(self, ctx: RoutingContext, prompt: PromptFacts) -> PromptBlocks:
+        salt = ctx.request.body.get("cache_salt")
+        tenant = ctx.tenant if self.isolate_tenants else ""
+        seed = salt_of(tenant, salt if isinstance(salt, str) else "") if salt or tenant else 0
+        return prompt.blocks(seed, self.block_bytes)
+
+    def _held(self, blocks: PromptBlocks, now_s: float) -> dict[str, float]:
+        """By replica: the tokens of the prompt it holds, the answers it wrote included."""
+        index, size = self._index, blocks.block_tokens
+        held = {replica: depth * size for replica, depth in index.depths(blocks.hashes, now_s).items()}
+        for mark, tokens in blocks.marks:
+            for replica in index.holders(mark):
+                if held.get(replica, 0.0) < tokens:
+                    held[replica] = tokens
         return held
 
-    def _known(self, ctx: RoutingContext, prompt: PromptFacts) -> dict[str, int]:
-        """By replica: the tokens of the prompt that went there before."""
-        fingerprint = prompt.fingerprint_by(self._fingerprinter)
-        found = self._index.lookup(fingerprint.marks, ctx.now_s)
-        bound = self._session(ctx, prompt)
-        if bound is not None:
-            found[bound.replica] = max(found.get(bound.replica, 0), min(bound.tokens, fingerprint.token_estimate))
-        return found
-
-    def _mode(self, replica: str) -> CacheMode:
-        known = self._trust.get(replica)
-        return CacheMode.OBSERVED if known is not None and known.reports else CacheMode.APPROXIMATE
-
-    def _homes(self, ctx: RoutingContext, prompt: PromptFacts) -> Affinity:
-        """Nobody has the prompt: the replica of each model on which its beginning falls."""
+    def _homes(self, ctx: RoutingContext, prompt: PromptFacts, blocks: PromptBlocks) -> Affinity:
+        """Nobody has the prompt: where its conversation was before, or the replicas on which its beginning falls."""
         candidates = ctx.candidates
         tokens = [0.0] * len(candidates)
-        fingerprint = prompt.fingerprint_by(self._fingerprinter)
-        if self._rings and fingerprint.token_estimate >= self.prefix_tokens:
+        bound = self._session(ctx, prompt)
+        if bound:
+            tokens = [_HOME_TOKENS if model.id == bound else 0.0 for model in candidates]
+            return Affinity(tokens, [CacheMode.NONE] * len(candidates))
+        at = int(self.prefix_tokens / blocks.block_tokens)
+        if self._rings and at <= len(blocks.hashes) and blocks.hashes:
             place = {model.id: i for i, model in enumerate(candidates)}
-            beginning = fingerprint.beginning
             for ring in self._rings.values():
-                home = ring.get_node(beginning, place)
+                home = ring.get_node(blocks.hashes[max(at - 1, 0)], place)
                 if home is not None:
                     tokens[place[home]] = _HOME_TOKENS
         return Affinity(tokens, [CacheMode.NONE] * len(candidates))
 
-    def _session(self, ctx: RoutingContext, prompt: PromptFacts) -> _Session | None:
-        if not prompt.session:
-            return None
-        bound = self._sessions.get((ctx.tenant, prompt.session))
-        return bound if bound is not None and bound.until_s >= ctx.now_s else None
-
     # Learning
 
-    def _bind(self, ctx: RoutingContext, prompt: PromptFacts, served: ModelConfig, usage: Usage | None) -> None:
-        """Remember where a named conversation is; its next turn holds the answer too."""
-        sessions, key = self._sessions, (ctx.tenant, prompt.session)
-        tokens = prompt.token_estimate + (usage.completion_tokens if usage is not None else 0)
-        sessions.pop(key, None)
-        sessions[key] = _Session(served.id, tokens, ctx.now_s + self.session_ttl_s)
-        while len(sessions) > _MOST_SESSIONS or next(iter(sessions.values())).until_s < ctx.now_s:
+    def _count_hit(self, ctx: RoutingContext, prompt: PromptFacts, served: ModelConfig) -> None:
+        if ctx.affinity.get(served.id, 0.0) > _HOME_TOKENS and self._metrics is not None:
+            is_session = self._session(ctx, prompt) == served.id
+            self._metrics.record_cache_hit("session" if is_session else "prefix")
+
+    def _session(self, ctx: RoutingContext, prompt: PromptFacts) -> str:
+        """Where a named conversation was answered last; empty if it has no name, or that is too long ago."""
+        bound = self._sessions.get((ctx.tenant, prompt.session)) if prompt.session else None
+        return bound[0] if bound is not None and bound[1] >= ctx.now_s else ""
+
+    def _bind(self, ctx: RoutingContext, session: str, replica: str) -> None:
+        sessions = self._sessions
+        sessions.pop((ctx.tenant, session), None)
+        sessions[ctx.tenant, session] = replica, ctx.now_s + self.session_ttl_s
+        while len(sessions) > _MOST_SESSIONS or next(iter(sessions.values()))[1] < ctx.now_s:
             sessions.popitem(last=False)
 
-    def _learn_trust(self, ctx: RoutingContext, prompt: PromptFacts, served: ModelConfig, usage: Usage | None) -> None:
-        """Compare what was to be expected with what the engine reports."""
+    def _learn_trust(self, blocks: PromptBlocks, expected: float, served: ModelConfig, usage: Usage | None) -> None:
+        """Compare what was to be expected with what the engine reports, as shares of the prompt.
+
+        Shares, because the engine counts tokens and we may have estimated them.
+        """
         trust = self._trust.get(served.id)
-        if trust is None or usage is None or usage.cached_tokens is None:
+        if trust is None or usage is None or usage.cached_tokens is None or not usage.prompt_tokens:
             return
-        expected = self._known(ctx, prompt).get(served.id, 0)
-        if expected >= _ENOUGH_TOKENS:
-            trust.learn(expected, usage.cached_tokens)
+        scale = usage.prompt_tokens / max(blocks.tokens, 1)
+        if expected >= _ENOUGH_TOKENS or usage.cached_tokens:
+            trust.learn(served.id, expected * scale, usage.cached_tokens, is_enough=expected >= _ENOUGH_TOKENS)
+
+    def _note_size(self, served: ModelConfig, block_tokens: float) -> None:
+        """Let the replica forget as its engine does."""
+        known = self._load.of(served.id)
+        if known is not None and known.capacity_tokens:
+            self._index.resize(served.id, max(1, int(known.capacity_tokens / block_tokens)))
+
+
+def _whole(blocks: PromptBlocks) -> list[int]:
+    """What a replica that computed a prompt holds: its blocks, and the marks by which more is known of it."""
+    *system, end = blocks.ends or (None,)
+    return [*system, *blocks.hashes, end] if end is not None else list(blocks.hashes)
 
 
 @hookimpl

@@ -8,11 +8,14 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.call import Operation
+from kvfleet.cache.blocks import Laid, PromptBlocks, byte_blocks, render_messages
 from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, estimate_tokens
+from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
 from kvfleet.router.multimodal import ModalityDetection
 from kvfleet.router.semantic import PromptDomain
+from kvfleet.telemetry.load import Work
 
 __all__ = [
     "DOMAIN",
@@ -24,6 +27,7 @@ __all__ = [
     "messages_of",
     "prompt_of",
     "prompt_texts",
+    "work_of",
 ]
 
 
@@ -91,6 +95,8 @@ class PromptFacts:
     _text: str | None = attrs.field(init=False, default=None)
     _fingerprint: PromptFingerprint | None = attrs.field(init=False, default=None)
     _made_by: PromptFingerprinter | None = attrs.field(init=False, default=None)
+    _blocks: PromptBlocks | None = attrs.field(init=False, default=None)
+    _blocks_key: tuple[int, int] | None = attrs.field(init=False, default=None)
 
     @classmethod
     def of(cls, request: RouteRequest) -> PromptFacts:
@@ -99,12 +105,43 @@ class PromptFacts:
         session = request.session or str(body.get("prompt_cache_key") or "")
         return cls(estimate_prompt(operation, body), session, operation, body)
 
+    @classmethod
+    def of_blocks(cls, blocks: PromptBlocks, session: str = "") -> PromptFacts:
+        """The facts of a prompt of which only its size and its blocks are known, as in a recorded trace."""
+        facts = cls(blocks.tokens, session)
+        facts._blocks = blocks
+        return facts
+
+    def blocks(self, seed: int, block_bytes: int) -> PromptBlocks:
+        """Its chain of blocks of bytes; the last one made is kept.
+
+        Args:
+            seed: Keeps apart what must not be shared.
+            block_bytes: Bytes of a block.
+        """
+        if self._blocks is None or (self._blocks_key is not None and self._blocks_key != (seed, block_bytes)):
+            self._blocks_key = (seed, block_bytes)
+            if self.operation is Operation.CHAT:
+                laid = render_messages(messages_of(self._body), self._body.get("tools"))
+            else:
+                laid = Laid(self.text.encode("utf-8", "surrogatepass"))
+            self._blocks = byte_blocks(laid, seed, block_bytes)
+        return self._blocks
+
     @property
     def text(self) -> str:
         """All its texts, one below the other."""
         if self._text is None:
             self._text = "\n".join(prompt_texts(self.operation, self._body))
         return self._text
+
+    @property
+    def beginning(self) -> str:
+        """What prompts that begin alike share: its first two blocks; empty for a shorter one nobody named."""
+        if self._blocks is None:
+            return self.fingerprint.prefix_key
+        hashes = self._blocks.hashes[:2]
+        return f"{hashes[-1]:016x}" if hashes else self.fingerprint.prefix_key if self._body else ""
 
     @property
     def question(self) -> str:
@@ -208,3 +245,9 @@ def answer_tokens(ctx: RoutingContext, usual: int) -> int:
     tokens = asked if isinstance(asked, int) and asked > 0 else usual
     choices = body.get("n")
     return tokens * choices if isinstance(choices, int) and choices > 1 else tokens
+
+
+def work_of(ctx: RoutingContext, model: ModelConfig) -> Work:
+    """What a request means for a replica: its prompt, the part of it that is expected there, and its answer."""
+    cached = ctx.affinity.get(model.id, 0.0)
+    return Work(prompt_tokens(ctx), cached, answer_tokens(ctx, 0), is_stream=ctx.request.stream)

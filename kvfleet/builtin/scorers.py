@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import add
 
 import attrs
 
-from kvfleet.builtin.facts import answer_tokens, prompt_of, prompt_tokens
+from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.config.fields import number
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Kind, RoutingContext
@@ -72,14 +73,13 @@ def _cost(price: Price | None, tokens: tuple[float, ...]) -> float | None:
 
 @attrs.define
 class LatencyScorer:
-    """How long until the answer begins, in seconds: as measured under the present load, or as declared.
+    """How long until the answer begins, in seconds: the queue, and the part of the prompt that is not cached there.
 
-    What the replica is expected to have of the prompt in its KV cache shortens the time.
+    Both are at the replica's own pace, learned from its answers; one that was not measured yet is taken to be like its
+    model's others, or as declared. The terms say how the time comes about, and what else placing the request there
+    means: how long a step of decoding takes, how many answers its prompt would hold up, how full the KV cache is.
     """
 
-    cached_saving: float = number(
-        0.3, ge=0, le=1, doc="Share of the time that is saved if the whole prompt is in the replica's KV cache."
-    )
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: Services) -> None:
@@ -89,19 +89,11 @@ class LatencyScorer:
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in seconds."""
-        times = self._load.times(ctx.now_s)
-        try:
-            seconds = [times[model.id] for model in ctx.candidates]
-        except KeyError:  # a model that is not of the fleet, as in a test
-            seconds = [times.get(m.id, m.latency_p50_ms / 1000) for m in ctx.candidates]
-        if any(ctx.affinity.values()):
-            seconds = self._with_cache(ctx, seconds)
-        return Column(Unit.SECONDS, seconds)
-
-    def _with_cache(self, ctx: RoutingContext, seconds: list[float]) -> list[float]:
         cached = ctx.affinity
-        saved_by_token = self.cached_saving / max(prompt_of(ctx).token_estimate, *cached.values(), 1)
-        return [s * (1 - saved_by_token * cached.get(m.id, 0.0)) for s, m in zip(seconds, ctx.candidates, strict=True)]
+        found = self._load.waits(
+            ctx.candidates, prompt_tokens(ctx), [cached.get(m.id, 0.0) for m in ctx.candidates], ctx.now_s
+        )
+        return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), attrs.asdict(found))
 
 
 @attrs.frozen
@@ -136,8 +128,7 @@ class HardwareLoadScorer:
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, a utility; not known of a replica that nobody has registered."""
-        free = self._load.free(ctx.now_s)
-        return Column(Unit.UTILITY, [free.get(model.id) for model in ctx.candidates])
+        return Column(Unit.UTILITY, self._load.free(ctx.now_s, ctx.candidates))
 
 
 @attrs.frozen

@@ -8,8 +8,24 @@ from kvfleet.builtin.facts import DOMAIN
 from kvfleet.plugin.component import Component, Stability
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.spec import hookimpl
-from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, RoundRobinStrategy
+from kvfleet.router.balancing import (
+    ConsistentHashStrategy,
+    LeastRequestsStrategy,
+    PowerOfTwoStrategy,
+    RandomStrategy,
+    RoundRobinStrategy,
+    SessionStrategy,
+)
+from kvfleet.router.cache_aware import (
+    BlockCostStrategy,
+    LatencyProductStrategy,
+    LeastLoadStrategy,
+    LeastTokensStrategy,
+    PrefixThresholdStrategy,
+    WeightedPrefixStrategy,
+)
 from kvfleet.router.canary import CanaryStrategy
+from kvfleet.router.expected import ExpectedLatencyStrategy
 from kvfleet.router.learned import EpsilonGreedyStrategy, Exp3Strategy, ThompsonSamplingStrategy, UCB1Strategy
 from kvfleet.router.semantic import DomainStrategy, SemanticStrategy
 from kvfleet.router.slo import SLOStrategy
@@ -27,6 +43,7 @@ from kvfleet.router.strategies import (
 __all__ = ["kvfleet_components"]
 
 _STRATEGIES: dict[str, type] = {
+    "expected_latency": ExpectedLatencyStrategy,
     "hybrid_score": HybridScoreStrategy,
     "cost_first": CostFirstStrategy,
     "latency_first": LatencyFirstStrategy,
@@ -38,6 +55,15 @@ _STRATEGIES: dict[str, type] = {
     "round_robin": RoundRobinStrategy,
     "random": RandomStrategy,
     "least_requests": LeastRequestsStrategy,
+    "least_tokens": LeastTokensStrategy,
+    "least_load": LeastLoadStrategy,
+    "power_of_two": PowerOfTwoStrategy,
+    "consistent_hash": ConsistentHashStrategy,
+    "session": SessionStrategy,
+    "prefix_threshold": PrefixThresholdStrategy,
+    "block_cost": BlockCostStrategy,
+    "weighted_prefix": WeightedPrefixStrategy,
+    "latency_product": LatencyProductStrategy,
 }
 
 _LEARNED: dict[str, tuple[type, tuple[str, ...]]] = {

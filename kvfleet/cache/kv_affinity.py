@@ -10,7 +10,7 @@ import attrs
 import xxhash
 
 from kvfleet.cache.fingerprints import PromptFingerprint
-from kvfleet.cache.prefix_index import PrefixIndex
+from kvfleet.cache.mark_index import MarkIndex
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import number
 
@@ -151,7 +151,7 @@ class KVAffinityScorer:
     max_entries: int = number(50_000, ge=1, doc="Most sessions, and most beginnings, that are remembered.")
     clock: Clock = attrs.field(factory=SystemClock)
     _sessions: SessionAffinityStore = attrs.field(init=False, repr=False)
-    _prefixes: PrefixIndex = attrs.field(init=False, repr=False)
+    _prefixes: MarkIndex = attrs.field(init=False, repr=False)
     _rings: dict[str, ConsistentHashRing] = attrs.field(init=False, factory=dict, repr=False)
 
     @_sessions.default
@@ -159,8 +159,8 @@ class KVAffinityScorer:
         return SessionAffinityStore(self.session_ttl, self.max_entries, self.clock)
 
     @_prefixes.default
-    def _make_prefixes(self) -> PrefixIndex:
-        return PrefixIndex(self.session_ttl, self.max_entries)
+    def _make_prefixes(self) -> MarkIndex:
+        return MarkIndex(self.session_ttl, self.max_entries)
 
     def register_endpoints(self, model: str, endpoints: Sequence[str]) -> None:
         """Put a model's endpoints on its ring, instead of any there before."""

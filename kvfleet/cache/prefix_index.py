@@ -1,94 +1,371 @@
-"""Which replica holds which beginning of a prompt, learned from where requests were answered."""
+"""Which replica holds which blocks, and how much of a prompt each of them has: one pass over the prompt's blocks.
+
+For each block there is one integer whose bits are the replicas that hold it. Walking along a prompt, the replicas still
+in step are one such integer too, and a replica drops out at the first block it has not: so a match costs one dictionary
+lookup and one AND a block, whatever the number of replicas, and what it gives is contiguous from the first block. A
+hole in what a replica holds ends its match, as it does in the engine. (`benchmarks/index.py` measures time and memory.)
+
+`PrefixIndex` holds what is said to be so, and forgets only when told. `RoutedIndex` holds what was routed, and forgets
+as an engine does.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
-from kvfleet.cache.fingerprints import Mark
+__all__ = ["GPU", "Matched", "PrefixIndex", "RoutedIndex", "Visit"]
 
-__all__ = ["PrefixIndex"]
+GPU = "gpu"
+"""The tier that needs no loading."""
 
-_MOST_HOLDERS = 16
-_ENDS = 4
+
+@attrs.frozen
+class Matched:
+    """How many blocks from the prompt's first on a replica holds, without a hole.
+
+    Attributes:
+        blocks: In any tier.
+        device_blocks: Those of them at the beginning that are in the GPU's memory, and need no loading.
+    """
+
+    blocks: int
+    device_blocks: int
 
 
 @attrs.define
 class PrefixIndex:
-    """For each mark (see `kvfleet.cache.fingerprints`) the replicas that answered a prompt beginning so.
-
-    Bounded: beyond `max_entries` marks, or `ttl_s` after it was last seen, a mark is forgotten, the oldest first; of
-    one mark's holders the 16 latest are kept. A prompt leaves at most eight marks, so a conversation of any length
-    costs the same.
+    """The blocks of each replica, by tier.
 
     Args:
-        ttl_s: How long a mark is believed, in seconds.
-        max_entries: Most marks; each takes about 400 bytes.
+        max_entries: Most pairs of a block and a replica; a block beyond them is not taken in, and `refused` counts it.
     """
 
-    ttl_s: float = 3600.0
-    max_entries: int = 50_000
-    _holders: OrderedDict[int, dict[str, float]] = attrs.field(init=False, factory=OrderedDict, repr=False)
+    max_entries: int = 10_000_000
+    entries: int = attrs.field(init=False, default=0)
+    refused: int = attrs.field(init=False, default=0)
+    _tiers: dict[str, dict[int, int]] = attrs.field(init=False, factory=lambda: {GPU: {}}, repr=False)
+    _device: dict[int, int] = attrs.field(init=False, repr=False)
+    _bits: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _names: list[str] = attrs.field(init=False, factory=list, repr=False)
+    _counts: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+
+    @_device.default
+    def _make_device(self) -> dict[int, int]:
+        return self._tiers[GPU]
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return self.entries
 
-    def record(self, marks: Sequence[Mark], holder: str, now_s: float) -> None:
-        """A prompt with these marks was answered by `holder`."""
-        chosen = marks if len(marks) <= 2 * _ENDS else (*marks[:_ENDS], *marks[-_ENDS:])
-        for value, _, _ in chosen:
-            self._add(value, holder, now_s)
-        self._trim(now_s)
+    def count(self, replica: str) -> int:
+        """Blocks known of a replica, in all tiers."""
+        return self._counts.get(replica, 0)
 
-    def lookup(self, marks: Sequence[Mark], now_s: float) -> dict[str, int]:
-        """By holder: about how many tokens of the prompt it holds.
-
-        An answer that follows the deepest mark a holder has counts as held too: that holder wrote it.
-        """
-        found: dict[str, int] = {}
-        oldest_s = now_s - self.ttl_s
-        for at in range(len(marks) - 1, -1, -1):
-            holders = self._holders.get(marks[at][0])
-            if not holders:
+    def store(self, replica: str, hashes: Iterable[int], tier: str = GPU) -> None:
+        """The replica holds these blocks."""
+        bit = self._bits.get(replica) or self._add(replica)
+        held = self._tiers.setdefault(tier, {})
+        added = 0
+        for block in hashes:
+            mask = held.get(block)
+            if mask is None:
+                held[block] = bit  # the shared object, not a new one: a block on one replica costs no integer
+            elif mask & bit:
                 continue
-            tokens = -1
-            for holder, seen_s in holders.items():
-                if holder not in found and seen_s >= oldest_s:
-                    if tokens < 0:
-                        tokens = _with_answer(marks, at)
-                    found[holder] = tokens
-        return found
+            else:
+                held[block] = mask | bit
+            added += 1
+        self._grow(replica, added)
+        if self.entries > self.max_entries:
+            self._refuse(replica, held, hashes)
+
+    def remove(self, replica: str, hashes: Iterable[int], tier: str = GPU) -> None:
+        """The replica no longer holds these blocks; those it did not hold are passed over."""
+        bit, held = self._bits.get(replica), self._tiers.get(tier)
+        if bit is None or held is None:
+            return
+        removed = 0
+        for block in hashes:
+            mask = held.get(block, 0)
+            if mask & bit:
+                removed += 1
+                if mask == bit:
+                    del held[block]
+                else:
+                    held[block] = mask ^ bit
+        self._grow(replica, -removed)
+
+    def clear(self, replica: str) -> None:
+        """Nothing is known of the replica any more. Takes a pass over the whole index."""
+        bit = self._bits.get(replica)
+        if bit is None or not self._counts.get(replica):
+            return
+        for tier, held in self._tiers.items():
+            self.remove(replica, [block for block, mask in held.items() if mask & bit], tier)
+
+    def forget(self, replicas: Iterable[str]) -> None:
+        """These replicas are gone for good: their places may be taken by others."""
+        for replica in replicas:
+            if replica in self._bits:
+                self.clear(replica)
+                bit = self._bits.pop(replica)
+                self._names[bit.bit_length() - 1] = ""
+                del self._counts[replica]
+
+    def match(self, hashes: Sequence[int]) -> dict[str, Matched]:
+        """By replica: how much of a prompt it holds; those that hold nothing are absent."""
+        names = self._names
+        if len(self._tiers) == 1 or not any(held for tier, held in self._tiers.items() if tier != GPU):
+            return {names[i]: Matched(n, n) for i, n in _walk(hashes, self._device, ())}
+        others = [held for tier, held in self._tiers.items() if tier != GPU and held]
+        on_device = dict(_walk(hashes, self._device, ()))
+        return {names[i]: Matched(n, on_device.get(i, 0)) for i, n in _walk(hashes, self._device, others)}
+
+    def depths(self, hashes: Sequence[int]) -> dict[str, int]:
+        """The same, of all tiers together, as plain numbers."""
+        names = self._names
+        others = [held for tier, held in self._tiers.items() if tier != GPU and held]
+        return {names[i]: n for i, n in _walk(hashes, self._device, others)}
+
+    def holds(self, replica: str, block: int, tier: str = GPU) -> bool:
+        """True if the replica is known to hold the block."""
+        return bool(self._tiers.get(tier, {}).get(block, 0) & self._bits.get(replica, 0))
+
+    def holders(self, block: int) -> list[str]:
+        """The replicas that hold one block in the GPU's memory."""
+        bits = self._device.get(block)
+        if not bits:
+            return []
+        found: list[tuple[int, int]] = []
+        _places(bits, 0, found)
+        return [self._names[place] for place, _ in found]
+
+    def _add(self, replica: str) -> int:
+        try:
+            place = self._names.index("")
+            self._names[place] = replica
+        except ValueError:
+            place = len(self._names)
+            self._names.append(replica)
+        self._counts[replica] = 0
+        bit = self._bits[replica] = 1 << place
+        return bit
+
+    def _grow(self, replica: str, by: int) -> None:
+        self.entries += by
+        self._counts[replica] += by
+
+    def _refuse(self, replica: str, held: dict[int, int], hashes: Iterable[int]) -> None:
+        """There is no room: let go of what came last, and say so."""
+        excess = self.entries - self.max_entries
+        bit = self._bits[replica]
+        last = [block for block in hashes if held.get(block, 0) & bit][-excess:]
+        for tier, blocks in self._tiers.items():
+            if blocks is held:
+                self.remove(replica, last, tier)
+        self.refused += len(last)
+
+
+def _walk(
+    hashes: Sequence[int], device: Mapping[int, int], others: Sequence[Mapping[int, int]]
+) -> list[tuple[int, int]]:
+    """The place of each replica that holds the first block, and how many blocks it holds from there on."""
+    found: list[tuple[int, int]] = []
+    alive, depth = -1, 0
+    for depth, block in enumerate(hashes):
+        mask = device.get(block, 0)
+        for held in others:
+            mask |= held.get(block, 0)
+        still = alive & mask
+        if still == alive:
+            continue
+        if depth:
+            _places(alive ^ still, depth, found)
+        if not still:
+            return found
+        alive = still
+    if hashes:
+        _places(alive, depth + 1, found)
+    return found
+
+
+def _places(bits: int, depth: int, found: list[tuple[int, int]]) -> None:
+    """Add the place of each bit."""
+    if bits.bit_count() < _FEW:
+        while bits:
+            bit = bits & -bits
+            found.append((bit.bit_length() - 1, depth))
+            bits ^= bit
+        return
+    text = bin(bits)[:1:-1]  # of large numbers, searching the digits is twice as fast as arithmetic
+    place = text.find("1")
+    while place >= 0:
+        found.append((place, depth))
+        place = text.find("1", place + 1)
+
+
+_FEW = 12
+
+
+@attrs.define(eq=False)
+class Visit:
+    """The blocks one request left on a replica. `left` of them, from the first on, were not looked at for eviction.
+
+    Those from `fresh` on were not there before it came.
+    """
+
+    blocks: array[int]
+    until_s: float
+    fresh: int
+    left: int = 0
+
+
+@attrs.define
+class _Held:
+    """What one replica is taken to hold, in the order in which it will forget it."""
+
+    capacity: int
+    last: dict[int, Visit] = attrs.field(factory=dict)
+    visits: deque[Visit] = attrs.field(factory=deque)
+    queued: int = 0
+
+
+@attrs.define
+class RoutedIndex:
+    """What each replica holds if it keeps what was sent there, and forgets the least recently used blocks first.
+
+    An engine frees the blocks of a prompt from its end, so of one visit the last blocks go first
+    (https://docs.vllm.ai/en/latest/design/prefix_caching.html). What was used again since counts as used then.
+
+    Args:
+        max_entries: Most pairs of a block and a replica over all replicas; each has an equal part of them.
+        capacity: Blocks of a replica whose cache's size is not known.
+    """
+
+    max_entries: int = 1_000_000
+    capacity: int = 50_000
+    known: PrefixIndex = attrs.field(init=False)
+    _held: dict[str, _Held] = attrs.field(init=False, factory=dict, repr=False)
+    _sizes: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
+
+    @known.default
+    def _make_known(self) -> PrefixIndex:
+        return PrefixIndex(self.max_entries)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def register(self, replicas: Iterable[str]) -> None:
+        """Know these replicas, and forget all others."""
+        replicas = tuple(replicas)
+        self.known.forget([gone for gone in self._held if gone not in replicas])
+        self._held = {name: self._held.get(name) or _Held(0) for name in replicas}
+        self._share_out()
+
+    def resize(self, replica: str, blocks: int) -> None:
+        """The replica's cache holds so many blocks."""
+        if self._sizes.get(replica) != blocks and replica in self._held:
+            self._sizes[replica] = blocks
+            self._share_out()
+
+    def record(self, replica: str, hashes: Sequence[int], now_s: float, ttl_s: float) -> Visit | None:
+        """The replica computes, or has computed, a prompt of these blocks; believed for `ttl_s` seconds.
+
+        Returns:
+            What `retract` takes back; None if there is nothing to remember.
+        """
+        held = self._held.get(replica)
+        if held is None or not hashes:
+            return None
+        if len(hashes) > held.capacity:
+            hashes = hashes[: held.capacity]
+        visit = Visit(array("Q", hashes), now_s + ttl_s, len(hashes), len(hashes))
+        last, fresh = held.last, len(hashes)
+        for at in range(len(hashes) - 1, -1, -1):
+            if hashes[at] not in last:
+                fresh = at
+        visit.fresh = fresh
+        if fresh < len(hashes):
+            self.known.store(replica, hashes[fresh:])
+        for block in hashes:
+            last[block] = visit
+        held.visits.append(visit)
+        held.queued += len(hashes)
+        self._trim(replica, held, now_s)
+        return visit
+
+    def retract(self, replica: str, visit: Visit) -> None:
+        """What was recorded did not come to pass: what nobody else left there is not there."""
+        held = self._held.get(replica)
+        if held is None:
+            return
+        gone = [block for block in visit.blocks[visit.fresh :] if held.last.get(block) is visit]
+        for block in gone:
+            del held.last[block]
+        self.known.remove(replica, gone)
+
+    def clear(self, replica: str) -> None:
+        """The replica lost everything, as after a restart."""
+        held = self._held.get(replica)
+        if held is not None:
+            self.known.remove(replica, held.last)
+            held.last.clear()
+            held.visits.clear()
+            held.queued = 0
+
+    def depths(self, hashes: Sequence[int], now_s: float) -> dict[str, int]:
+        """By replica: how many blocks of a prompt it holds, from the first on; those with none are absent."""
+        if now_s - self._swept_s >= 1.0:
+            self._swept_s = now_s
+            for replica, held in self._held.items():
+                if held.visits and held.visits[0].until_s < now_s:
+                    self._trim(replica, held, now_s)
+        return self.known.depths(hashes)
+
+    def holders(self, block: int) -> list[str]:
+        """The replicas that hold one block."""
+        return self.known.holders(block)
 
     def state(self) -> Mapping[str, int]:
-        """How many marks there are, and how many there may be."""
-        return {"entries": len(self._holders), "max_entries": self.max_entries}
+        """How many pairs of block and replica there are, and how many there may be."""
+        return {"entries": len(self.known), "max_entries": self.max_entries}
 
-    def _add(self, value: int, holder: str, now_s: float) -> None:
-        holders = self._holders.get(value)
-        if holders is None:
-            holders = self._holders[value] = {}
-        else:
-            self._holders.move_to_end(value)
-        holders.pop(holder, None)  # put last, so that the first is the one seen longest ago
-        if len(holders) >= _MOST_HOLDERS:
-            del holders[next(iter(holders))]
-        holders[holder] = now_s
+    def _share_out(self) -> None:
+        most = max(1, self.max_entries // max(len(self._held), 1))
+        for name, held in self._held.items():
+            held.capacity = min(self._sizes.get(name, self.capacity), most)
 
-    def _trim(self, now_s: float) -> None:
-        """Let go of what is too much or too old; marks stand in the order they were last seen."""
-        oldest_s = now_s - self.ttl_s
-        while self._holders:
-            holders = next(iter(self._holders.values()))
-            is_old = not holders or max(holders.values()) < oldest_s
-            if not is_old and len(self._holders) <= self.max_entries:
-                return
-            self._holders.popitem(last=False)
+    def _trim(self, replica: str, held: _Held, now_s: float) -> None:
+        """Forget what no longer fits, and what is too old."""
+        last, visits, gone = held.last, held.visits, []
+        while visits:
+            oldest = visits[0]
+            if len(last) <= held.capacity and oldest.until_s >= now_s:
+                break
+            while oldest.left and (len(last) > held.capacity or oldest.until_s < now_s):
+                oldest.left -= 1
+                held.queued -= 1
+                block = oldest.blocks[oldest.left]
+                if last.get(block) is oldest:
+                    del last[block]
+                    gone.append(block)
+            if not oldest.left:
+                visits.popleft()
+        if gone:
+            self.known.remove(replica, gone)
+        if held.queued > 2 * len(last) + 1024:
+            _compact(held)
 
 
-def _with_answer(marks: Sequence[Mark], at: int) -> int:
-    """Tokens of the beginning at a mark, with the answer that follows it."""
-    while at + 1 < len(marks) and marks[at + 1][2]:
-        at += 1
-    return marks[at][1]
+def _compact(held: _Held) -> None:
+    """Drop from old visits what was used again since."""
+    held.queued = 0
+    for visit in held.visits:
+        kept = array("Q", [b for b in visit.blocks[: visit.left] if held.last.get(b) is visit])
+        visit.blocks, visit.left, visit.fresh = kept, len(kept), 0
+        held.queued += len(kept)
+    held.visits = deque(visit for visit in held.visits if visit.left)

@@ -19,6 +19,7 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest, Unused
 from kvfleet.telemetry.cost import cost_usd
+from kvfleet.telemetry.load import Reservation, Work
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
@@ -123,6 +124,7 @@ class Attempts:
     """Makes the attempts of one route; what an executor is given to call.
 
     Attributes:
+        begins: Told when a call to a replica begins; what the call means for it.
         on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
         prompt_tokens: About how many tokens the prompt has, for answers that are not read to their end.
         keeps_content: True to keep the answer's bytes, for the trace or for a component that asked for them.
@@ -136,6 +138,7 @@ class Attempts:
     handle: RouteHandle
     trace: Trace
     clock: Clock
+    begins: Callable[[ModelConfig], Work]
     on_end: Callable[[ModelConfig, Tally, BackendError | None, bytes], None]
     prompt_tokens: Callable[[], int] = lambda: 0
     keeps_content: bool = False
@@ -245,24 +248,26 @@ class _One:
     started_s: float = attrs.field(init=False, default=0.0)
     _ended: tuple[Tally, BackendError | None, bytes] | None = attrs.field(init=False, default=None)
     _is_discarded: bool = attrs.field(init=False, default=False)
+    _reserved: Reservation | None = attrs.field(init=False, default=None)
     _is_over: bool = attrs.field(init=False, default=False)
 
     async def call(self, wait_s: float) -> Reply:
         """Call, and wait for the first byte."""
         made, candidate = self.attempts, self.candidate
         self.started_s = made.clock.now_s()
-        made.services.load.started(candidate.id)
+        self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
         made.services.health.begin(candidate.endpoint)
         call = made.call_for(candidate, self.begun[1], wait_s, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
         if self.rewrite is not None:
             reply = self.rewrite.restore(reply)
         if reply.events is None:
-            made.services.load.answered(candidate.id, self._first_byte())
+            usage = reply.tally.usage
+            made.services.load.answered(reserved, self._first_byte(), usage.completion_tokens if usage else None)
             self._answer_ended(reply.tally, None, reply.body if made.keeps_content else b"")
             return reply
         first = await self._first_event(reply, wait_s)
-        made.services.load.first_byte(candidate.id, self._first_byte())
+        made.services.load.first_byte(reserved, self._first_byte())
         kept = _Kept() if made.keeps_content else None
         deadline_s = made.deadline_s
         left_s = None if deadline_s is None else lambda: deadline_s - made.clock.now_s()
@@ -335,9 +340,9 @@ class _One:
         if tally is not None:
             describe_tally(span, tally)
         tokens = tally.usage.completion_tokens if tally is not None and tally.usage else None
-        made.services.load.finished(
-            candidate.id, made.clock.now_s() - self.started_s, ok=error is None, completion_tokens=tokens
-        )
+        if self._reserved is not None:
+            duration_s = made.clock.now_s() - self.started_s
+            made.services.load.finished(self._reserved, duration_s, ok=error is None, completion_tokens=tokens)
         health = made.services.health
         if error is None:
             span.status = Status.OK

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock
 from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
 from kvfleet.pipeline.stage import BoundStage, Pipeline
@@ -148,7 +149,7 @@ class Decision:
     def _keep(self, keep: Sequence[int]) -> None:
         """Go on with some of the candidates, and with their part of every column."""
         ctx = self.ctx
-        columns = {name: Column(column.unit, [column.values[i] for i in keep]) for name, column in ctx.columns.items()}
+        columns = {name: _part_of(column, keep) for name, column in ctx.columns.items()}
         self.ctx = attrs.evolve(ctx, candidates=tuple([ctx.candidates[i] for i in keep]), columns=columns)
         self._ids = tuple([self._ids[i] for i in keep])
 
@@ -186,6 +187,8 @@ class Decision:
         attributes[names.SCORE_UNIT] = column.unit._value_
         attributes[names.SCORED] = ids
         attributes[names.SCORE_VALUES] = floats
+        for name, parts in column.terms.items():
+            attributes[names.TERM_PREFIX + name] = tuple(map(float, parts))
 
     def _select(self, stage: BoundStage) -> None:
         span = Span(stage.span_name, self.clock.time_ns(), 0, dict(stage.attributes))
@@ -241,11 +244,19 @@ def scoring_context(ctx: RoutingContext) -> ScoringContext:
         tags=ctx.request.tags,
         metadata={fact.name: value for fact, value in ctx.facts.items()},
         columns=ctx.columns,
+        affinity=ctx.affinity,
+        prompt_tokens=getattr(ctx.facts.get(PROMPT), "token_estimate", 0.0),
         session=ctx.request.session,
         now_s=ctx.now_s,
         seed=ctx.seed,
         dry_run=ctx.dry_run,
     )
+
+
+def _part_of(column: Column, keep: Sequence[int]) -> Column:
+    """A column of those candidates that stay."""
+    terms = {name: [values[i] for i in keep] for name, values in column.terms.items()}
+    return Column(column.unit, [column.values[i] for i in keep], terms)
 
 
 def exclusions(excluded: Sequence[tuple[BoundStage, Drop]]) -> dict[str, dict[str, str]]:
@@ -288,3 +299,5 @@ def _describe_ranking(span: Span, ranking: Ranking) -> None:
     attributes[names.SELECT_MODE] = ranking.mode
     for name, values in ranking.terms.items():
         attributes[names.TERM_PREFIX + name] = tuple(map(float, values))
+    for name, value in ranking.details.items():
+        attributes[names.INSTEAD_PREFIX + name] = value

@@ -11,7 +11,7 @@ import orjson
 
 from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.adapters.call import Reply, Tally, Usage
-from kvfleet.builtin.facts import prompt_tokens
+from kvfleet.builtin.facts import prompt_tokens, work_of
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError
@@ -21,6 +21,7 @@ from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Outcome, RoutingContext, Unused
 from kvfleet.telemetry.cost import cost_usd
+from kvfleet.telemetry.load import Work
 from kvfleet.trace import names
 from kvfleet.trace.otel import Bridge, RouteHandle
 from kvfleet.trace.spans import AttributeValue, Span, SpanKind, Status, Trace
@@ -128,6 +129,7 @@ class Route:
             handle=self._handle,
             trace=self.trace,
             clock=self.clock,
+            begins=self._attempt_begins,
             on_end=self._attempt_ended,
             prompt_tokens=lambda: prompt_tokens(self.ctx),
             keeps_content=self.keeps_content or self.wants_content,
@@ -160,6 +162,11 @@ class Route:
 
         wrapped: Reply = attrs.evolve(reply, events=relay(), close=close)
         return Answer(wrapped, answer.served_by)
+
+    def _attempt_begins(self, model: ModelConfig) -> Work:
+        for stage in self.pipeline.placers:
+            stage.component.placed(self.ctx, model)
+        return work_of(self.ctx, model)
 
     def _attempt_ended(self, model: ModelConfig, tally: Tally, error: BackendError | None, content: bytes) -> None:
         """The attempt whose answer was given has ended."""

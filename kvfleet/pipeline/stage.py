@@ -85,6 +85,7 @@ class Pipeline:
         observe: The observe stages.
         listeners: Other components with an `observe`: they are told of every outcome too, after the observe stages.
         markers: Observers with something to say in the route's record.
+        placers: Stages that are told at once where a request goes.
         hash: Tells one configuration from another.
     """
 
@@ -95,6 +96,7 @@ class Pipeline:
     observe: tuple[BoundStage, ...] = ()
     listeners: tuple[BoundStage, ...] = ()
     markers: tuple[BoundStage, ...] = ()
+    placers: tuple[BoundStage, ...] = ()
     hash: str = ""
 
     @property

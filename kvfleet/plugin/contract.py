@@ -39,6 +39,7 @@ __all__ = [
     "Marker",
     "Observer",
     "Outcome",
+    "Placer",
     "Refusal",
     "Rewrite",
     "RouteRequest",
@@ -435,6 +436,14 @@ class Observer(Protocol):
 
     async def observe(self, outcome: Outcome) -> None:
         """Called after the answer has left."""
+
+
+@runtime_checkable
+class Placer(Protocol):
+    """A stage that wants to know at once where a request goes, so that the next decision can count on it."""
+
+    def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:
+        """A call to the candidate begins. On the request's path: quick, without waiting, and it must not raise."""
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.builtin.facts import PROMPT
+from kvfleet.builtin.facts import PROMPT, PromptFacts
 from kvfleet.config.schema import FleetConfig
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.stage import BoundStage
@@ -25,7 +25,7 @@ from kvfleet.registry.models import ModelRegistry
 from kvfleet.replay.fleet import SimulatedFleet
 from kvfleet.replay.hosts import EngineHost, SimulatedAdapter, engine_loads
 from kvfleet.replay.measures import Served
-from kvfleet.replay.prompts import TracedPrompt
+from kvfleet.replay.prompts import traced_prompts
 from kvfleet.replay.traces import RequestTrace, TracedRequest
 from kvfleet.replay.variants import for_replay, told_prompts
 from kvfleet.replay.virtual import START_S, VirtualClock, VirtualLoop
@@ -64,7 +64,7 @@ class ReplayResult:
 class ReplayRouter(Router):
     """The live router, told the prompts' facts by whoever replays."""
 
-    facts: Mapping[str, TracedPrompt] = {}  # by request id
+    facts: Mapping[str, PromptFacts] = {}  # by request id
 
     def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """As live, with what is known of the prompt."""
@@ -108,7 +108,8 @@ class Replay:
     served: list[Served] = attrs.field(init=False, factory=list)
     left_out: tuple[str, ...] = attrs.field(init=False, default=())
     _under_way: dict[str, TracedRequest] = attrs.field(init=False, factory=dict)
-    _facts: dict[str, TracedPrompt] = attrs.field(init=False, factory=dict)
+    _prompts: list[PromptFacts] = attrs.field(init=False, repr=False)
+    _facts: dict[str, PromptFacts] = attrs.field(init=False, factory=dict)
     _done: int = attrs.field(init=False, default=0)
     _failure: BaseException | None = attrs.field(init=False, default=None)
 
@@ -128,6 +129,7 @@ class Replay:
             adapters=self._adapters(),
         )
         self.router.facts = self._facts
+        self._prompts = traced_prompts(self.trace, names_sessions=self.names_sessions)
 
     def run(self, label: str = "") -> ReplayResult:
         """Replay it all, on an event loop of its own."""
@@ -217,9 +219,7 @@ class Replay:
         traced, served, key = self.trace.requests[number], self.served[number], str(number)
         served.at_s = self.clock.now_s() - START_S
         self._under_way[key] = traced
-        self._facts[key] = TracedPrompt.of_traced(
-            traced, self.trace.block_tokens, number, names_session=self.names_sessions
-        )
+        self._facts[key] = self._prompts[number]
         try:
             dispatch = await self.router.dispatch(self._request(key, traced))
             served.first_s = self.clock.now_s() - START_S

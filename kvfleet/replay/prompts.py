@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import attrs
-
 from kvfleet.builtin.facts import PromptFacts
-from kvfleet.cache.fingerprints import Mark, PromptFingerprint, PromptFingerprinter
-from kvfleet.replay.traces import TracedRequest, spread
+from kvfleet.cache.blocks import PromptBlocks
+from kvfleet.replay.traces import RequestTrace, spread
 
-__all__ = ["TracedPrompt"]
+__all__ = ["traced_prompts"]
 
 
-@attrs.define(repr=False)
-class TracedPrompt(PromptFacts):
-    """The facts of a prompt that is known by its blocks; each block's end is a mark."""
+def traced_prompts(trace: RequestTrace, *, names_sessions: bool) -> list[PromptFacts]:
+    """The facts of each prompt of a trace, in its order.
 
-    blocks: Sequence[int] = attrs.field(default=(), kw_only=True)
-    block_tokens: int = attrs.field(default=512, kw_only=True)
-    salt: int = attrs.field(default=0, kw_only=True)
-
-    @classmethod
-    def of_traced(cls, request: TracedRequest, block_tokens: int, number: int, *, names_session: bool) -> TracedPrompt:
-        """The facts of one request; `number` tells apart what it shares with nobody."""
-        return cls(
-            request.prompt_tokens,
-            request.session if names_session else "",
-            blocks=request.blocks,
-            block_tokens=block_tokens,
-            salt=number,
-        )
-
-    def _make_fingerprint(self, fingerprinter: PromptFingerprinter) -> PromptFingerprint:
-        size, tokens = self.block_tokens, self.token_estimate
-        marks: list[Mark] = [(block, (i + 1) * size, False) for i, block in enumerate(self.blocks)]
-        if not marks or marks[-1][1] < tokens:
-            marks.append((spread(-1 - self.salt), tokens, False))
-        first = next((value for value, end, _ in marks if end >= fingerprinter.prefix_tokens), marks[-1][0])
-        return PromptFingerprint(
-            full_hash=f"{marks[-1][0]:016x}",
-            system_hash="0" * 16,
-            prefix_hash=f"{first:016x}",
-            conversation_hash=f"{first:016x}",
-            token_estimate=tokens,
-            marks=tuple(marks),
-        )
+    They are what a live prompt's are: its whole blocks, a mark at its end, and in a session a mark where the answer
+    before it begins.
+    """
+    found = []
+    last: dict[str, int] = {}
+    for number, request in enumerate(trace.requests):
+        end, marks = spread(-1 - number), []
+        before = last.get(request.session) if request.session else None
+        if before is not None:
+            answered = trace.requests[before]
+            known = answered.prompt_tokens + answered.output_tokens
+            if known <= request.prompt_tokens:
+                marks.append((spread(-1 - before), float(known)))
+        if request.session:
+            last[request.session] = number
+        blocks = PromptBlocks(request.blocks, trace.block_tokens, request.prompt_tokens, marks=marks, ends=(end,))
+        found.append(PromptFacts.of_blocks(blocks, request.session if names_sessions else ""))
+    return found

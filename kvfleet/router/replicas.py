@@ -46,7 +46,8 @@ class Replicas:
             groups.setdefault(models[i].name, []).append(i)
         if len(groups) == len(models):
             return cls(groups, context.seed, ())
-        seconds = [_NEVER if s is None else s for s in column_of("latency", models, context).values]
+        # To the millisecond: less is noise, and the cached part of the prompt tells more.
+        seconds = [_NEVER if s is None else round(s, 3) for s in column_of("latency", models, context).values]
         cached = [c or 0.0 for c in column_of("cache_affinity", models, context).values]
         # Two stable sorts by a float each: half the time of one by tuples.
         if any(cached):

@@ -32,10 +32,14 @@ class Unit(enum.StrEnum):
 
 @attrs.frozen
 class Column:
-    """One number for each candidate, in the candidates' order; None where it is not known."""
+    """One number for each candidate, in the candidates' order; None where it is not known.
+
+    `terms` are what the numbers were made from, or what else is to be weighed with them, by name and in the same order.
+    """
 
     unit: Unit
     values: Sequence[float | None]
+    terms: Mapping[str, Sequence[float]] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -49,6 +53,8 @@ class ScoringContext:
         cache_affinity_scores: By candidate id, or by model name: 0..1.
         endpoint_health: By endpoint.
         columns: What the scorers of the pipeline gave, by name; each aligned with the candidates.
+        affinity: By candidate id: tokens of the prompt that are expected in its KV cache.
+        prompt_tokens: About how many tokens the prompt has; 0 if nobody looked.
         session: The conversation's key; empty if it has none.
         now_s: The monotonic clock at the start of the route, in seconds.
         seed: Makes every random choice of this decision repeatable.
@@ -64,6 +70,8 @@ class ScoringContext:
     cache_affinity_scores: Mapping[str, float] = attrs.field(factory=dict)
     endpoint_health: Mapping[str, EndpointHealth] = attrs.field(factory=dict)
     columns: Mapping[str, Column] = attrs.field(factory=dict)
+    affinity: Mapping[str, float] = attrs.field(factory=dict)
+    prompt_tokens: float = 0.0
     session: str = ""
     now_s: float = 0.0
     seed: int = 0
@@ -104,9 +112,10 @@ class Ranking(Sequence[ModelScore]):
         unit: The unit of `totals`; in seconds and dollars the least is first.
         terms: The parts of the totals, by name, each in the order of `models`.
         mode: How the first was chosen: ``exploit``, ``explore``, or a strategy's own word.
+        details: More numbers for the trace, by name, in `unit`: what another choice would have cost, say.
     """
 
-    __slots__ = ("mode", "models", "terms", "totals", "unit")
+    __slots__ = ("details", "mode", "models", "terms", "totals", "unit")
 
     def __init__(
         self,
@@ -116,7 +125,9 @@ class Ranking(Sequence[ModelScore]):
         unit: Unit = Unit.UTILITY,
         terms: Mapping[str, Sequence[float]] | None = None,
         mode: str = "exploit",
+        details: Mapping[str, float] | None = None,
     ) -> None:
+        self.details = details or {}
         self.models = tuple(models)
         self.totals = tuple(totals)
         self.unit = unit
@@ -201,13 +212,14 @@ def arranged(
     unit: Unit = Unit.UTILITY,
     terms: Mapping[str, Sequence[float]] | None = None,
     mode: str = "exploit",
+    details: Mapping[str, float] | None = None,
 ) -> Ranking:
     """Candidates in an order that is already known: indices into `models`, best first."""
     if len(order) < 2:
-        return Ranking(models, totals, unit=unit, terms=terms, mode=mode)
+        return Ranking(models, totals, unit=unit, terms=terms, mode=mode, details=details)
     pick = itemgetter(*order)  # in C: a fifth of the time of a comprehension
     picked = {name: pick(values) for name, values in terms.items()} if terms else {}
-    return Ranking(pick(models), pick(totals), unit=unit, terms=picked, mode=mode)
+    return Ranking(pick(models), pick(totals), unit=unit, terms=picked, mode=mode, details=details)
 
 
 def take_turns(order: list[int], seed: int, *keys: Sequence[Any]) -> None:

@@ -1,37 +1,93 @@
-"""What is in flight where, what the engines say of themselves, and how long answers take to begin.
+"""What is in flight where, what the engines say of themselves, and what both mean for the next request, in seconds.
 
-The estimate here is simple on purpose: a learned time to the first byte, scaled by how busy the replica is now against
-how busy it was when that time was learned. Times of whole answers, whose first byte is their last, are learned apart
-and used only while a model has streamed nothing: between the two lies the length of an answer, and a replica must not
-look slow for having been asked for a long one. A replica that was not measured yet is taken to be like its model's
-others, and a model without any measurement to be as much faster or slower than declared as the fleet is. So measured
-and declared times can be compared, and nobody is shunned for a careless declaration. Every reading is a dictionary
-lookup; the work is done when a fact arrives.
+A call to a replica is a *reservation*: the prompt tokens it has yet to compute, until its first byte; the memory it
+holds, until its end. It is released exactly once, however the call ends, and by a lease if nobody says so. What the
+engines report is added where it is news: requests of others, the KV cache in use. A report grows old and then says
+nothing; an engine that says nothing is not full.
+
+How long the queue of a replica lasts is the sum of the prompts in it, each at the replica's learned pace
+(`kvfleet.telemetry.pace`), counted from its last first byte. A replica that was not measured is taken to be like its
+model's others, and a model without any measurement to be as much faster or slower than declared as the fleet is. So
+measured and declared times can be compared, and nobody is shunned for a careless declaration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Protocol
 
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.pace import Pace, Rates, Ratio
 
-__all__ = ["FleetLoad", "ReplicaLoad"]
+__all__ = ["FleetLoad", "HasLoad", "ReplicaLoad", "Reservation", "Waits", "Work"]
 
 _MOST_REPLICAS = 16_384
 _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
-"""Requests in flight at which the expected time doubles, until measurements at that load say otherwise."""
+"""Requests in flight at which half of a replica's capacity counts as used."""
 _DEFAULT_S = 0.5
-_CROWDED = 0.8
-"""Share of the KV cache in use beyond which an engine begins to hold requests back, or to compute them twice."""
-_MOST_CROWDED = 10.0
-_STEP = 0.1
-"""Share by which a learned time must move before it is applied to those that were not measured themselves."""
+_USUAL_ANSWER = 256.0
+
+
+@attrs.frozen
+class Work:
+    """What a request means for the engine that gets it.
+
+    Attributes:
+        prompt_tokens: Of the prompt.
+        cached_tokens: Those of them that are expected in the replica's KV cache.
+        answer_tokens: Most tokens of the answer; 0 if nobody said.
+        is_stream: True if its first byte will tell when the prompt was computed.
+    """
+
+    prompt_tokens: float = 0.0
+    cached_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    is_stream: bool = True
+
+    @property
+    def uncached_tokens(self) -> float:
+        """Tokens to compute before the first one of the answer."""
+        return max(self.prompt_tokens - self.cached_tokens, 0.0)
+
+
+_NO_WORK = Work()
+
+
+@attrs.define(eq=False)
+class Reservation:
+    """One call to a replica, from its start to its end.
+
+    Attributes:
+        replica_id: Where.
+        work: What.
+        started_s: When it began.
+        until_s: When it is over even if nobody says so.
+        was_idle: True if no prompt was in front of its own.
+        ahead_s: How long the queue in front of it was expected to last.
+        is_clean: True if the first bytes of all in front of it will be seen.
+        held: Tokens of KV cache it was taken to need for itself.
+        first_s: When its first byte came; None before that.
+        others: Requests that were decoded together with it, when its first byte came.
+        is_over: True once it is released.
+    """
+
+    replica_id: str
+    work: Work
+    started_s: float
+    until_s: float
+    was_idle: bool = True
+    ahead_s: float = 0.0
+    is_clean: bool = True
+    held: float = 0.0
+    first_s: float | None = None
+    others: int = 0
+    is_over: bool = False
 
 
 @attrs.define
@@ -42,61 +98,108 @@ class ReplicaLoad:
         model: The name of its model.
         endpoint: Where it runs.
         declared_s: Its configured time to an answer, used until there is a measurement.
-        in_flight: Our own requests there.
         started, failed: Our own requests so far.
-        ttfb_s: Learned time to the first byte of a stream; None before the first one.
-        whole_s: Learned time to a whole answer, whose first byte is its last; None before the first one.
-        busy: Requests there when these times were learned, averaged alike.
-        measured_s: When it was last measured.
-        duration_s: Learned time to the last byte.
-        tokens_per_second: Learned speed of one answer.
-        reported: What its engine last said, and `reported_in_flight` what we had there then.
+        open: Our own requests there.
+        prefilling: Those of them whose prompt is not computed yet, in the order in which they came.
+        queued_tokens: Prompt tokens they have yet to compute.
+        held_tokens: KV cache that our requests will take for themselves: what was not cached, and their answers.
+        speed, step: How its times compare with its model's: to read a prompt, and to write a token.
+        ttfb_s: Usual time to the first byte of a stream; None before the first one.
+        whole_s: Usual time to a whole answer; None before the first one.
+        duration_s, answer_tokens: Usual time to the last byte, and tokens of an answer.
+        tokens_per_second: Usual speed of one answer.
+        reported: What its engine last said, while that is fresh; and what we had there then.
+        capacity_tokens: Size of its KV cache, once its engine has told.
     """
 
     model: str = ""
     endpoint: str = ""
     declared_s: float = _DEFAULT_S
-    in_flight: int = 0
     started: int = 0
     failed: int = 0
+    open: dict[int, Reservation] = attrs.field(factory=dict, repr=False)
+    prefilling: dict[int, Reservation] = attrs.field(factory=dict, repr=False)
+    queued_tokens: float = 0.0
+    held_tokens: float = 0.0
+    speed: Ratio = attrs.field(factory=Ratio)
+    step: Ratio = attrs.field(factory=Ratio)
+    measured_s: float = 0.0
     ttfb_s: float | None = None
     whole_s: float | None = None
-    busy: float = 0.0
-    measured_s: float = 0.0
     duration_s: float | None = None
+    answer_tokens: float | None = None
+    uncached_tokens: float | None = None
     tokens_per_second: float | None = None
     reported: EngineLoad | None = None
     reported_in_flight: int = 0
+    reported_queue: int = 0
+    capacity_tokens: int | None = None
+    free_s: float = 0.0
+    behind_s: float = 0.0
+    last_first_s: float = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        """Our own requests there."""
+        return len(self.open)
+
+    @property
+    def decoding(self) -> int:
+        """Our own requests there whose answer has begun."""
+        return len(self.open) - len(self.prefilling)
 
     @property
     def pending(self) -> int:
         """Requests there, ours and others': the engine's own count, moved on by what we did since."""
+        own = len(self.open)
         if self.reported is None:
-            return self.in_flight
+            return own
         counted = (self.reported.running or 0) + (self.reported.waiting or 0)
-        return max(self.in_flight, counted + self.in_flight - self.reported_in_flight)
+        return max(own, counted + own - self.reported_in_flight)
+
+    @property
+    def waiting_of_others(self) -> int:
+        """Requests in the engine's queue that are not ours."""
+        if self.reported is None or not self.reported.waiting:
+            return 0
+        return max(self.reported.waiting - self.reported_queue, 0)
+
+    @property
+    def kv_usage(self) -> float | None:
+        """Share of the KV cache in use, 0..1 or more if our requests will need more than there is; None if unknown."""
+        said = None if self.reported is None else self.reported.kv_usage
+        if self.capacity_tokens is None:
+            return said
+        return max(said or 0.0, self.held_tokens / self.capacity_tokens)
 
 
-@attrs.define
-class _Model:
-    """Times learned of a model, over all its replicas; `alike_s` is what those not measured yet are taken to need."""
+class HasLoad(Protocol):
+    """The part of a pipeline's services that a strategy which reads the load needs."""
 
-    ttfb_s: float | None = None
-    whole_s: float | None = None
-    alike_s: float | None = None
+    @property
+    def load(self) -> FleetLoad:
+        """The fleet's load."""
 
-    def learn(self, seconds: float, *, is_stream: bool) -> bool:
-        """Take in a time; True if that changes what the others are taken to need by much."""
-        if is_stream:
-            self.ttfb_s = _mix(self.ttfb_s, seconds)
-        else:
-            self.whole_s = _mix(self.whole_s, seconds)
-        alike_s = self.whole_s if self.ttfb_s is None else self.ttfb_s
-        # A step at a time, because each touches every replica that was not measured yet.
-        if alike_s is None or (self.alike_s is not None and not _is_step(self.alike_s, alike_s)):
-            return False
-        self.alike_s = alike_s
-        return True
+
+@attrs.frozen
+class Waits:
+    """What each of some replicas would make a request wait, in seconds, in their order.
+
+    Attributes:
+        queue_s: For the prompts in front of it.
+        prompt_s: For its own prompt, the way there and back included.
+        saved_s: What the cached part of its prompt saves of that.
+        step_s: For each token of its answer, decoded together with what is there.
+        decoding: How many requests would have to wait while its prompt is computed.
+        usage: Share of the KV cache in use; 0 if unknown.
+    """
+
+    queue_s: list[float]
+    prompt_s: list[float]
+    saved_s: list[float]
+    step_s: list[float]
+    decoding: list[float]
+    usage: list[float]
 
 
 @attrs.define
@@ -104,79 +207,113 @@ class FleetLoad:
     """The load of every replica.
 
     Args:
-        clock: Read when an answer begins or an engine reports.
-        remember_s: Age after which a learned time is forgotten, so that a replica that was slow once is tried again.
+        clock: Read when a call begins, when an answer begins or ends, and when an engine reports.
+        remember_s: Age after which a learned pace is forgotten, so that a replica that was slow once is tried again.
         stale_s: Age after which an engine's report no longer counts.
+        lease_s: Longest life of a reservation that nobody releases.
     """
 
     clock: Clock = attrs.field(factory=SystemClock)
     remember_s: float = 300.0
     stale_s: float = 15.0
+    lease_s: float = 3600.0
+    expired: int = attrs.field(init=False, default=0)
     _replicas: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
     _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
     _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
-    _models: dict[str, _Model] = attrs.field(init=False, factory=dict, repr=False)
-    _unmeasured: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
-    _has_streamed: bool = attrs.field(init=False, default=False, repr=False)
-    _pace: float | None = attrs.field(init=False, default=None, repr=False)
-    _pace_used: float = attrs.field(init=False, default=1.0, repr=False)
-    _times: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
-    _free: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _models: dict[str, Pace] = attrs.field(init=False, factory=dict, repr=False)
+    _stretch: float | None = attrs.field(init=False, default=None, repr=False)
     _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
         """Know these replicas, and forget all others; what was learned of those that stay is kept."""
         before, self._replicas = self._replicas, {}
-        self._at, self._times, self._free, self._unmeasured = {}, {}, {}, {}
+        self._at = {}
         for model in replicas:
             known = before.get(model.id) or ReplicaLoad()
             known.model, known.endpoint = model.name, model.endpoint
             known.declared_s = model.latency_p50_ms / 1000
             self._replicas[model.id] = known
             self._at.setdefault(model.endpoint, []).append(model.id)
-            self._refresh(model.id, known)
         names = {known.model for known in self._replicas.values()}
-        self._models = {name: learned for name, learned in self._models.items() if name in names}
+        self._models = {name: pace for name, pace in self._models.items() if name in names}
         self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
 
     # Our own requests
 
-    def started(self, replica_id: str) -> None:
-        """A call to the replica begins."""
-        known = self._of(replica_id)
-        known.in_flight += 1
+    def started(self, replica_id: str, work: Work = _NO_WORK) -> Reservation:
+        """A call to the replica begins; what is given back is to be `finished`."""
+        known, now_s = self._of(replica_id), self.clock.now_s()
+        queue = known.prefilling
+        one = Reservation(replica_id, work, now_s, now_s + self.lease_s)
+        if queue:
+            one.was_idle = False
+            one.ahead_s = _queue_s(known, now_s)
+            one.is_clean = all(other.work.is_stream for other in queue.values())
         known.started += 1
-        self._refresh(replica_id, known)
+        known.open[id(one)] = queue[id(one)] = one
+        uncached = work.uncached_tokens
+        known.queued_tokens += uncached
+        one.held = uncached + self._answer_of(known, work)
+        known.held_tokens += one.held
+        service_s = self._rates(known).service_s(uncached)
+        if len(queue) > 1:
+            known.behind_s += service_s
+        known.free_s = max(known.free_s, now_s) + service_s
+        return one
 
-    def first_byte(self, replica_id: str, ttfb_s: float) -> None:
+    def first_byte(self, one: Reservation, ttfb_s: float) -> None:
         """Its stream began, `ttfb_s` seconds after the call."""
-        known = self._of(replica_id)
-        self._was_busy(known)
+        known = self._of(one.replica_id)
+        if one.is_over or one.first_s is not None:
+            return
+        now_s = self.clock.now_s()
+        one.first_s, one.others = now_s, known.decoding
+        before_s, known.last_first_s = known.last_first_s, now_s
+        self._prefilled(known, one, now_s)
         known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
-        self._refresh(replica_id, known)
-        if known.model:
-            self._learn_of_model(known, ttfb_s, is_stream=True)
+        known.measured_s = now_s
+        self._note_stretch(known, ttfb_s if one.was_idle else None)
+        if one.is_clean:
+            service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
+            uncached, pace = one.work.uncached_tokens, self._pace(known)
+            pace.learn_first_byte(service_s / known.speed.value, uncached, was_idle=one.was_idle)
+            if pace.is_known:
+                known.speed.learn(service_s, pace.expected_first_byte_s(uncached, was_idle=one.was_idle))
 
-    def answered(self, replica_id: str, duration_s: float) -> None:
+    def answered(self, one: Reservation, duration_s: float, answer_tokens: int | None = None) -> None:
         """Its answer came in one piece, `duration_s` seconds after the call."""
-        known = self._of(replica_id)
-        self._was_busy(known)
+        known = self._of(one.replica_id)
         known.whole_s = _mix(known.whole_s, duration_s)
-        self._refresh(replica_id, known)
-        if known.model:
-            self._learn_of_model(known, duration_s, is_stream=False)
+        known.measured_s = self.clock.now_s()
+        if not any(pace.streams for pace in self._models.values()):
+            self._note_stretch(known, duration_s)
+        alone_s = max(duration_s - one.ahead_s, 0.0)
+        uncached, tokens, pace = one.work.uncached_tokens, float(answer_tokens or 0), self._pace(known)
+        pace.learn_whole(alone_s / known.speed.value, uncached, tokens)
+        if pace.is_known and not pace.streams:
+            known.speed.learn(alone_s, pace.expected_whole_s(uncached, tokens))
 
-    def finished(self, replica_id: str, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
-        """The call ended, `duration_s` seconds after it began."""
-        known = self._of(replica_id)
-        known.in_flight = max(known.in_flight - 1, 0)
-        if ok:
-            known.duration_s = _mix(known.duration_s, duration_s)
-            if completion_tokens and duration_s > 0:
-                known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
-        else:
+    def finished(self, one: Reservation, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
+        """The call ended, `duration_s` seconds after it began; twice is harmless."""
+        if one.is_over:
+            return
+        known, now_s = self._of(one.replica_id), self.clock.now_s()
+        self._release(known, one, now_s)
+        if not ok:
             known.failed += 1
-        self._refresh(replica_id, known)
+            return
+        known.duration_s = _mix(known.duration_s, duration_s)
+        known.uncached_tokens = _mix(known.uncached_tokens, one.work.uncached_tokens)
+        if not completion_tokens or duration_s <= 0:
+            return
+        known.answer_tokens = _mix(known.answer_tokens, completion_tokens)
+        known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
+        if one.first_s is not None and completion_tokens > 1:
+            step_s = (now_s - one.first_s) / (completion_tokens - 1)
+            together, pace = (one.others + known.decoding) / 2, self._pace(known)
+            pace.learn_steps(step_s / known.step.value, together)
+            known.step.learn(step_s, pace.rates.step_s + pace.rates.step_each_s * together)
 
     # The engines' own account
 
@@ -187,8 +324,10 @@ class FleetLoad:
         self._engines[endpoint] = (load, now_s)
         for replica_id in self._at.get(endpoint, ()):
             known = self._replicas[replica_id]
-            known.reported, known.reported_in_flight = load, known.in_flight
-            self._refresh(replica_id, known)
+            known.reported = load
+            known.reported_in_flight, known.reported_queue = len(known.open), len(known.prefilling)
+            if load.cache_blocks and load.block_tokens:
+                known.capacity_tokens = load.cache_blocks * load.block_tokens
 
     def engine(self, endpoint: str) -> EngineLoad | None:
         """What the engine last said, however old; None if it never did."""
@@ -205,7 +344,7 @@ class FleetLoad:
     def in_flight(self, replica_id: str) -> int:
         """Our own requests at the replica."""
         known = self._replicas.get(replica_id)
-        return 0 if known is None else known.in_flight
+        return 0 if known is None else len(known.open)
 
     def pending(self, replica_id: str) -> int:
         """Requests at the replica, ours and, where its engine counts them, others'."""
@@ -213,7 +352,7 @@ class FleetLoad:
         return 0 if known is None else known.pending
 
     def expected_ttfb_s(self, replica_id: str) -> float | None:
-        """The learned time to the first byte, of streams or else of whole answers; None before the first of either."""
+        """The usual time to the first byte, of streams or else of whole answers; None before the first of either."""
         known = self._replicas.get(replica_id)
         if known is None:
             return None
@@ -223,22 +362,57 @@ class FleetLoad:
         """All that is known of one replica."""
         return self._replicas.get(replica_id)
 
-    def times(self, now_s: float) -> Mapping[str, float]:
-        """By replica: the expected seconds to a first byte under its present load, learned or as declared.
+    def rates(self, replica_id: str) -> Rates | None:
+        """A replica's pace as it is taken to be now; None for a stranger."""
+        known = self._replicas.get(replica_id)
+        return None if known is None else self._rates(known)
 
-        A live view: read it at once.
+    def waits(self, models: Sequence[ModelConfig], prompt: float, cached: Sequence[float], now_s: float) -> Waits:
+        """What each replica would make a request wait.
+
+        Args:
+            models: The replicas.
+            prompt: Tokens of the prompt.
+            cached: Those of them that each replica is expected to have in its cache.
+            now_s: The time.
         """
         self._sweep(now_s)
-        return self._times
+        found = Waits([], [], [], [], [], [])
+        for model, known_tokens in zip(models, cached, strict=True):
+            known = self._replicas.get(model.id)
+            if known is None:  # a model that is not of the fleet, as in a test
+                known = ReplicaLoad(model=model.name, declared_s=model.latency_p50_ms / 1000)
+            rates, speed = self._shape(known), known.speed.value
+            queue_s = _queue_s(known, now_s)
+            if others := known.waiting_of_others:
+                queue_s += others * rates.service_s(known.uncached_tokens or prompt) * speed
+            decoding = len(known.open) - len(known.prefilling)
+            saved = min(prompt, known_tokens)
+            found.queue_s.append(queue_s)
+            busy_s = rates.step_each_s * decoding * known.step.value
+            prompt_s = rates.latency_s + rates.prompt_s + rates.token_s * (prompt - saved)
+            found.prompt_s.append(prompt_s * speed + busy_s)
+            found.saved_s.append(rates.token_s * saved * speed)
+            found.step_s.append(rates.step_s * known.step.value + busy_s)
+            found.decoding.append(float(decoding))
+            found.usage.append(known.kv_usage or 0.0)
+        return found
 
-    def free(self, now_s: float) -> Mapping[str, float]:
-        """By replica: its free capacity, 1 idle to 0 full. A live view: read it at once."""
+    def free(self, now_s: float, models: Sequence[ModelConfig]) -> list[float | None]:
+        """The free capacity of each replica, 1 idle to 0 full; None for a stranger."""
         self._sweep(now_s)
-        return self._free
+        return [None if (known := self._replicas.get(model.id)) is None else _free(known) for model in models]
+
+    def usual_answer_tokens(self, replica_id: str) -> float:
+        """Tokens of a usual answer there."""
+        known = self._replicas.get(replica_id)
+        return known.answer_tokens if known is not None and known.answer_tokens is not None else _USUAL_ANSWER
 
     def snapshot(self) -> Mapping[str, Mapping[str, float]]:
         """By replica: the figures a person may want to see; what is not known is absent."""
-        return MappingProxyType({replica_id: _figures(known) for replica_id, known in self._replicas.items()})
+        return MappingProxyType(
+            {replica_id: _figures(known, self._rates(known)) for replica_id, known in self._replicas.items()}
+        )
 
     # How
 
@@ -246,92 +420,91 @@ class FleetLoad:
         known = self._replicas.get(replica_id)
         if known is None:
             if len(self._replicas) >= _MOST_REPLICAS:
-                oldest = next(iter(self._replicas))
-                for table in (self._replicas, self._times, self._free, self._unmeasured):
-                    table.pop(oldest, None)
+                del self._replicas[next(iter(self._replicas))]
             known = self._replicas[replica_id] = ReplicaLoad()
         return known
 
-    def _was_busy(self, known: ReplicaLoad) -> None:
-        """Note under which load a time was measured, and when."""
-        others = max(known.pending - 1, 0)
-        is_first = known.ttfb_s is None and known.whole_s is None
-        known.busy = _mix(None if is_first else known.busy, others)
-        known.measured_s = self.clock.now_s()
+    def _shape(self, known: ReplicaLoad) -> Rates:
+        """Its model's pace, or what was declared, as far as declarations were right so far."""
+        model = self._models.get(known.model)
+        if model is not None:
+            return model.rates
+        return Rates.declared(known.declared_s * (1.0 if self._stretch is None else self._stretch))
 
-    def _learn_of_model(self, known: ReplicaLoad, seconds: float, *, is_stream: bool) -> None:
-        """Let those that were not measured yet profit: the model's other replicas, and, by pace, everybody else."""
-        model = self._models.setdefault(known.model, _Model())
-        is_first_stream = is_stream and model.ttfb_s is None
-        has_moved = model.learn(seconds, is_stream=is_stream)
-        pace_has_moved = self._learn_pace(seconds / known.declared_s, is_stream=is_stream)
-        if not has_moved and not pace_has_moved:
+    def _rates(self, known: ReplicaLoad) -> Rates:
+        """Its own pace."""
+        return self._shape(known).scaled(known.speed.value, known.step.value)
+
+    def _pace(self, known: ReplicaLoad) -> Pace:
+        """What learns from its answers."""
+        pace = self._models.get(known.model)
+        if pace is None:
+            pace = self._models[known.model] = Pace(self._shape(known))
+        return pace
+
+    def _note_stretch(self, known: ReplicaLoad, idle_s: float | None) -> None:
+        """Note how a time without a queue compares with its declaration."""
+        if idle_s is not None and known.model:
+            self._stretch = _mix(self._stretch, idle_s / known.declared_s)
+
+    def _answer_of(self, known: ReplicaLoad, work: Work) -> float:
+        usual = _USUAL_ANSWER if known.answer_tokens is None else known.answer_tokens
+        return min(usual, work.answer_tokens) if work.answer_tokens else usual
+
+    def _prefilled(self, known: ReplicaLoad, one: Reservation, now_s: float) -> None:
+        """The prompt of a reservation is computed, or will never be."""
+        queue = known.prefilling
+        if queue.pop(id(one), None) is None:
             return
-        others = self._replicas if is_first_stream else self._unmeasured
-        for replica_id, other in tuple(others.items()):
-            if pace_has_moved or other.model == known.model:
-                self._refresh(replica_id, other)
+        known.queued_tokens = max(known.queued_tokens - one.work.uncached_tokens, 0.0) if queue else 0.0
+        rates, total_s, head_s = self._rates(known), 0.0, 0.0
+        for key, other in tuple(queue.items()):
+            service_s = rates.service_s(other.work.uncached_tokens)
+            if not other.work.is_stream and other.started_s + other.ahead_s + service_s < now_s:
+                del queue[key]  # nobody will tell, so it is taken to be so
+                known.queued_tokens = max(known.queued_tokens - other.work.uncached_tokens, 0.0)
+                continue
+            head_s = head_s or service_s
+            total_s += service_s
+        known.free_s, known.behind_s = now_s + total_s, max(total_s - head_s, 0.0)
 
-    def _learn_pace(self, pace: float, *, is_stream: bool) -> bool:
-        """Note how a time compares with its declaration; True if that changes the fleet's pace by much."""
-        if is_stream and not self._has_streamed:
-            self._has_streamed, self._pace = True, None
-        if is_stream or not self._has_streamed:
-            self._pace = _mix(self._pace, pace)
-        if self._pace is None or not _is_step(self._pace_used, self._pace):
-            return False
-        self._pace_used = self._pace
-        return True
-
-    def _base_s(self, replica_id: str, known: ReplicaLoad) -> float:
-        """The time to begin with: what is known of this replica's streams, its model's, or of whole answers alike."""
-        model = self._models.get(known.model, _UNKNOWN)
-        own_s = known.ttfb_s if known.ttfb_s is not None or model.ttfb_s is not None else known.whole_s
-        if own_s is not None:
-            self._unmeasured.pop(replica_id, None)
-            return own_s * _KNEE / (_KNEE + known.busy)
-        self._unmeasured[replica_id] = known
-        return known.declared_s * self._pace_used if model.alike_s is None else model.alike_s
-
-    def _refresh(self, replica_id: str, known: ReplicaLoad) -> None:
-        pending = known.pending
-        seconds = self._base_s(replica_id, known) * (1 + pending / _KNEE)
-        free = _KNEE / (_KNEE + pending)
-        if known.reported is not None and known.reported.kv_usage is not None:
-            seconds *= _crowding(known.reported.kv_usage)
-            free = min(free, max(1.0 - known.reported.kv_usage, 0.0))
-        self._times[replica_id] = seconds
-        self._free[replica_id] = free
+    def _release(self, known: ReplicaLoad, one: Reservation, now_s: float) -> None:
+        one.is_over = True
+        if known.open.pop(id(one), None) is None:
+            return
+        self._prefilled(known, one, now_s)
+        known.held_tokens = max(known.held_tokens - one.held, 0.0) if known.open else 0.0
 
     def _sweep(self, now_s: float) -> None:
         """Let go of what is too old, once a second at most."""
         if now_s - self._swept_s < 1.0:
             return
         self._swept_s = now_s
-        for replica_id, known in self._replicas.items():
+        for known in self._replicas.values():
             said = self._engines.get(known.endpoint)
-            is_silent = known.reported is not None and (said is None or now_s - said[1] > self.stale_s)
-            is_known = known.ttfb_s is not None or known.whole_s is not None
-            is_past = is_known and not known.in_flight and now_s - known.measured_s > self.remember_s
-            if is_silent:
+            if known.reported is not None and (said is None or now_s - said[1] > self.stale_s):
                 known.reported = None
-            if is_past:
-                known.ttfb_s = known.whole_s = None
-            if is_silent or is_past:
-                self._refresh(replica_id, known)
+            if not known.open:
+                if known.speed.seen and now_s - known.measured_s > self.remember_s:
+                    known.speed, known.step, known.ttfb_s, known.whole_s = Ratio(), Ratio(), None, None
+                continue
+            while known.open and (oldest := next(iter(known.open.values()))).until_s < now_s:
+                self.expired += 1
+                self._release(known, oldest, now_s)
 
 
-def _is_step(used: float, learned: float) -> bool:
-    return abs(learned - used) > _STEP * used
+def _queue_s(known: ReplicaLoad, now_s: float) -> float:
+    """How long the queue lasts: not less than what is behind its head, which has not answered yet."""
+    if not known.prefilling:
+        return 0.0
+    left_s = known.free_s - now_s
+    return max(known.behind_s, left_s)
 
 
-_UNKNOWN = _Model()
-
-
-def _crowding(kv_usage: float) -> float:
-    """By how much a filling KV cache lengthens the wait: 1 up to four fifths, then a barrier up to ten times."""
-    room = (1.0 - kv_usage) / (1.0 - _CROWDED)
-    return 1.0 if room >= 1.0 else 1.0 / max(room, 1 / _MOST_CROWDED)
+def _free(known: ReplicaLoad) -> float:
+    free = _KNEE / (_KNEE + known.pending)
+    usage = known.kv_usage
+    return free if usage is None else min(free, max(1.0 - usage, 0.0))
 
 
 def _mix(old: float | None, new: float) -> float:
@@ -339,17 +512,23 @@ def _mix(old: float | None, new: float) -> float:
     return new if old is None else old + _WEIGHT_OF_NEW * (new - old)
 
 
-def _figures(known: ReplicaLoad) -> dict[str, float]:
+def _figures(known: ReplicaLoad, rates: Rates) -> dict[str, float]:
     said = known.reported
     found: dict[str, float | None] = {
         "in_flight": known.in_flight,
         "pending": known.pending,
         "started": known.started,
         "failed": known.failed,
+        "queued_tokens": known.queued_tokens,
+        "held_tokens": known.held_tokens,
         "ttfb_s": known.ttfb_s,
         "whole_s": known.whole_s,
         "duration_s": known.duration_s,
         "tokens_per_second": known.tokens_per_second,
+        "prefill_tokens_per_s": 1 / rates.token_s if rates.token_s else None,
+        "speed": known.speed.value if known.speed.seen else None,
+        "step_s": rates.step_s if known.step.seen else None,
+        "error_s": known.speed.error_s if known.speed.seen else None,
         "engine_running": said.running if said else None,
         "engine_waiting": said.waiting if said else None,
         "engine_kv_usage": said.kv_usage if said else None,

@@ -111,9 +111,33 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_model_gpu_memory_pct", "gauge", ("model", "endpoint"), "Share of the engine's KV cache in use, 0..100."
     ),
     MetricInfo("kvfleet_expected_ttfb_seconds", "gauge", ("model", "endpoint"), "Expected time to a first byte, now."),
+    MetricInfo(
+        "kvfleet_queued_prompt_tokens",
+        "gauge",
+        ("model", "endpoint"),
+        "Prompt tokens that our requests there wait for.",
+    ),
+    MetricInfo(
+        "kvfleet_prefill_tokens_per_second", "gauge", ("model", "endpoint"), "Learned pace of reading a prompt."
+    ),
+    MetricInfo(
+        "kvfleet_cache_trust", "gauge", ("model", "endpoint"), "Share of expected cached tokens that came true, 0..1."
+    ),
+    MetricInfo(
+        "kvfleet_cache_prediction_error_tokens",
+        "gauge",
+        ("model", "endpoint"),
+        "Mean difference between the cached tokens that were expected and those the engine reported.",
+    ),
+    MetricInfo(
+        "kvfleet_cache_trust_alarm", "gauge", ("model", "endpoint"), "1 while too few expectations come true, else 0."
+    ),
     MetricInfo("kvfleet_fleet_info", "gauge", ("fleet", "strategy", "version"), "Always 1; its labels tell."),
 )
 """Every metric, in the order of the reference page."""
+
+GaugeSource = Callable[[], Mapping[tuple[str, ...], float]]
+"""Gives a gauge's values, by its labels."""
 
 _BY_NAME = {info.name: info for info in METRICS}
 
@@ -158,6 +182,7 @@ class _State(Collector):
     told: dict[tuple[str, str, str], float] = attrs.field(factory=dict)
     fleet: tuple[str, str, str] | None = None
     kept: dict[str, Callable[[], float]] = attrs.field(factory=dict)
+    gauges: dict[str, GaugeSource] = attrs.field(factory=dict)
 
     def describe(self) -> Iterator[Metric]:
         """Nothing, so that registering does not read the state."""
@@ -168,6 +193,9 @@ class _State(Collector):
         families = {i.name: GaugeMetricFamily(i.name, i.doc, labels=i.labels) for i in METRICS if i.type == "gauge"}
         for (name, model, endpoint), value in {**self._read(), **self.told}.items():
             families[name].add_metric((model, endpoint), value)
+        for name, read_all in self.gauges.items():
+            for labels, value in read_all().items():
+                families[name].add_metric(labels, value)
         if self.fleet is not None:
             families["kvfleet_fleet_info"].add_metric(self.fleet, 1.0)
         yield from families.values()
@@ -191,6 +219,9 @@ class _State(Collector):
             said = self.load.engine(model.endpoint)
             found["kvfleet_in_flight_requests"] = self.load.in_flight(model.id)
             found["kvfleet_expected_ttfb_seconds"] = self.load.expected_ttfb_s(model.id)
+            known, rates = self.load.of(model.id), self.load.rates(model.id)
+            found["kvfleet_queued_prompt_tokens"] = None if known is None else known.queued_tokens
+            found["kvfleet_prefill_tokens_per_second"] = 1 / rates.token_s if rates and rates.token_s else None
             if said is not None:
                 found["kvfleet_model_queue_depth"] = said.waiting
                 found["kvfleet_model_gpu_memory_pct"] = None if said.kv_usage is None else said.kv_usage * 100
@@ -330,6 +361,10 @@ class MetricsExporter:
     def read(self, name: str, kept: Callable[[], float]) -> None:
         """Show a counter that somebody else keeps; it is read at each scrape."""
         self._state.kept[name] = kept
+
+    def read_gauge(self, name: str, read_all: GaugeSource) -> None:
+        """Show a gauge that somebody else keeps: its values by their labels, read at each scrape."""
+        self._state.gauges[name] = read_all
 
     def set_fleet_info(self, fleet: str = "", strategy: str = "", version: str = "") -> None:
         """Name the fleet, its strategy and kvfleet's version."""

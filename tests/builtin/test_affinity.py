@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.affinity import PrefixAffinity
 from kvfleet.config.schema import ModelConfig
@@ -48,6 +49,8 @@ class Fleet:
         found = self.stage.affinity(ctx)
         known: dict[str, float] = ctx.affinity  # type: ignore[assignment]
         known.update(zip([m.id for m in FLEET], found.tokens, strict=True))
+        if served is not None and not ctx.dry_run:
+            self.stage.placed(ctx, served)
         await self.stage.observe(outcome(ctx, served, **told))
 
     def hits(self, kind: str) -> float:
@@ -62,14 +65,14 @@ async def test_the_second_turn_is_expected_where_the_first_was_answered(served: 
     fleet = Fleet()
     await fleet.answer(served, SYSTEM, HELLO)
     found = fleet.expect(SYSTEM, HELLO, ANSWER, MORE)
-    assert found == {served.endpoint[-1]: (265, "approximate")}
+    assert found == {served.endpoint[-1]: (271, "approximate")}
 
 
 async def test_a_system_prompt_is_shared() -> None:
     """Another question under the same system prompt is expected where it was seen, by that part."""
     fleet = Fleet()
     await fleet.answer(A, SYSTEM, HELLO)
-    assert fleet.expect(SYSTEM, user("Something else entirely?")) == {"a": (135, "approximate")}
+    assert fleet.expect(SYSTEM, user("Something else entirely?")) == {"a": (137, "approximate")}
 
 
 async def test_another_system_prompt_is_nobodys() -> None:
@@ -81,21 +84,24 @@ async def test_another_system_prompt_is_nobodys() -> None:
 
 async def test_a_small_part_counts_as_none() -> None:
     """Below the share that is asked for, it is not worth waiting for."""
-    fleet = Fleet()
+    fleet = Fleet(min_affinity=0.3)
     await fleet.answer(A, SYSTEM, HELLO)
     assert fleet.expect(SYSTEM, user("x" * 4000)) == {}
-    eager = Fleet(min_affinity=0.0)
+    eager = Fleet()
     await eager.answer(A, SYSTEM, HELLO)
-    assert eager.expect(SYSTEM, user("x" * 4000)) == {"a": (135, "approximate")}
+    assert eager.expect(SYSTEM, user("x" * 4000)) == {"a": (137, "approximate")}
 
 
-async def test_a_named_conversation_stays_even_if_its_text_changed() -> None:
-    """A client that trims its history still finds its replica; another tenant's session of that name does not."""
+async def test_a_named_conversation_stays_where_it_is_if_nothing_speaks_against_it() -> None:
+    """Nothing of a changed text is in the cache, and nothing is said to be; its replica breaks ties, and no more."""
     fleet = Fleet()
     await fleet.answer(B, HELLO, session="s", tenant="t", usage=Usage(5, 40))
-    assert fleet.expect(user("Shorter now."), session="s", tenant="t") == {"b": (3, "approximate")}
-    assert fleet.expect(user("Shorter now."), session="s", tenant="u") == {}
-    assert fleet.expect(user("Shorter now.")) == {}
+
+    def found(**ctx: Any) -> list[float]:
+        return list(fleet.stage.affinity(context(FLEET, [user("Shorter now.")], **ctx)).tokens)
+
+    assert found(session="s", tenant="t") == [0, 1, 0]
+    assert found(session="s", tenant="u") == found() == [0, 0, 0]
 
 
 async def test_what_was_learned_ages() -> None:
@@ -103,7 +109,7 @@ async def test_what_was_learned_ages() -> None:
     fleet = Fleet(session_ttl_s=100.0)
     await fleet.answer(A, SYSTEM, HELLO, session="s", now_s=1000.0)
     assert fleet.expect(SYSTEM, HELLO, session="s", now_s=1100.0)
-    assert fleet.expect(SYSTEM, HELLO, session="s", now_s=1101.0) == {}
+    assert fleet.expect(SYSTEM, HELLO, session="s", now_s=1200.0) == {}
 
 
 async def test_an_engine_that_reports_no_cached_tokens_is_believed_less() -> None:
@@ -124,7 +130,7 @@ async def test_an_engine_that_says_nothing_of_its_cache_is_believed() -> None:
     fleet = Fleet()
     for _ in range(8):
         await fleet.answer(A, SYSTEM, HELLO, usage=Usage(150, 10))
-    assert fleet.expect(SYSTEM, HELLO) == {"a": (140, "approximate")}
+    assert fleet.expect(SYSTEM, HELLO) == {"a": (144, "approximate")}
 
 
 async def test_an_unknown_long_beginning_has_a_home() -> None:
@@ -184,15 +190,15 @@ async def test_a_client_that_left_leaves_a_warm_cache() -> None:
     """The prompt was computed all the same."""
     fleet = Fleet()
     await fleet.answer(A, SYSTEM, HELLO, error=RouteError("the client left", code="client_left"))
-    assert fleet.expect(SYSTEM, HELLO)["a"] == (140, "approximate")
+    assert fleet.expect(SYSTEM, HELLO)["a"] == (144, "approximate")
 
 
 async def test_what_is_remembered_is_bounded() -> None:
     """However many conversations come."""
-    fleet = Fleet(max_entries=200)
+    fleet = Fleet(max_entries=300)
     for i in range(500):
         await fleet.answer(A, user(f"conversation {i}"), session=f"s{i}", now_s=1000.0 + i * 10)
-    assert fleet.stage.state() == {"entries": 200, "max_entries": 200, "sessions": 361}
+    assert fleet.stage.state() == {"entries": 100, "max_entries": 300, "sessions": 361, "trust": {}}
 
 
 async def test_expecting_changes_nothing() -> None:
@@ -202,3 +208,67 @@ async def test_expecting_changes_nothing() -> None:
     before = fleet.stage.state()
     assert fleet.expect(SYSTEM, HELLO) == fleet.expect(SYSTEM, HELLO)
     assert fleet.stage.state() == before
+
+
+async def test_where_a_request_goes_counts_at_once() -> None:
+    """A burst of siblings finds the first one's replica before it has answered; nothing came of it is nothing known."""
+    fleet = Fleet()
+    ctx = context(FLEET, [SYSTEM, HELLO])
+    fleet.stage.placed(ctx, B)
+    assert fleet.expect(SYSTEM, user("A sibling.")) == {"b": (137, "approximate")}
+    assert fleet.expect(SYSTEM, user("A sibling."), now_s=1100.0) == {}
+    fleet.stage.placed(ctx, A)
+    await fleet.stage.observe(outcome(ctx, None, error=RouteError("nobody answered")))
+    assert fleet.expect(SYSTEM, user("A sibling.")) == {}
+
+
+async def test_an_attempt_that_failed_is_taken_back_and_the_one_that_answered_stays() -> None:
+    """And what was there before the failed attempt is still there."""
+    fleet = Fleet()
+    await fleet.answer(A, SYSTEM, user("Before."))
+    ctx = context(FLEET, [SYSTEM, HELLO, user("and more " * 100)])
+    fleet.stage.placed(ctx, A)
+    fleet.stage.placed(ctx, B)
+    await fleet.stage.observe(outcome(ctx, B))
+    assert fleet.expect(SYSTEM, HELLO, user("and more " * 100)) == {
+        "a": (137, "approximate"),
+        "b": (370, "approximate"),
+    }
+
+
+async def test_tenants_can_be_kept_apart() -> None:
+    """Where engines salt their caches, or the request does."""
+    fleet = Fleet(isolate_tenants=True)
+    await fleet.answer(A, SYSTEM, HELLO, tenant="t")
+    assert fleet.expect(SYSTEM, HELLO, tenant="u") == {}
+    assert fleet.expect(SYSTEM, HELLO, tenant="t")
+
+
+async def test_a_replica_forgets_as_its_engine_does() -> None:
+    """The engine tells the size of its cache; what was used longest ago is gone first."""
+    fleet = Fleet()
+    size = EngineLoad(cache_blocks=64, block_tokens=16)
+    fleet.services.load.register(FLEET)
+    fleet.services.load.report("http://a", size, 1000.0)
+    for i in range(12):
+        await fleet.answer(A, user(f"{i} is the number of this document. " * 20))
+    known = [bool(fleet.expect(user(f"{i} is the number of this document. " * 20))) for i in range(12)]
+    assert known == [False] * 6 + [True] * 6
+
+
+async def test_too_many_broken_expectations_raise_the_alarm() -> None:
+    """In the metric and the state, until they come true again."""
+    fleet = Fleet()
+
+    def metric(name: str) -> float | None:
+        return fleet.services.metrics.registry.get_sample_value(name, {"model": "m", "endpoint": "http://a"})
+
+    for _ in range(20):
+        await fleet.answer(A, SYSTEM, HELLO, usage=Usage(150, 10, 160, cached_tokens=0))
+    assert metric("kvfleet_cache_trust_alarm") == 1
+    assert (metric("kvfleet_cache_trust") or 1) < 0.2
+    assert (metric("kvfleet_cache_prediction_error_tokens") or 0) > 100
+    assert fleet.stage.state()["trust"]["m@http://a"] < 0.2
+    for _ in range(20):
+        await fleet.answer(A, SYSTEM, HELLO, usage=Usage(150, 10, 160, cached_tokens=144))
+    assert metric("kvfleet_cache_trust_alarm") == 0

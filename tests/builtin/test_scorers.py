@@ -20,7 +20,7 @@ from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Services
 from kvfleet.router.scoring import Column, Unit
-from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.load import FleetLoad, Work
 from tests.builtin.making import context, model, user
 
 TALK = [user("x" * 4000)]
@@ -95,34 +95,65 @@ def latency(fleet: Services, **ctx: Any) -> list[float]:
 
 
 def test_latency_is_declared_until_it_is_measured() -> None:
-    """Then it is what was measured, and under load more."""
+    """Then it is what was measured, of all replicas of the model; and where a queue is, more."""
     fleet = services(A, B)
-    assert latency(fleet) == [0.2, 0.2]
+    assert latency(fleet) == [0.225, 0.225]
+    for _ in range(8):
+        one = fleet.load.started(A.id)
+        fleet.load.first_byte(one, 0.8)
+        fleet.load.finished(one, 1.0, True)
+    known, alike = (float(value.expected) for value in latency(fleet))
+    assert known == alike == pytest.approx(0.8, rel=0.1)
     fleet.load.started(A.id)
-    fleet.load.first_byte(A.id, 0.8)
-    fleet.load.finished(A.id, 1.0, True)
-    assert latency(fleet) == [0.8, 0.8]
-    for _ in range(4):
-        fleet.load.started(A.id)
-    assert latency(fleet) == [1.2, 0.8]
+    assert float(latency(fleet)[0].expected) > known
+
+
+def measured() -> Services:
+    """A fleet that reads 8,000 tokens in a second."""
+    fleet = services(A, B)
+    fleet.load.register((A, B))
+    for tokens in (1000, 8000, 2000, 4000) * 8:
+        one = fleet.load.started(A.id, Work(tokens))
+        fleet.load.first_byte(one, tokens / 8000)
+        fleet.load.finished(one, tokens / 8000, True)
+    return fleet
 
 
 def test_a_cached_prompt_is_answered_sooner() -> None:
-    """Wholly cached saves 30 %, half cached half of that."""
-    fleet = services(A, B)
-    assert latency(fleet, affinity={A.id: 1000.0}) == [0.14, 0.2]
-    assert latency(fleet, affinity={A.id: 500.0, B.id: 1000.0}) == [0.17, 0.14]
+    """By the time its cached tokens would take; more than there are save no more than all."""
+    fleet = measured()
+    column = LatencyScorer()
+    column.provision(fleet)
+    prompt = [user("x" * 32_000)]
+
+    def seconds(**affinity: float) -> list[float]:
+        known = {f"m@http://{key}": tokens for key, tokens in affinity.items()}
+        return [float(v or 0) for v in column.score(context((A, B), prompt, affinity=known)).values]
+
+    nothing, half, all_, more = seconds()[0], seconds(a=4000.0)[0], seconds(a=8000.0)[0], seconds(a=32_000.0)[0]
+    assert nothing == pytest.approx(1.0, rel=0.1)
+    assert (nothing - half, nothing - all_) == pytest.approx((0.5, 1.0), rel=0.1)
+    assert more == all_
 
 
-def test_a_cache_cannot_save_more_than_there_is() -> None:
-    """More expected tokens than the prompt is estimated to have count as all of it."""
-    assert latency(services(A, B), affinity={A.id: 4000.0}) == [0.14, 0.2]
+def test_the_terms_say_how_a_time_comes_about() -> None:
+    """Queue, own prompt, what the cache saves, steps of decoding, who would be held up, memory."""
+    fleet = measured()
+    scorer = LatencyScorer()
+    scorer.provision(fleet)
+    fleet.load.started(A.id, Work(8000))
+    column = scorer.score(context((A, B), [user("x" * 32_000)], affinity={B.id: 4000.0}, now_s=fleet.clock.now_s()))
+    assert set(column.terms) == {"queue_s", "prompt_s", "saved_s", "step_s", "decoding", "usage"}
+    assert column.terms["queue_s"] == pytest.approx([1.0, 0.0], rel=0.1)
+    assert column.terms["saved_s"] == pytest.approx([0.0, 0.5], rel=0.1)
+    assert [q + p for q, p in zip(column.terms["queue_s"], column.terms["prompt_s"], strict=True)] == column.values
 
 
 def test_a_stranger_has_its_declared_latency() -> None:
     """A candidate that is not of the fleet, as in a test, is no error."""
     scorer = LatencyScorer()
-    assert list(scorer.score(context((A, model("x", latency_p50_ms=900)), TALK)).values) == [0.2, 0.9]
+    values = scorer.score(context((A, model("x", latency_p50_ms=800)), TALK)).values
+    assert list(values) == [pytest.approx(0.225), pytest.approx(0.9)]
 
 
 # The others

@@ -66,13 +66,13 @@ def test_least_requests_chooses_whoever_has_the_fewest() -> None:
     services = Services(models=FLEET)
     for i, count in enumerate((2, 1, 3, 0)):
         for _ in range(count):
-            services.load.started(FLEET[i].id)
+            made = services.load.started(FLEET[i].id)
     strategy = LeastRequestsStrategy()
     strategy.provision(services)
     ranking = strategy.select(FLEET)
     assert [m.endpoint[-1] for m in ranking.models] == list("3102")
     assert list(ranking.totals) == [1.0, 1 / 2, 1 / 3, 1 / 4]
-    services.load.finished(FLEET[2].id, 1.0, True)
+    services.load.finished(made, 1.0, True)
     services.load.started(FLEET[3].id)
     services.load.started(FLEET[3].id)
     assert strategy.select(FLEET).models[0] is FLEET[1]

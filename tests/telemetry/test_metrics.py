@@ -133,8 +133,7 @@ def test_the_watched_fleet_is_read_at_each_scrape() -> None:
     where = {"model": "m", "endpoint": "http://e"}
     assert value(metrics, "kvfleet_breaker_state", **where) == 0
     assert value(metrics, "kvfleet_expected_ttfb_seconds", **where) is None
-    load.started(model.id)
-    load.first_byte(model.id, 0.25)
+    load.first_byte(load.started(model.id), 0.25)
     load.report("http://e", EngineLoad(waiting=7, kv_usage=0.5), clock.now_s())
     health.update_health(EndpointHealth(endpoint="http://e", healthy=False))
     health.record_failure("http://e", Fault.TIMEOUT)

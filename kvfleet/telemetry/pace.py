@@ -1,0 +1,178 @@
+"""How fast engines read prompts and write answers, learned from their answers.
+
+What is learned has two parts, because they need different amounts of evidence: the shape of a model's times (what is
+fixed, what each token costs), from all its replicas together; and of each replica one `Ratio`, how much slower or
+faster than that it is. So a replica that had one request is known about as well as its siblings, and nobody is left
+behind with an old guess while the others are measured.
+
+A stream's first byte comes after a fixed time (the way there and back, and the first step), after the prompts in front
+of it, and after its own prompt: so much for a prompt, so much for each of its tokens that is not cached. An engine
+reads prompts one after the other, in pieces, or a few at a time; either way the time between two first bytes of a busy
+engine is the time of the later one's prompt. That is what is fitted, so a queue in front of a prompt, which is known
+apart, does not make an engine look slow. A whole answer shows no first byte; its time is fitted with the length of the
+answer as a third feature. Steps of decoding grow with the requests that are decoded together.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from kvfleet.telemetry.fit import Fit
+
+__all__ = ["Pace", "Rates", "Ratio"]
+
+_SERIAL_SHARE = 1 / 8
+"""Of a declared time, what one request makes the next one wait: an engine works on about eight at a time."""
+_DECODE_S = 0.01
+_MOST_SURPRISE = 10.0
+_SURE = 8
+_KEEP = 0.95
+_SAME = 0.05
+_GRANTED = 2.0
+
+
+@attrs.frozen
+class Rates:
+    """What a pace comes to.
+
+    Attributes:
+        latency_s: Seconds that every first byte takes, and that nobody else waits for.
+        prompt_s: Seconds of the engine for a prompt, whatever its length.
+        token_s: Seconds for each prompt token that is not cached.
+        step_s: Seconds of a decode step with one request.
+        step_each_s: How much longer it gets with each further one.
+    """
+
+    latency_s: float
+    prompt_s: float
+    token_s: float
+    step_s: float = _DECODE_S
+    step_each_s: float = _DECODE_S / 20
+
+    @classmethod
+    def declared(cls, seconds: float) -> Rates:
+        """The rates of an engine of which only a usual time is known."""
+        return cls(seconds, seconds * _SERIAL_SHARE, 0.0)
+
+    def scaled(self, speed: float, step: float) -> Rates:
+        """The rates of somebody who takes so many times as long, to read and to write."""
+        return Rates(
+            self.latency_s * speed,
+            self.prompt_s * speed,
+            self.token_s * speed,
+            self.step_s * step,
+            self.step_each_s * step,
+        )
+
+    def service_s(self, uncached_tokens: float) -> float:
+        """Seconds for which a prompt occupies the engine."""
+        return self.prompt_s + self.token_s * uncached_tokens
+
+
+@attrs.define
+class Ratio:
+    """How many times as long as expected things take: the sum of what they took by the sum of what was expected.
+
+    Newer ones count more, and a few that went as expected are taken for granted. What differs by less than a twentieth
+    is the same: it is noise, and equals take turns.
+    """
+
+    value: float = 1.0
+    seen: int = 0
+    error_s: float = 0.0
+    _took: float = 0.0
+    _expected: float = 0.0
+    _weight: float = 0.0
+
+    def learn(self, seconds: float, expected_s: float) -> None:
+        """Something took so long."""
+        if expected_s <= 0:
+            return
+        self.error_s += (abs(seconds - expected_s * self.value) - self.error_s) / min(self.seen + 1, 20)
+        seconds = min(max(seconds, expected_s / _MOST_SURPRISE), expected_s * _MOST_SURPRISE)
+        self._took = _KEEP * self._took + seconds
+        self._expected = _KEEP * self._expected + expected_s
+        self._weight = _KEEP * self._weight + 1
+        self.seen += 1
+        granted = _GRANTED * self._expected / self._weight
+        value = (granted + self._took) / (granted + self._expected)
+        self.value = value if abs(value - 1) > _SAME else 1.0
+
+
+@attrs.define
+class Pace:
+    """What is learned of a model over all its replicas.
+
+    Args:
+        prior: The rates to begin with.
+
+    Attributes:
+        rates: Learned so far.
+        streams, wholes, steps: How many first bytes, whole answers and answers' lengths it was learned from.
+    """
+
+    prior: Rates
+    rates: Rates = attrs.field(init=False)
+    _stream: Fit = attrs.field(init=False, repr=False)
+    _whole: Fit = attrs.field(init=False, repr=False)
+    _step: Fit = attrs.field(init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        prior = self.prior
+        self.rates = prior
+        self._stream = Fit((prior.latency_s, prior.prompt_s, prior.token_s))
+        self._whole = Fit((prior.latency_s + prior.prompt_s, prior.token_s, 0.0))
+        self._step = Fit((prior.step_s, prior.step_each_s))
+
+    @property
+    def streams(self) -> int:
+        """First bytes it was learned from."""
+        return self._stream.seen
+
+    @property
+    def wholes(self) -> int:
+        """Whole answers it was learned from."""
+        return self._whole.seen
+
+    @property
+    def is_known(self) -> bool:
+        """True once there were enough answers to compare replicas by what is left over."""
+        return max(self._stream.seen, self._whole.seen) >= _SURE
+
+    def expected_first_byte_s(self, uncached_tokens: float, *, was_idle: bool) -> float:
+        """What `learn_first_byte` would expect."""
+        return self._stream(float(was_idle), 1.0, uncached_tokens)
+
+    def expected_whole_s(self, uncached_tokens: float, answer_tokens: float) -> float:
+        """What `learn_whole` would expect."""
+        return self._whole(1.0, uncached_tokens, answer_tokens)
+
+    def learn_first_byte(self, seconds: float, uncached_tokens: float, *, was_idle: bool) -> None:
+        """The prompt of a stream took so long, with the way there and back if it met no queue (`was_idle`)."""
+        features = (float(was_idle), 1.0, uncached_tokens)
+        expected = self._stream(*features)
+        if self._stream.seen >= _SURE:  # a pause of the network or of a garbage collector is no pace
+            seconds = min(seconds, _MOST_SURPRISE * expected)
+        self._stream.learn(seconds, *features)
+        self._refresh()
+
+    def learn_whole(self, seconds: float, uncached_tokens: float, answer_tokens: float) -> None:
+        """An answer came in one piece after so long, without the queue in front of it."""
+        self._whole.learn(seconds, 1.0, uncached_tokens, answer_tokens)
+        self._refresh()
+
+    def learn_steps(self, step_s: float, together: float) -> None:
+        """Tokens of a stream came so long after each other, with so many other requests being decoded."""
+        self._step.learn(step_s, 1.0, together)
+        self._refresh()
+
+    def _refresh(self) -> None:
+        step_s, each_s = self._step.coefficients
+        if self._stream.seen or not self._whole.seen:
+            latency_s, prompt_s, token_s = self._stream.coefficients
+            self.rates = Rates(latency_s, prompt_s, token_s, step_s, each_s)
+            return
+        fixed_s, token_s, answer_s = self._whole.coefficients
+        if not self._step.seen and answer_s:
+            step_s = answer_s
+        self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, step_s, each_s)
