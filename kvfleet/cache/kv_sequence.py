@@ -51,11 +51,15 @@ class EventStream(CacheState):
     _is_probe: bool = attrs.field(init=False, default=False)
     _is_first: bool = attrs.field(init=False, default=False)
     _is_other: bool = attrs.field(init=False, default=False)
+    _is_short: bool = attrs.field(init=False, default=False)
+    _came_to: int = attrs.field(init=False, default=-1)
     _again_s: float | None = attrs.field(init=False, default=None)
     _no_replay_until_s: float = attrs.field(init=False, default=float("-inf"))
 
     def connected(self) -> None:
         """The publisher is there, perhaps again; what was said meanwhile was missed."""
+        if self.is_connected:
+            return
         super().connected()
         self._live = -1
         if self.can_replay:
@@ -90,6 +94,7 @@ class EventStream(CacheState):
 
     def live(self, seq: int, payload: bytes) -> None:
         """A message as it was published."""
+        self.connected()
         if self._is_syncing:
             if len(self._pending) < _MOST_PENDING:  # what is dropped here is a gap later, and asked for again
                 self._pending.append((seq, payload))
@@ -129,17 +134,20 @@ class EventStream(CacheState):
 
     def replayed(self, seq: int, payload: bytes) -> None:
         """A message of the replay that was asked for."""
-        if self._is_other:
+        if self._is_other or self._is_short:
             return
         is_first, self._is_first = self._is_first, False
         last = self._last
         if not is_first or last is None or last < 0:
             if last is None:
                 self._begin(seq)
-            elif seq > last + 1:
-                self.lose("the engine no longer has all that was missed")
             elif seq <= last:
                 return
+            elif seq > last + 1 and not is_first:
+                self._is_short = True  # ZMQ drops what a full queue has no room for: ask for the rest
+                return
+            elif seq > last + 1:
+                self.lose("the engine no longer has all that was missed")
             self._apply(seq, payload)
         elif seq > last:
             self.lose("the engine no longer has all that was missed")
@@ -150,13 +158,22 @@ class EventStream(CacheState):
     def replay_ended(self) -> None:
         """That was all of it."""
         self.counts.replays += 1
-        nothing_came, is_other = self._is_first, self._is_other
-        self._is_first = self._is_other = False
+        nothing_came, is_other, is_short = self._is_first, self._is_other, self._is_short
+        self._is_first = self._is_other = self._is_short = False
+        if self.wanted is not None:  # the connection was lost meanwhile, and there is more to ask for
+            return
         if is_other or (nothing_came and self._last is not None and self._last >= 0):
             self._restarted()
             self._want(0)
             return
-        if self._last is None:  # it has published nothing so far, so there is nothing in its cache
+        if is_short and self._last is not None and self._last > self._came_to:
+            self._want(self._last)
+            return
+        if is_short:
+            self._no_replay_until_s = self.clock.now_s() + self._wait_s
+            self.lose("the engine did not replay all that was missed")
+            self._last = None
+        if self._last is None and not is_short:  # it has published nothing so far, so there is nothing in its cache
             self._last, self.is_whole = -1, True
         self.is_silent = False
         self._go_live()
@@ -164,8 +181,10 @@ class EventStream(CacheState):
     def replay_failed(self) -> None:
         """No replay came, or not all of it."""
         self.counts.failed_replays += 1
+        self._is_first = self._is_other = self._is_short = False
+        if self.wanted is not None:  # the same
+            return
         self._no_replay_until_s = self._again_s = self.clock.now_s() + self._wait_s
-        self._is_first = self._is_other = False
         if self._is_probe:
             self.is_silent = True
         else:
@@ -177,7 +196,8 @@ class EventStream(CacheState):
         """The number from which to ask; the replay begins."""
         assert self.wanted is not None  # noqa: S101 - the contract
         start, self.wanted = self.wanted, None
-        self._is_first, self._is_other = True, False
+        self._came_to = -1 if self._last is None else self._last
+        self._is_first, self._is_other, self._is_short = True, False, False
         return start
 
     def judge(self) -> tuple[KVMode, str]:

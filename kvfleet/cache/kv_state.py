@@ -211,8 +211,10 @@ class CacheState:
     def doubt(self, why: str) -> None:
         """What the engine says makes no sense: give up what is known, and do not use what comes for a while."""
         self.lose(why)
-        self._doubted_until_s = self.clock.now_s() + self._wait_s
-        self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
+        now_s = self.clock.now_s()
+        if now_s >= self._doubted_until_s:
+            self._doubted_until_s = now_s + self._wait_s
+            self._wait_s = min(2 * self._wait_s, _LONGEST_WAIT_S)
 
     # What the engine says elsewhere
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
 from kvfleet.config.findings import NOWHERE, Origin
 
@@ -224,6 +225,8 @@ class ModelConfig:
         1, ge=0, doc="How often a call is repeated on the same replica if nothing had been received."
     )
     stream_usage: bool = flag(True, doc="Ask the engine for token usage at the end of a stream.")
+    kv_events: KVEventsConfig | None = section(None, doc="Where its engines tell what is in their KV caches.")
+    prompt_blocks: PromptBlocksConfig = section(PromptBlocksConfig, doc="How its prompts are compared with them.")
     options: Mapping[str, Any] = mapping(
         doc="Options of the adapter itself; `kvfleet components` lists them.", is_shown=False
     )

@@ -450,8 +450,11 @@ def test_what_is_claimed_is_there(seed: int, can_replay: bool, keep: int) -> Non
     scene.connect()
     for _ in range(rng.randrange(1, 40)):
         act, engine = rng.random(), scene.engine
-        if act < 0.06:
+        if act < 0.06:  # which nobody does without its connections being lost
+            scene.stream.disconnected()
             engine.restart()
+            if rng.random() < 0.5:
+                scene.connect()
         elif act < 0.12:
             scene.stream.disconnected()
             if rng.random() < 0.5:

@@ -1,0 +1,70 @@
+"""What a model's entry says of its engines' KV caches: who tells of them, and in which unit prompts are compared."""
+
+from __future__ import annotations
+
+import attrs
+
+from kvfleet.config.fields import choice, flag, number, text
+
+__all__ = ["KVEventsConfig", "PromptBlocksConfig"]
+
+_ADDRESS = r"(tcp://(\{host\}|\*|\[[0-9A-Fa-f:*]+\]|[^\s/:\[\]]+):\d{1,5}|ipc://\S+)"
+_ADDRESS_DOC = "tcp://HOST:PORT or ipc://PATH; {host} stands for the host of the replica's endpoint"
+
+
+@attrs.frozen(kw_only=True)
+class KVEventsConfig:
+    """Where the engines of a model tell what is in their KV caches. Needs `prompt_blocks` of tokens."""
+
+    source: str = choice(
+        "zmq",
+        of=("zmq", "trtllm"),
+        doc="`zmq` for what vLLM and SGLang publish (needs kvfleet[events]); `trtllm` asks trtllm-serve for it.",
+    )
+    endpoint: str = text(
+        "tcp://{host}:5557",
+        doc="Where the engine publishes; a data-parallel rank's port is its number higher.",
+        pattern=_ADDRESS,
+        pattern_doc=_ADDRESS_DOC,
+    )
+    replay: str = text(
+        "",
+        doc="Where messages that were missed can be asked for; without it a gap costs all that was known.",
+        pattern=_ADDRESS,
+        pattern_doc=_ADDRESS_DOC,
+        example="tcp://{host}:5558",
+    )
+    topic: str = text("", doc="Only messages whose topic begins so; all if empty.")
+    bind: bool = flag(doc="Listen on `endpoint`, for engines that connect to us; each replica's on the next port.")
+    data_parallel_ranks: int = number(1, ge=1, le=256, doc="Ranks that each publish on a port of their own.")
+    lora: str = text("", doc="The adapter's name, if this model is a LoRA adapter of its engine.")
+    poll_ms: float = number(500, gt=0, unit="ms", doc="Time between two questions to a `trtllm` source.")
+    silence_seconds: float = number(
+        10, gt=0, unit="s", doc="How long an engine at work may tell nothing before it is asked, or not believed."
+    )
+    max_blocks: int = number(
+        1_000_000, ge=1, doc="Most blocks remembered of one rank's cache; each takes about 300 bytes."
+    )
+
+
+@attrs.frozen(kw_only=True)
+class PromptBlocksConfig:
+    """In which unit a model's prompts are compared with what its engines hold."""
+
+    mode: str = choice(
+        "bytes",
+        of=("bytes", "engine", "tokenizer"),
+        doc="`bytes` needs nothing; `engine` asks a replica for the prompt's tokens; `tokenizer` makes them here ("
+        "needs kvfleet[tokenizers]). Exact knowledge of a cache needs tokens.",
+    )
+    block_tokens: int = number(
+        16, ge=1, unit="tokens", doc="Tokens in a block; best the engine's own block size, or a multiple of it."
+    )
+    tokenizer: str = text(
+        "", doc="A folder with `tokenizer.json` and the chat template, or the file itself.", example="/models/llama-3"
+    )
+    chat_template: str = text("", doc="The file of another chat template than the folder's.")
+    deadline_ms: float = number(
+        50, gt=0, unit="ms", doc="Longest wait for a prompt's tokens; after it the prompt is compared by bytes."
+    )
+    cache_megabytes: float = number(64, gt=0, doc="Memory for the tokens of text that was seen before.")
