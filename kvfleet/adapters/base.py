@@ -263,6 +263,23 @@ class InferenceAdapter(abc.ABC):
         """The engine's own figures by their own names; empty if it has none."""
         return {}
 
+    async def prompt_tokens(self, operation: Operation, body: Mapping[str, Any]) -> Sequence[int] | None:
+        """The token ids that the engine makes of a request's prompt; None if it cannot be asked for this one's.
+
+        Raises:
+            BackendError: if it can, and does not answer.
+        """
+        del operation, body
+        return None
+
+    async def drain_kv_events(self) -> bytes | None:
+        """What happened in the engine's KV cache since it was last asked, as it says it; None if it cannot be asked.
+
+        Raises:
+            BackendError: if it can, and does not answer.
+        """
+        return None
+
     async def get_cache_state(self) -> Mapping[str, float]:
         """State of the KV cache, by the documented names; what is unknown is absent."""
         load = await self.get_load()

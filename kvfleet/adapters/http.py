@@ -173,6 +173,13 @@ class HTTPAdapter(InferenceAdapter):
         found = await self.shared_connections().shared(key, HEALTH_TTL_S, lambda: self._probe(asked, timeout_s))
         return found if found.endpoint == self.endpoint else attrs.evolve(found, endpoint=self.endpoint)
 
+    async def drain_kv_events(self) -> bytes:
+        """See `InferenceAdapter.drain_kv_events`; at the path where TensorRT-LLM has them."""
+        response = await self.control("POST", "/kv_cache_events")
+        if not response.is_success:
+            raise self._refusal(response)
+        return response.content
+
     async def aclose(self) -> None:
         """Close the adapter's own connections; shared ones stay."""
         own, self._own = self._own, None

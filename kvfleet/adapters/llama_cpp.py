@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
-from kvfleet.adapters.call import Usage
+from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.exposition import Reader, Samples
-from kvfleet.adapters.metered import MeteredAdapter
+from kvfleet.adapters.metered import MeteredAdapter, tokens_of
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["LlamaCppAdapter"]
@@ -20,6 +20,7 @@ _WAITING = "llamacpp:requests_deferred"
 _PREFILLED = "llamacpp:prompt_tokens_total"  # without the cached ones
 _CACHED = "llamacpp:prompt_tokens_cached_total"
 _GENERATED = "llamacpp:tokens_predicted_total"
+_RENDERED = ("messages", "tools", "tool_choice", "add_generation_prompt", "chat_template_kwargs", "response_format")
 
 
 @attrs.define(kw_only=True)
@@ -58,6 +59,19 @@ class LlamaCppAdapter(MeteredAdapter):
         found = {"total_slots": props.get("total_slots"), "n_ctx": settings.get("n_ctx")}
         sizes = {name: float(value) for name, value in found.items() if isinstance(value, int | float)}
         return {**await super().get_metrics(), **sizes}
+
+    async def prompt_tokens(self, operation: Operation, body: Mapping[str, Any]) -> Sequence[int] | None:
+        """What ``/apply-template`` and ``/tokenize`` make of it; see `InferenceAdapter.prompt_tokens`."""
+        if operation is Operation.CHAT:
+            asked = {key: body[key] for key in _RENDERED if key in body}
+            found = await self.control_json("POST", "/apply-template", asked)
+            prompt = found.get("prompt") if isinstance(found, Mapping) else None
+        else:
+            prompt = body.get("prompt") if operation is Operation.COMPLETION else None
+        if not isinstance(prompt, str):
+            return None
+        asked = {"content": prompt, "add_special": True, "parse_special": True}
+        return tokens_of(await self.control_json("POST", "/tokenize", asked))
 
     def read_usage(self, answer: Mapping[str, Any]) -> Usage | None:
         """The usage; servers before February 2026 tell the cached tokens in ``timings`` alone."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import attrs
 
@@ -13,7 +13,7 @@ from kvfleet.adapters.exposition import Rate, Reader, Samples, totals
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.errors import BackendError, Fault
 
-__all__ = ["MeteredAdapter"]
+__all__ = ["MeteredAdapter", "tokens_of"]
 
 PAGE_TTL_S = 0.5
 
@@ -84,3 +84,15 @@ class MeteredAdapter(OpenAICompatAdapter):
         if refusal.kind is Fault.NOT_FOUND:
             return None
         raise refusal
+
+
+def tokens_of(answer: Any) -> Sequence[int]:
+    """The token ids of an answer to a question for them.
+
+    Raises:
+        BackendError: (`Fault.PROTOCOL`) if it has none.
+    """
+    tokens = answer.get("tokens") if isinstance(answer, Mapping) else None
+    if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        raise BackendError(Fault.PROTOCOL, "the engine's answer has no token ids")
+    return tokens

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.adapters.exposition import Reader, Samples
-from kvfleet.adapters.metered import MeteredAdapter
+from kvfleet.adapters.metered import MeteredAdapter, tokens_of
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["SGLangAdapter"]
@@ -52,6 +53,13 @@ class SGLangAdapter(MeteredAdapter):
             prefix_hits_tokens=samples.total(_CACHED),
             tokens_per_second=samples.total(_THROUGHPUT),
         )
+
+    async def prompt_tokens(self, operation: Operation, body: Mapping[str, Any]) -> Sequence[int] | None:
+        """What ``/v1/tokenize`` makes of a plain prompt; SGLang has no such question for a chat."""
+        prompt = body.get("prompt")
+        if operation is not Operation.COMPLETION or not isinstance(prompt, str):
+            return None
+        return tokens_of(await self.control_json("POST", "/v1/tokenize", {"model": self.model_id, "prompt": prompt}))
 
     async def load_without_metrics(self) -> EngineLoad:
         """What ``/v1/loads`` says, and before SGLang had it, ``/get_load``."""

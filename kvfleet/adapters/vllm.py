@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.adapters.exposition import Reader, Samples
-from kvfleet.adapters.metered import MeteredAdapter
+from kvfleet.adapters.metered import MeteredAdapter, tokens_of
 from kvfleet.errors import BackendError
 
 __all__ = ["VLLMAdapter"]
@@ -24,6 +25,11 @@ _HITS = ("vllm:prefix_cache_hits_total", "vllm:gpu_prefix_cache_hits_total", "vl
 _CONFIG = "vllm:cache_config_info"
 _GENERATED = "vllm:generation_tokens_total"
 _THROUGHPUT = "vllm:avg_generation_throughput_toks_per_s"
+# What of a chat's body goes into its prompt.
+_RENDERED = (
+    *("messages", "tools", "add_generation_prompt", "continue_final_message", "add_special_tokens"),
+    *("chat_template", "chat_template_kwargs", "mm_processor_kwargs"),
+)
 
 
 @attrs.define(kw_only=True)
@@ -58,6 +64,16 @@ class VLLMAdapter(MeteredAdapter):
             return EngineLoad()
         load = found.get("server_load") if isinstance(found, dict) else None
         return EngineLoad(running=load if isinstance(load, int) else None)
+
+    async def prompt_tokens(self, operation: Operation, body: Mapping[str, Any]) -> Sequence[int] | None:
+        """What ``/tokenize`` makes of it; see `InferenceAdapter.prompt_tokens`."""
+        if operation is Operation.CHAT:
+            asked = {key: body[key] for key in _RENDERED if key in body}
+        elif operation is Operation.COMPLETION and isinstance(body.get("prompt"), str):
+            asked = {"prompt": body["prompt"], "add_special_tokens": body.get("add_special_tokens", True)}
+        else:
+            return None
+        return tokens_of(await self.control_json("POST", "/tokenize", {**asked, "model": self.model_id}))
 
     async def get_cache_state(self) -> Mapping[str, float]:
         """State of the KV cache; what is unknown is absent.

@@ -87,3 +87,13 @@ async def test_a_recorded_answer() -> None:
     reply = await adapter.send(Call(operation=Operation.CHAT, body={"model": "a"}, raw=b'{"model":"a"}'))
     assert (reply.body, reply.tally.usage) == (answer, Usage(12, 5, 17, 0))
     assert orjson.loads(reply.body)["timings"]["cache_n"] == 0
+
+
+async def test_prompt_tokens() -> None:
+    """A chat is laid out first, and its text tokenised."""
+    pages = {"/apply-template": b'{"prompt":"<|im_start|>user"}', "/tokenize": b'{"tokens":[1,1841]}'}
+    adapter, asked = paged(LlamaCppAdapter, pages)
+    assert await adapter.prompt_tokens(Operation.CHAT, {"messages": []}) == [1, 1841]
+    assert await adapter.prompt_tokens(Operation.COMPLETION, {"prompt": "Hi"}) == [1, 1841]
+    assert await adapter.prompt_tokens(Operation.COMPLETION, {"prompt": [1]}) is None
+    assert asked == ["/apply-template", "/tokenize", "/tokenize"]

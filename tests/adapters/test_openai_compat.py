@@ -15,6 +15,7 @@ from kvfleet.adapters.base import ChatMessage, ChatRequest
 from kvfleet.adapters.call import Call, Limits, Operation, Reply, Tally, Usage
 from kvfleet.adapters.openai_compat import READ_WHOLE_BELOW_BYTES, OpenAICompatAdapter
 from kvfleet.errors import BackendError, Fault
+from tests.adapters.paged import paged
 from tests.adapters.scripted import (
     STREAM_HEAD,
     Engine,
@@ -320,3 +321,14 @@ async def test_an_engine_that_goes_on_after_done() -> None:
         reply = await adapter.send(call(stream=True, limits=Limits(idle_s=30)))
         async with asyncio.timeout(1):
             assert await events_of(reply) == STREAM
+
+
+async def test_kv_events_are_drained() -> None:
+    """From where TensorRT-LLM has them; an engine that has none refuses."""
+    adapter, asked = paged(OpenAICompatAdapter, {"/kv_cache_events": b"[]"})
+    assert await adapter.drain_kv_events() == b"[]"
+    assert asked == ["/kv_cache_events"]
+    assert await adapter.prompt_tokens(Operation.CHAT, {"messages": []}) is None
+    refusing, _ = paged(OpenAICompatAdapter, {})
+    with pytest.raises(BackendError):
+        await refusing.drain_kv_events()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.adapters.sglang import SGLangAdapter
 from kvfleet.errors import BackendError
 from tests.adapters.paged import paged, sample
@@ -84,3 +85,11 @@ async def test_models_and_health() -> None:
     assert await adapter.list_models() == ("tiny-sgl",)
     found = await adapter.health_check()
     assert (found.healthy, found.queue_depth, found.active_requests) == (True, 5, 5)
+
+
+async def test_prompt_tokens() -> None:
+    """Of a plain prompt; of a chat it cannot say."""
+    adapter, asked = paged(SGLangAdapter, {"/v1/tokenize": b'{"tokens":[1,2],"count":2}'})
+    assert await adapter.prompt_tokens(Operation.COMPLETION, {"prompt": "Hi"}) == [1, 2]
+    assert await adapter.prompt_tokens(Operation.CHAT, {"messages": []}) is None
+    assert asked == ["/v1/tokenize"]

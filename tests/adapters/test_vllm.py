@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvfleet.adapters.base import EngineLoad
+from kvfleet.adapters.call import Operation
 from kvfleet.adapters.vllm import VLLMAdapter
 from kvfleet.clock import FrozenClock
 from kvfleet.errors import BackendError, Fault
@@ -188,3 +189,23 @@ async def test_metrics_by_their_own_names() -> None:
     assert found["vllm:num_requests_running"] == 0.0
     assert found["vllm:cache_config_info"] == 1.0
     assert not any(name.endswith(("_bucket", "_created")) or not name.startswith("vllm:") for name in found)
+
+
+async def test_prompt_tokens() -> None:
+    """What the engine makes of a chat, and of a text; several texts at once have no one prompt."""
+    adapter, asked = paged(VLLMAdapter, {"/tokenize": b'{"count":2,"max_model_len":8192,"tokens":[1,1841]}'})
+    body = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0}
+    assert await adapter.prompt_tokens(Operation.CHAT, body) == [1, 1841]
+    assert await adapter.prompt_tokens(Operation.COMPLETION, {"prompt": "Hi"}) == [1, 1841]
+    assert await adapter.prompt_tokens(Operation.COMPLETION, {"prompt": ["Hi", "you"]}) is None
+    assert await adapter.prompt_tokens(Operation.EMBEDDING, {"input": "Hi"}) is None
+    assert asked == ["/tokenize"] * 2
+
+
+@pytest.mark.parametrize("answer", [b"{}", b"[]", b'{"tokens":["a"]}', b'{"tokens":[true]}'])
+async def test_an_answer_without_tokens(answer: bytes) -> None:
+    """Is none."""
+    adapter, _ = paged(VLLMAdapter, {"/tokenize": answer})
+    with pytest.raises(BackendError) as raised:
+        await adapter.prompt_tokens(Operation.CHAT, {"messages": []})
+    assert raised.value.kind is Fault.PROTOCOL
