@@ -98,6 +98,7 @@ async def live(
     state_dir: Path | None = None,
     api_key: str = "",
     seed: int = 7,
+    polls: bool = False,
 ) -> AsyncIterator[Live]:
     """A gateway on a free port, with fake engines in the place of the fleet's own.
 
@@ -109,6 +110,7 @@ async def live(
         state_dir: Where components keep what outlives the process.
         api_key: A key for clients.
         seed: Of the decisions.
+        polls: True to watch the engines' health and load, as a gateway in service does.
     """
     config = attrs.evolve(config, telemetry=attrs.evolve(config.telemetry, trace_store=QUIET.trace_store))
     scripts = scripts or {}
@@ -120,7 +122,7 @@ async def live(
         one.id: FakeAdapter(endpoint=one.endpoint, model_id=one.name, script=_script(one, scripts)) for one in replicas
     }
     router = Router(
-        config, table=TABLE, clock=clock, adapters=engines, sinks=[kept], polls=False, seed=seed, state_dir=state_dir
+        config, table=TABLE, clock=clock, adapters=engines, sinks=[kept], polls=polls, seed=seed, state_dir=state_dir
     )
     by_model: dict[str, list[FakeAdapter]] = {}
     for one in replicas:
