@@ -233,7 +233,9 @@ def build_adapters(
         options, _ = structure(
             adapter_options(cls), model.options, origin=config.origin
         )  # `_check_adapters` found nothing wrong
-        chosen: dict[str, Any] = attrs.asdict(options, recurse=False) if options is not None else {}
+        every: dict[str, Any] = attrs.asdict(options, recurse=False) if options is not None else {}
+        # What is not written is the adapter's to choose: `custom_http` takes some of it from the model's own fields.
+        chosen = {name: value for name, value in every.items() if name in model.options}
         adapters[model.id] = cls.from_config(model, **chosen, **shared)
     return adapters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import orjson
 import pytest
 from hypothesis import given
@@ -14,8 +15,10 @@ from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.custom_http import CustomHTTPAdapter
 from kvfleet.adapters.custom_wire import ABSENT, fill, look_up, placeholders
 from kvfleet.clock import FrozenClock
-from kvfleet.config.schema import ModelConfig
+from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import BackendError, Fault
+from kvfleet.pipeline.build import build_adapters
+from kvfleet.plugin.manager import discover
 from tests.adapters.scripted import Engine, Request, Wire, answering, engine, streamed, whole
 from tests.adapters.told import USER, call, deltas, drained, drained_until_it_fails, events, lines, sse
 
@@ -118,7 +121,7 @@ async def test_the_documented_call() -> None:
 
 
 async def test_the_custom_fields_of_a_fleet_file() -> None:
-    """`custom_*` of the model, and further options under `options`."""
+    """`custom_*` of the model, and further options under `options`, as a gateway reads them."""
     async with engine(answering(whole(b'{"r":[{"t":"fine"}],"why":"max_tokens","in":7,"out":2}'))) as there:
         model = ModelConfig(
             name="mine",
@@ -131,7 +134,8 @@ async def test_the_custom_fields_of_a_fleet_file() -> None:
             custom_content_key="r.0.t",
         )
         options = {"finish_key": "why", "prompt_tokens_key": "in", "completion_tokens_key": "out"}
-        speaker = CustomHTTPAdapter.from_config(model, **options)
+        config = FleetConfig(models=(attrs.evolve(model, options=options),))
+        (speaker,) = build_adapters(config, discover(), config.models).values()
         reply = await speaker.send(call({"messages": [USER], "max_tokens": 3}))
         await speaker.aclose()
     (request,) = there.requests

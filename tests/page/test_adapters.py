@@ -7,7 +7,9 @@ import pytest
 
 from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse, InferenceAdapter
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
+from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.plugin.contract import Kind
+from tests.page.living import live, question
 from tests.page.loopback import Served, serving
 from tests.page.printed import TABLE, run
 
@@ -150,3 +152,37 @@ async def test_openai_compatible_services() -> None:
             await adapter.close()
     assert {request.path for request in engine.requests} == {"/v1/chat/completions"}
     assert {request.headers["authorization"] for request in engine.requests} == {"Bearer sk-1"}
+
+
+async def test_a_running_gateway_speaks_to_all_six() -> None:
+    """One fleet with an engine of each kind: each answers in OpenAI's shape, and the trace has its tokens where it told."""
+    chat = {"role": "assistant", "content": "Ollama."}
+    said = {"model": "m", "message": chat, "done": True, "done_reason": "stop", "prompt_eval_count": 4, "eval_count": 3}
+    engines = {
+        "vllm": Served("vLLM."),
+        "ollama": Served(answers={"/api/chat": said}),
+        "tgi": Served("TGI."),
+        "triton": Served(answers={"/v2/models/m/generate": {"model_name": "m", "text_output": "Triton."}}),
+        "openai_compat": Served("OpenAI."),
+        "custom_http": Served(answers={"/generate": {"output": "Custom."}}),
+    }
+    async with serving(*engines.values()) as urls:
+        models = tuple(
+            ModelConfig(
+                name=name,
+                endpoint=engine.url,
+                provider=name,
+                model_id="m",
+                custom_content_key="output" if name == "custom_http" else "",
+            )
+            for name, engine in zip(engines, urls, strict=True)
+        )
+        async with live(FleetConfig(models=models), scripts=dict.fromkeys(engines)) as gateway:
+            heard = {}
+            for name in engines:
+                answer = await gateway.ask({**question(), "model": name})
+                assert answer.status_code == 200, answer.text
+                heard[name] = answer.json()["choices"][0]["message"]["content"]
+                assert (gateway.last.served_by, gateway.last.outcome) == (name, "answered")
+            assert gateway.last.usage is None
+    assert heard == {"vllm": "vLLM.", "ollama": "Ollama.", "tgi": "TGI.", "triton": "Triton.", "openai_compat": "OpenAI.", "custom_http": "Custom."}  # fmt: skip

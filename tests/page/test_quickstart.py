@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from importlib.metadata import metadata
 from pathlib import Path
@@ -81,11 +82,15 @@ async def test_a_question_from_python(folder: Path) -> None:
 
 async def test_validate_and_inspect(folder: Path) -> None:
     """The four commands: validate, fleet, simulate, explain."""
-    assert "✓ fleet.yaml is valid" in await shell("kvfleet validate fleet.yaml", folder=folder)
-    shown = await shell("kvfleet fleet fleet.yaml", folder=folder)
+    valid, shown, simulated, explained = await asyncio.gather(
+        shell("kvfleet validate fleet.yaml", folder=folder),
+        shell("kvfleet fleet fleet.yaml", folder=folder),
+        shell('kvfleet simulate fleet.yaml --prompt "Write a Python function"', folder=folder),
+        shell('kvfleet explain fleet.yaml --prompt "Hello" --json', folder=folder),
+    )
+    assert "✓ fleet.yaml is valid" in valid
     assert all(model in shown for model in ("llama-3-8b", "llama-3-70b", "gpt-4o-fallback"))
-    simulated = await shell('kvfleet simulate fleet.yaml --prompt "Write a Python function"', folder=folder)
     assert simulated.splitlines()[:2] == ["Strategy: hybrid_score", "Selected: llama-3-8b"]
-    explained = json.loads(await shell('kvfleet explain fleet.yaml --prompt "Hello" --json', folder=folder))
-    assert explained["selected_model"] == "llama-3-8b"
-    assert [candidate["model"] for candidate in explained["candidates"]][-1] == "gpt-4o-fallback"
+    decision = json.loads(explained)
+    assert decision["selected_model"] == "llama-3-8b"
+    assert [candidate["model"] for candidate in decision["candidates"]][-1] == "gpt-4o-fallback"

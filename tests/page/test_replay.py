@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
-from tests.page.printed import run
+from tests.page.living import live
+from tests.page.printed import fleet, run, shell
 
 EXAMPLE = """
 from kvfleet.eval.compare import ModelComparator, ReplayEngine
@@ -40,3 +43,24 @@ async def test_models_side_by_side_and_a_replay() -> None:
     (result,) = ran["results"]
     assert result.record.model == "llama-8b"
     assert result.results["new-model-v2"].content == "I am new-model-v2."
+
+
+FLEET = """\
+models:
+  - {name: llama-8b, endpoint: "http://a:8000", provider: vllm}
+pipeline: [classify.prompt, select, execute, {use: observe.record, with: {content: true}}]
+"""
+
+CANDIDATE = "models: [{name: new-model-v2, provider: mock, options: {speed: 1000, reply: llama-8b speaking.}}]\n"
+
+
+async def test_a_gateways_traffic_is_put_to_a_candidate(tmp_path: Path) -> None:
+    """What a running gateway recorded is asked of another model, and the answers are compared."""
+    async with live(fleet(FLEET), state_dir=tmp_path) as gateway:
+        for number in range(3):
+            await gateway.served(f"Question {number}")
+    (tmp_path / "next.yaml").write_text(CANDIDATE)
+    printed = await shell("kvfleet rerun requests.jsonl next.yaml --models new-model-v2 --json", folder=tmp_path)
+    shown = json.loads(printed)
+    assert shown["requests"] == 3
+    assert [(one["model"], one["answered"], one["similarity"]) for one in shown["models"]] == [("new-model-v2", 3, 1.0)]

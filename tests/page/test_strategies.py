@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from kvfleet.clock import FrozenClock
+from tests.page.living import live, question
 from tests.page.models import MODELS
-from tests.page.printed import run
+from tests.page.printed import fleet, run
 
 FLEET = (
     MODELS
@@ -90,3 +94,41 @@ async def test_the_cascade_climbs_from_the_cheapest() -> None:
     """The ranking is the order in which they are tried."""
     ran = await run(MODELS + CASCADE)
     assert [score.model_name for score in ran["scores"]] == ["cheap-fast", "balanced", "premium"]
+
+
+LIVE = """
+models:
+  - {name: llama-3-70b, endpoint: "http://a:8000", provider: vllm}
+  - {name: deepseek, endpoint: "http://b:8000", provider: vllm}
+  - {name: med-llama, endpoint: "http://c:8000", provider: vllm, weight: 3}
+default_model: llama-3-70b
+route_rules:
+  - {name: coding, condition: {tags.domain: coding}, target_model: deepseek, priority: 1}
+  - {name: medical, condition: {tags.domain: medical}, target_model: med-llama, priority: 1}
+strategy: STRATEGY
+"""
+
+
+async def test_static_routes_live_requests() -> None:
+    """To its one model, as the trace says."""
+    async with live(fleet(LIVE.replace("STRATEGY", "static"))) as gateway:
+        assert {await gateway.served(f"Question {i}") for i in range(5)} == {"llama-3-70b"}
+        assert gateway.last.strategy == "static"
+
+
+async def test_rules_route_live_requests_by_their_tags() -> None:
+    """Tags are OpenAI's `metadata`; the trace names the rule."""
+    async with live(fleet(LIVE.replace("STRATEGY", "rules"))) as gateway:
+        assert await gateway.served(question(metadata={"domain": "coding"})) == "deepseek"
+        assert await gateway.served(question(metadata={"domain": "medical"})) == "med-llama"
+        choice = gateway.last.choice
+        assert choice is not None
+        assert "medical" in choice.mode
+
+
+async def test_weighted_shares_live_requests() -> None:
+    """Three of five to the model of weight three."""
+    async with live(fleet(LIVE.replace("STRATEGY", "weighted")), clock=FrozenClock()) as gateway:
+        served = Counter([await gateway.served(f"Question {i}") for i in range(200)])
+        assert 90 <= served["med-llama"] <= 150
+        assert 20 <= served["deepseek"] <= 65
