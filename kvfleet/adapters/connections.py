@@ -25,7 +25,7 @@ CONTROL_TIMEOUT_S = 5.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Route:
     """The way to a backend: its origin, whose credential travels it, and how.
 
@@ -82,6 +82,7 @@ class Connections:
     _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Open] = attrs.field(
         init=False, factory=weakref.WeakKeyDictionary, repr=False
     )
+    _last: tuple[asyncio.AbstractEventLoop, _Open] | None = attrs.field(init=False, default=None, repr=False)
 
     def transport_for(self, route: Route) -> httpx.AsyncBaseTransport:
         """The data path's transport on the running event loop.
@@ -139,14 +140,18 @@ class Connections:
             elif loop.is_running():
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(opened.aclose(), loop))
         self._loops.clear()
+        self._last = None
 
     def _opened(self) -> _Open:
         loop = asyncio.get_running_loop()
+        if self._last is not None and self._last[0] is loop:  # a look-up by weak reference costs ten times as much
+            return self._last[1]
         found = self._loops.get(loop)
         if found is None:
             for gone in [each for each in self._loops if each.is_closed()]:
                 del self._loops[gone]
             found = self._loops[loop] = _Open()
+        self._last = (loop, found)
         return found
 
     def _make(self, route: Route) -> httpx.AsyncBaseTransport:

@@ -27,8 +27,9 @@ _FREE, _HEAD, _BODY, _ENDED = range(4)
 class Connection(asyncio.Protocol):
     """Makes one exchange after the other with one backend.
 
-    Its owner calls `exchange`, then `next_piece` until that gives ``b""``. `on_free` is called once for each exchange
-    after which the connection can be used again, `on_lost` once when it cannot be used any more.
+    Its owner calls `begin`, `take_head` until that is True, then `take` until that gives ``b""``; where one of the two
+    has nothing yet, it awaits `arrival` and asks again. `on_free` is called once for each exchange after which the
+    connection can be used again, `on_lost` once when it cannot be used any more.
 
     No timer is set for each read: one watchdog looks after a deadline that moves (a timer costs 2 µs).
 
@@ -112,8 +113,8 @@ class Connection(asyncio.Protocol):
 
     # What the owner calls
 
-    async def exchange(self, head: bytes, body: bytes, *, is_bodiless: bool, first_by_s: float, idle_s: float) -> None:
-        """Send a request and wait for the head of its answer.
+    def begin(self, head: bytes, body: bytes, *, is_bodiless: bool, first_by_s: float, idle_s: float) -> None:
+        """Send a request.
 
         Args:
             head: The request's head, as it goes on the wire.
@@ -123,9 +124,7 @@ class Connection(asyncio.Protocol):
             idle_s: Longest silence after that.
 
         Raises:
-            httpx.ReadTimeout: if it did not begin in time.
-            httpx.ReadError: if the connection ended.
-            httpx.RemoteProtocolError: if what came is not HTTP.
+            httpx.ReadError: if the connection has ended.
         """
         self._reset()
         self._is_bodiless = is_bodiless
@@ -140,28 +139,45 @@ class Connection(asyncio.Protocol):
         else:
             self._transport.write(head)
             self._transport.write(body)
-        while self._state == _HEAD and self._error is None:
-            await self._wait(first_by_s)
-        if self._state == _HEAD and self._error is not None:
-            raise self._error
 
-    async def next_piece(self) -> bytes:
-        """What has arrived of the body since the last call, at least one byte; ``b""`` at its end.
+    def take_head(self) -> bool:
+        """True once the head of the answer is there.
+
+        Raises:
+            httpx.ReadTimeout: if it did not begin in time.
+            httpx.ReadError: if the connection ended.
+            httpx.RemoteProtocolError: if what came is not HTTP.
+        """
+        if self._state != _HEAD:
+            return True
+        if self._error is not None:
+            raise self._error
+        return False
+
+    def take(self) -> bytes | None:
+        """What has arrived of the body since the last call; None if that is nothing yet, ``b""`` at its end.
 
         Raises:
             httpx.ReadTimeout: if the backend fell silent.
             httpx.ReadError: if the connection ended before the body did.
             httpx.RemoteProtocolError: if what came is not HTTP.
         """
-        while not self._pieces and self._state == _BODY and self._error is None:
-            by_s = self._first_by_s or self._loop.time() + self._idle_s
-            await self._wait(by_s)
         if self._pieces:
             self._first_by_s = 0.0
             return self._take()
         if self._error is not None:
             raise self._error
-        return b""
+        return None if self._state == _BODY else b""
+
+    def arrival(self) -> asyncio.Future[None]:
+        """Done when there is something new to take, be it an error; one at a time."""
+        self._waiter = waiter = self._loop.create_future()
+        self._watch(self._first_by_s or self._loop.time() + self._idle_s)
+        return waiter
+
+    def now_s(self) -> float:
+        """The event loop's time, which every deadline here is measured by."""
+        return self._loop.time()
 
     @property
     def is_usable(self) -> bool:
@@ -352,15 +368,6 @@ class Connection(asyncio.Protocol):
 
     # Waiting
 
-    async def _wait(self, by_s: float) -> None:
-        self._waiter = self._loop.create_future()
-        self._watch(by_s)
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-            self._deadline_s = math.inf
-
     def _wake(self) -> None:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
@@ -378,7 +385,7 @@ class Connection(asyncio.Protocol):
 
     def _on_timer(self) -> None:
         self._timer = None
-        if self._deadline_s == math.inf:
+        if self._deadline_s == math.inf or not (self._is_waited_for or self._is_draining):
             return
         if self._loop.time() < self._deadline_s:
             self._timer = self._loop.call_at(self._deadline_s, self._on_timer)
@@ -387,3 +394,7 @@ class Connection(asyncio.Protocol):
         else:
             self._error = httpx.ReadTimeout("the backend was silent for too long")
             self.abort()
+
+    @property
+    def _is_waited_for(self) -> bool:
+        return self._waiter is not None and not self._waiter.done()

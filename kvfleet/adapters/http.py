@@ -26,8 +26,8 @@ from kvfleet.adapters import faults
 from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
 from kvfleet.adapters.call import Limits
 from kvfleet.adapters.connections import Connections, Route
-from kvfleet.adapters.incoming import Incoming, parsed, send_timed
-from kvfleet.adapters.transport import Payload, PooledTransport
+from kvfleet.adapters.incoming import Incoming, Source, parsed, send_timed
+from kvfleet.adapters.transport import Origin, Payload, PooledTransport
 from kvfleet.config.fields import flag, secret
 from kvfleet.errors import BackendError, ComponentError
 
@@ -55,7 +55,9 @@ class HTTPAdapter(InferenceAdapter):
     _own: Connections | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _route: Route = attrs.field(init=False, repr=False, eq=False)
     _base: httpx.URL = attrs.field(init=False, repr=False, eq=False)
+    _origin: Origin = attrs.field(init=False, repr=False, eq=False)
     _urls: dict[str, httpx.URL] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _heads: dict[tuple[str, str], bytes] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _fixed: tuple[tuple[bytes, bytes], ...] = attrs.field(init=False, repr=False, eq=False)
     _fixed_names: frozenset[str] = attrs.field(init=False, repr=False, eq=False)
 
@@ -67,6 +69,7 @@ class HTTPAdapter(InferenceAdapter):
         """
         self._base = _base_of(self.endpoint)
         origin = f"{self._base.scheme}://{self._base.netloc.decode('ascii')}"
+        self._origin = (self._base.raw_scheme, self._base.raw_host, self._base.port)
         self._route = Route(origin, self.api_key, self.http2, self.proxy)
         own = {"host": self._base.netloc.decode("ascii"), "content-type": "application/json"}
         own |= {"accept-encoding": "identity", "user-agent": "kvfleet"}
@@ -122,15 +125,22 @@ class HTTPAdapter(InferenceAdapter):
             BackendError: if there is no answer, or a refusing one (its body is read and mapped by `error_of`).
         """
         transport = self.shared_connections().transport_for(self._route)
-        request = self._request(method, path, body, headers, limits)
+        sent = self._passed(headers)
         try:
             if isinstance(transport, PooledTransport):
-                response = await transport.handle_async_request(request)
+                source: Source = await transport.send(
+                    self._origin,
+                    self._head(method, path, sent, len(body)),
+                    body,
+                    connect_s=limits.connect_s,
+                    first_byte_s=limits.first_byte_s,
+                    idle_s=limits.idle_s,
+                )
             else:
-                response = await send_timed(transport, request, limits)
+                source = await send_timed(transport, self._request(method, path, sent, body), limits)
         except (httpx.HTTPError, TimeoutError) as error:
             raise faults.from_exception(error) from error
-        incoming = Incoming(response)
+        incoming = Incoming(source)
         if 200 <= incoming.status < 300:
             return incoming
         raise await self._refused(incoming)
@@ -212,18 +222,40 @@ class HTTPAdapter(InferenceAdapter):
             url = self._urls[path] = self._base.copy_with(raw_path=(self._base.path.rstrip("/") + path).encode("ascii"))
         return url
 
-    def _request(
-        self, method: str, path: str, body: bytes, headers: tuple[tuple[str, str], ...], limits: Limits
-    ) -> httpx.Request:
-        sent = list(self._fixed)
-        for name, value in headers:
-            if name.lower() not in self._fixed_names:
-                sent.append((name.encode("ascii", "replace"), value.encode("latin-1", "replace")))
-        sent.append((b"content-length", b"%d" % len(body)))
-        timeout = {"connect": limits.connect_s, "first_byte": limits.first_byte_s, "read": limits.idle_s}
-        return httpx.Request(
-            method, self._url(path), headers=sent, stream=Payload(body), extensions={"timeout": timeout}
-        )
+    def _passed(self, headers: tuple[tuple[str, str], ...]) -> list[tuple[bytes, bytes]]:
+        """The caller's headers that may go on."""
+        ours = self._fixed_names
+        return [
+            (name.encode("ascii", "replace"), value.encode("latin-1", "replace"))
+            for name, value in headers
+            if name.lower() not in ours
+        ]
+
+    def _head(self, method: str, path: str, sent: list[tuple[bytes, bytes]], size: int) -> bytes:
+        """The whole head as bytes; all of it but the caller's headers and the length is made once.
+
+        Raises:
+            httpx.LocalProtocolError: if one of the caller's headers would begin another line.
+        """
+        begin = self._heads.get((method, path))
+        if begin is None:
+            begin = self._heads[method, path] = self._beginning(method, path)
+        lines = b"".join([b"%b: %b\r\n" % header for header in sent])
+        if lines.count(b"\n") != len(sent) or lines.count(b"\r") != len(sent) or b"\0" in lines:
+            raise httpx.LocalProtocolError("a request header holds a line break")
+        return b"%b%bcontent-length: %d\r\n\r\n" % (begin, lines, size)
+
+    def _beginning(self, method: str, path: str) -> bytes:
+        lines = [b"%b %b HTTP/1.1" % (method.encode("ascii"), self._url(path).raw_path)]
+        lines += [b"%b: %b" % header for header in self._fixed]
+        if any(b"\n" in line or b"\r" in line or b"\0" in line for line in lines):
+            raise httpx.LocalProtocolError("a request header holds a line break")
+        return b"\r\n".join(lines) + b"\r\n"
+
+    def _request(self, method: str, path: str, sent: list[tuple[bytes, bytes]], body: bytes) -> httpx.Request:
+        """The same as httpx has it, for its transports."""
+        headers = [*self._fixed, *sent, (b"content-length", b"%d" % len(body))]
+        return httpx.Request(method, self._url(path), headers=headers, stream=Payload(body))
 
     async def _refused(self, incoming: Incoming) -> BackendError:
         """Read a refusal's body as far as it goes; a broken one does not hide the refusal itself."""

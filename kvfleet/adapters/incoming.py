@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, cast
+import math
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 import httpx
 import orjson
@@ -13,9 +14,41 @@ from kvfleet.adapters import faults
 from kvfleet.adapters.call import Limits
 from kvfleet.errors import BackendError, Fault
 
-__all__ = ["Incoming", "parsed", "send_timed"]
+__all__ = ["ForeignAnswer", "Incoming", "Source", "parsed", "send_timed"]
 
 MAX_BODY_BYTES = 64 * 1024 * 1024
+
+
+class Source(Protocol):
+    """Where an answer comes from."""
+
+    @property
+    def status(self) -> int:
+        """The answer's status."""
+
+    @property
+    def headers(self) -> Sequence[tuple[bytes, bytes]]:
+        """Its headers as they came."""
+
+    @property
+    def is_repeat(self) -> bool:
+        """True if the request was sent a second time."""
+
+    @property
+    def is_complete(self) -> bool:
+        """True once the body has ended and its framing proved that nothing is missing."""
+
+    def take(self) -> bytes | None:
+        """What has arrived of the body since the last call; None if that is nothing yet, ``b""`` at its end."""
+
+    def arrival(self) -> Awaitable[None]:
+        """Done when there is something new to take."""
+
+    def finish(self) -> None:
+        """Take no more; the connection is kept if the answer ends within a moment."""
+
+    async def aclose(self) -> None:
+        """Take no more, and close what has not ended."""
 
 
 class Incoming:
@@ -26,49 +59,59 @@ class Incoming:
     Attributes:
         status: 200..299.
         headers: The backend's headers; keys are lower-case.
-        is_repeat: True if a stale connection had to be replaced and the request was sent a second time.
         has_begun: True once a byte of the body has arrived.
-        is_complete: True once the body has ended and its framing proved that nothing is missing.
     """
 
-    __slots__ = ("_is_closed", "_next", "_response", "_stream", "has_begun", "headers", "status")
+    __slots__ = ("_is_closed", "_source", "has_begun", "headers", "status")
 
-    def __init__(self, response: httpx.Response) -> None:
-        self.status = response.status_code
-        # a look-up in httpx's own costs as much as making this
+    def __init__(self, source: Source) -> None:
+        self.status = source.status
         self.headers: Mapping[str, str] = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers.raw
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in source.headers
         }
         self.has_begun = False
-        self._response = response
-        self._stream = cast("Any", response.stream)
-        self._next: Callable[[], Awaitable[bytes]] = self._stream.__aiter__().__anext__
+        self._source = source
         self._is_closed = False
 
     @property
     def is_repeat(self) -> bool:
-        """See the class."""
-        return bool(self._response.extensions.get("is_repeat"))
+        """True if a stale connection had to be replaced and the request was sent a second time."""
+        return self._source.is_repeat
 
     @property
     def is_complete(self) -> bool:
-        """See the class."""
-        return bool(getattr(self._stream, "is_complete", False))
+        """True once the body has ended and its framing proved that nothing is missing."""
+        return self._source.is_complete
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
+        piece = await self.piece()
+        if not piece:
+            raise StopAsyncIteration
+        return piece
+
+    async def piece(self) -> bytes:
+        """What has arrived since the last call; ``b""`` at the body's end.
+
+        Raises:
+            BackendError: if it breaks off, or falls silent.
+        """
+        source = self._source
         try:
-            piece = await self._next()
-        except StopAsyncIteration:
-            raise
+            while (piece := source.take()) is None:
+                await source.arrival()
         except (httpx.HTTPError, httpx.StreamError, TimeoutError) as error:
             if self._is_closed:
                 raise BackendError(Fault.CANCELLED, "the call was ended", received=self.has_begun) from error
             await self.aclose()
             raise faults.from_exception(error, received=self.has_begun) from error
-        self.has_begun = True
+        except BaseException:  # a cancelled call: an engine must not go on working for nobody
+            await source.aclose()
+            raise
+        if piece:
+            self.has_begun = True
         return piece
 
     async def read(self, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
@@ -79,7 +122,7 @@ class Incoming:
         """
         pieces: list[bytes] = []
         size = 0
-        async for piece in self:
+        while piece := await self.piece():
             pieces.append(piece)
             size += len(piece)
             if size > limit_bytes:
@@ -97,14 +140,12 @@ class Incoming:
 
     def finish(self) -> None:
         """Take no more, though the body may not have ended: the connection is kept if it does within a moment."""
-        finish = getattr(self._stream, "finish", None)
-        if finish is not None:
-            finish()
+        self._source.finish()
 
     async def aclose(self) -> None:
         """End the exchange at once; amid a body this closes the connection, which the engine notices. Safe twice."""
         self._is_closed = True
-        await self._stream.aclose()
+        await self._source.aclose()
 
 
 def parsed(body: bytes, status: int) -> Any:
@@ -119,7 +160,7 @@ def parsed(body: bytes, status: int) -> Any:
         raise BackendError(Fault.PROTOCOL, "the backend's answer is not JSON", status=status) from error
 
 
-async def send_timed(transport: httpx.AsyncBaseTransport, request: httpx.Request, limits: Limits) -> httpx.Response:
+async def send_timed(transport: httpx.AsyncBaseTransport, request: httpx.Request, limits: Limits) -> ForeignAnswer:
     """Send over a transport that does not tell the first byte from the others, and keep the limits from outside.
 
     Raises:
@@ -135,33 +176,50 @@ async def send_timed(transport: httpx.AsyncBaseTransport, request: httpx.Request
     by_s = asyncio.get_running_loop().time() + limits.first_byte_s
     async with asyncio.timeout_at(by_s):
         response = await transport.handle_async_request(request)
-    response.stream = _Timed(cast("httpx.AsyncByteStream", response.stream), by_s, limits.idle_s)
-    return response
+    return ForeignAnswer(response, by_s, limits.idle_s)
 
 
-class _Timed(httpx.AsyncByteStream):
-    """A body with the limits on silence that `PooledTransport` keeps by itself."""
+class ForeignAnswer:
+    """An answer of any httpx transport, with the limits on silence that `PooledTransport` keeps by itself.
 
-    def __init__(self, stream: httpx.AsyncByteStream, first_by_s: float, idle_s: float) -> None:
+    Args:
+        response: Its stream is read here, and nowhere else.
+        first_by_s: The loop's time by which the body must have begun.
+        idle_s: Longest silence after that, in seconds.
+    """
+
+    is_repeat = False
+
+    def __init__(self, response: httpx.Response, first_by_s: float = math.inf, idle_s: float = math.inf) -> None:
+        self.status = response.status_code
+        self.headers = response.headers.raw
         self.is_complete = False
-        self._stream = stream
-        self._next = stream.__aiter__().__anext__
+        self._stream = cast("httpx.AsyncByteStream", response.stream)
+        self._next = self._stream.__aiter__().__anext__
         self._by_s: float | None = first_by_s
         self._idle_s = idle_s
+        self._piece: bytes | None = None
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        by_s = self._by_s if self._by_s is not None else asyncio.get_running_loop().time() + self._idle_s
-        try:
-            async with asyncio.timeout_at(by_s):
-                piece = await self._next()
-        except StopAsyncIteration:
-            self.is_complete = True
-            raise
-        self._by_s = None
+    def take(self) -> bytes | None:
+        """See `Source.take`."""
+        if self.is_complete:
+            return b""
+        piece, self._piece = self._piece, None
         return piece
 
+    async def arrival(self) -> None:
+        """See `Source.arrival`."""
+        by_s = self._by_s if self._by_s is not None else asyncio.get_running_loop().time() + self._idle_s
+        try:
+            async with asyncio.timeout_at(None if by_s == math.inf else by_s):
+                self._piece = await self._next() or None
+        except StopAsyncIteration:
+            self.is_complete = True
+        self._by_s = None
+
+    def finish(self) -> None:
+        """See `Source.finish`; such a transport has no word for it, and its owner closes the answer."""
+
     async def aclose(self) -> None:
+        """See `Source.aclose`."""
         await self._stream.aclose()

@@ -68,7 +68,9 @@ class EventRelay:
         self._hide_usage = hide_usage
         self._error_of = error_of
         self._read_usage = read_usage
+        self._take = incoming.piece
         self._splitter = EventSplitter()
+        self._feed = self._splitter.feed
         self._plain = PlainEvents()
         self._finished: set[int] = set()
         self._has_given = False
@@ -84,7 +86,12 @@ class EventRelay:
         try:
             if self._failed is not None:
                 raise self._failed
-            out = await self._next_piece()
+            while data := await self._take():
+                piece = self._feed(data)
+                if piece and (out := self._passed(piece)):
+                    self._has_given = True
+                    return out
+            out = self._at_end()
         except BackendError as error:
             self._is_over = True
             error.received = self._has_given
@@ -96,14 +103,6 @@ class EventRelay:
     async def aclose(self) -> None:
         """End the stream at once; the engine then stops its work. Safe twice."""
         await self._incoming.aclose()
-
-    async def _next_piece(self) -> bytes:
-        feed = self._splitter.feed
-        async for data in self._incoming:
-            piece = feed(data)
-            if piece and (out := self._passed(piece)):
-                return out
-        return self._at_end()
 
     def _at_end(self) -> bytes:
         """The body ended without ``[DONE]``: that is an end only if everything was said."""

@@ -11,20 +11,21 @@ import functools
 import math
 import ssl
 import warnings
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from typing import Any
 
 import httpx
 
 from kvfleet.adapters.h1 import Connection
 
-__all__ = ["Body", "Payload", "PooledTransport", "trusting"]
+__all__ = ["Body", "Origin", "Payload", "PooledAnswer", "PooledTransport", "trusting"]
 
 # A connection that the backend had closed before our request came shows it within a round trip. One that dies later
 # died of something else (the request itself, perhaps): repeating that is the route's decision, not the transport's.
 STALE_WITHIN_S = 1.0
 
-_Origin = tuple[bytes, bytes, int | None]
+Origin = tuple[bytes, bytes, int | None]
+"""Scheme, host, and port if it is not the scheme's own."""
 
 
 @functools.cache
@@ -45,35 +46,52 @@ class Payload(httpx.AsyncByteStream):
         yield self.data
 
 
-class Body(httpx.AsyncByteStream):
-    """The body of an answer, piece by piece as it arrives.
+class PooledAnswer:
+    """An answer on its way over a pooled connection; its head is there.
 
     Attributes:
-        is_complete: True once it has ended and its framing proved that nothing is missing. A body that ends where the
-            connection does never is: nobody can tell that from a connection that was cut.
+        status, headers: As they came.
+        is_repeat: True if a pooled connection turned out to be dead, and the request was sent again on a fresh one.
+        is_complete: True once the body has ended and its framing proved that nothing is missing. A body that ends where
+            the connection does never is: nobody can tell that from a connection that was cut.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    __slots__ = ("_connection", "_is_dropped", "headers", "is_complete", "is_repeat", "status")
+
+    def __init__(self, connection: Connection, *, is_repeat: bool) -> None:
+        self.status = connection.status
+        self.headers = connection.headers
+        self.is_repeat = is_repeat
         self.is_complete = False
         self._connection: Connection | None = connection
+        self._is_dropped = False
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
+    def take(self) -> bytes | None:
+        """What has arrived of the body since the last call; None if that is nothing yet, ``b""`` at its end.
 
-    async def __anext__(self) -> bytes:
+        Raises:
+            httpx.ReadTimeout, httpx.ReadError, httpx.RemoteProtocolError: if it breaks off.
+        """
         connection = self._connection
         if connection is None:
-            raise StopAsyncIteration
+            if self._is_dropped:
+                raise httpx.ReadError("the answer was closed on this side")
+            return b""
         try:
-            piece = await connection.next_piece()
+            piece = connection.take()
         except BaseException:
             connection.abort()
             raise
-        if connection.has_ended and self._connection is not None:
-            self._end(connection)
-        if not piece:
-            raise StopAsyncIteration
+        if connection.has_ended:
+            self.is_complete = connection.is_complete
+            self._connection = None
+            connection.release()
         return piece
+
+    def arrival(self) -> Awaitable[None]:
+        """Done when there is something new to take."""
+        assert self._connection is not None  # noqa: S101 - `take` gave None
+        return self._connection.arrival()
 
     def finish(self) -> None:
         """Take no more; the connection is kept if the answer ends within a moment."""
@@ -81,14 +99,19 @@ class Body(httpx.AsyncByteStream):
         if connection is not None:
             connection.release()
 
-    async def aclose(self) -> None:
+    def drop(self) -> None:
         """Take no more; if the answer has not ended, its connection is closed at once. Safe twice."""
         connection, self._connection = self._connection, None
         if connection is not None:
             if connection.has_ended:
                 connection.release()
             else:
+                self._is_dropped = True
                 connection.abort()
+
+    async def aclose(self) -> None:
+        """The same as `drop`."""
+        self.drop()
 
     def __del__(self) -> None:
         connection = self._connection
@@ -97,10 +120,40 @@ class Body(httpx.AsyncByteStream):
             message = "an answer was dropped amid its body; close it with aclose()"
             warnings.warn(message, ResourceWarning, stacklevel=2, source=self)
 
-    def _end(self, connection: Connection) -> None:
-        self.is_complete = connection.is_complete
-        self._connection = None
-        connection.release()
+
+class Body(httpx.AsyncByteStream):
+    """The body of an answer as httpx has it, piece by piece as it arrives."""
+
+    def __init__(self, answer: PooledAnswer) -> None:
+        self._answer = answer
+
+    @property
+    def is_complete(self) -> bool:
+        """See `PooledAnswer`."""
+        return self._answer.is_complete
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        answer = self._answer
+        while (piece := answer.take()) is None:
+            try:
+                await answer.arrival()
+            except BaseException:
+                answer.drop()
+                raise
+        if not piece:
+            raise StopAsyncIteration
+        return piece
+
+    def finish(self) -> None:
+        """Take no more; see `PooledAnswer.finish`."""
+        self._answer.finish()
+
+    async def aclose(self) -> None:
+        """Take no more; see `PooledAnswer.drop`."""
+        self._answer.drop()
 
 
 class PooledTransport(httpx.AsyncBaseTransport):
@@ -122,8 +175,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
     def __init__(self, *, idle_s: float = 30.0, ssl_context: ssl.SSLContext | None = None) -> None:
         self._idle_s = idle_s
         self._ssl = ssl_context
-        self._free: dict[_Origin, dict[Connection, None]] = {}
-        self._busy: dict[Connection, _Origin] = {}
+        self._free: dict[Origin, dict[Connection, None]] = {}
+        self._busy: dict[Connection, Origin] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -135,27 +188,62 @@ class PooledTransport(httpx.AsyncBaseTransport):
             httpx.LocalProtocolError: for a request that cannot be written.
         """
         url = request.url
-        origin = (url.raw_scheme, url.raw_host, url.port)
         body = await _body_of(request)
-        head = _head_of(request)
         limits: Mapping[str, Any] = request.extensions.get("timeout") or {}
+        idle_s = _or_never(limits.get("read"))
+        answer = await self.send(
+            (url.raw_scheme, url.raw_host, url.port),
+            _head_of(request),
+            body,
+            connect_s=limits.get("connect"),
+            first_byte_s=_or_never(limits.get("first_byte", idle_s)),
+            idle_s=idle_s,
+            is_bodiless=request.method == "HEAD",
+        )
+        return httpx.Response(
+            answer.status, headers=answer.headers, stream=Body(answer), extensions={"is_repeat": answer.is_repeat}
+        )
+
+    async def send(
+        self,
+        origin: Origin,
+        head: bytes,
+        body: bytes,
+        *,
+        connect_s: float | None,
+        first_byte_s: float,
+        idle_s: float,
+        is_bodiless: bool = False,
+    ) -> PooledAnswer:
+        """The same for a request that is bytes already: httpx's objects cost more than all the rest.
+
+        Args:
+            origin: Scheme, host, and port if it is not the scheme's own.
+            head: The whole head, with the empty line at its end.
+            body: The body as the head announces it.
+            connect_s: Limit in seconds, as above.
+            first_byte_s: Another.
+            idle_s: Another, above called ``read``.
+            is_bodiless: True if the answer has no body, whatever it says (HEAD).
+        """
         connection = self._reuse(origin)
         is_repeat = False
         while True:
             if connection is None:
-                connection = await self._connect(origin, limits.get("connect"))
+                connection = await self._connect(origin, connect_s)
             try:
-                await _exchange(connection, request.method, head, body, limits)
-                break
+                first_by_s = connection.now_s() + first_byte_s
+                connection.begin(head, body, is_bodiless=is_bodiless, first_by_s=first_by_s, idle_s=idle_s)
+                while not connection.take_head():
+                    await connection.arrival()
             except BaseException as error:
                 is_repeat = _is_stale(connection, error)
                 connection.abort()
                 if not is_repeat:
                     raise
                 connection = None
-        return httpx.Response(
-            connection.status, headers=connection.headers, stream=Body(connection), extensions={"is_repeat": is_repeat}
-        )
+            else:
+                return PooledAnswer(connection, is_repeat=is_repeat)
 
     async def aclose(self) -> None:
         """Close every connection, also amid an answer. Safe twice."""
@@ -174,7 +262,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
         """How many connections are ``free`` and ``busy``."""
         return {"free": sum(map(len, self._free.values())), "busy": len(self._busy)}
 
-    def _reuse(self, origin: _Origin) -> Connection | None:
+    def _reuse(self, origin: Origin) -> Connection | None:
         free = self._free.get(origin)
         while free:
             connection, _ = free.popitem()
@@ -183,7 +271,7 @@ class PooledTransport(httpx.AsyncBaseTransport):
                 return connection
         return None
 
-    async def _connect(self, origin: _Origin, timeout_s: float | None) -> Connection:
+    async def _connect(self, origin: Origin, timeout_s: float | None) -> Connection:
         scheme, host, port = origin
         if scheme not in (b"http", b"https"):
             raise httpx.UnsupportedProtocol("only http:// and https:// can be spoken")
@@ -224,17 +312,8 @@ class PooledTransport(httpx.AsyncBaseTransport):
         self._sweeper = loop.call_later(self._idle_s / 2, self._sweep) if self._free else None
 
 
-async def _exchange(connection: Connection, method: str, head: bytes, body: bytes, limits: Mapping[str, Any]) -> None:
-    idle_s = limits.get("read")
-    first_s = limits.get("first_byte", idle_s)
-    now_s = asyncio.get_running_loop().time()
-    await connection.exchange(
-        head,
-        body,
-        is_bodiless=method == "HEAD",
-        first_by_s=math.inf if first_s is None else now_s + first_s,
-        idle_s=math.inf if idle_s is None else idle_s,
-    )
+def _or_never(seconds: float | None) -> float:
+    return math.inf if seconds is None else seconds
 
 
 def _is_stale(connection: Connection, error: BaseException) -> bool:
@@ -243,7 +322,7 @@ def _is_stale(connection: Connection, error: BaseException) -> bool:
         return False
     if not isinstance(error, httpx.ReadError):
         return False
-    return asyncio.get_running_loop().time() - connection.began_s < STALE_WITHIN_S
+    return connection.now_s() - connection.began_s < STALE_WITHIN_S
 
 
 async def _body_of(request: httpx.Request) -> bytes:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvfleet.adapters import faults
 from kvfleet.adapters.call import Tally, Usage
-from kvfleet.adapters.incoming import Incoming
+from kvfleet.adapters.incoming import ForeignAnswer, Incoming
 from kvfleet.adapters.sse import DONE, EventRelay
 from kvfleet.errors import BackendError, Fault
 
@@ -51,7 +51,7 @@ def relay(*pieces: bytes, error: Exception | None = None, **options: object) -> 
     body = Pieces(pieces, error)
     tally = Tally()
     made = EventRelay(
-        Incoming(httpx.Response(200, stream=body)),
+        Incoming(ForeignAnswer(httpx.Response(200, stream=body))),
         tally,
         error_of=lambda data: faults.from_answer(200, {}, data),
         **options,  # type: ignore[arg-type]
