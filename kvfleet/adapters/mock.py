@@ -1,12 +1,13 @@
 """The `mock` provider: engines inside this process that behave like engines, for a first look, demos and tests.
 
-They need no GPU, no network and no key. Queue, batch, prefix cache and timing are those of
-`kvfleet.adapters.mock_engine`; the words come from `kvfleet.adapters.mock_content`. Faults can be injected.
+They need no GPU, no network and no key. Queue, batch, prefix cache and timing are those of `kvfleet.sim.engine`; the
+words come from `kvfleet.adapters.mock_content`. Faults can be injected.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import cached_property
 from typing import Any, NoReturn, Self
 
 import anyio
@@ -14,19 +15,28 @@ import attrs
 import xxhash
 
 from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
-from kvfleet.adapters.call import Call, Limits, Reply, Tally, Usage
+from kvfleet.adapters.call import Call, Limits, Operation, Reply
+from kvfleet.adapters.mock_answer import MockAnswer
 from kvfleet.adapters.mock_content import sentence, text_of
-from kvfleet.adapters.mock_engine import EngineLimits, Job, MockEngine, Stage
-from kvfleet.adapters.mock_wire import Part, Work, Writer, error_body, plan
+from kvfleet.adapters.mock_wire import Writer, error_body, plan
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import choice, flag, number, text
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
+from kvfleet.sim.engine import Engine
+from kvfleet.sim.live import LiveEngine
+from kvfleet.sim.spec import EngineSpec
 
 __all__ = ["FAULT_STATUS", "MockAdapter", "injected_fault"]
 
 _NO_FAULT = "none"
 _CONTEXT_TOKENS = 8192
+_PREFIX = {
+    Operation.CHAT: "chatcmpl",
+    Operation.COMPLETION: "cmpl",
+    Operation.EMBEDDING: "embd",
+    Operation.RERANK: "rerank",
+}
 _INJECTABLE = tuple(fault.value for fault in Fault if fault not in (Fault.CANCELLED, Fault.DEADLINE))
 
 FAULT_STATUS: Mapping[Fault, int] = {
@@ -59,11 +69,17 @@ class MockAdapter(InferenceAdapter):
     """
 
     prefill_tokens_per_s: float = number(
-        8000, gt=0, unit="tokens/s", doc="Uncached prompt tokens it reads in a second."
+        8000, gt=0, unit="tokens/s", doc="Uncached prompt tokens it reads in a second, beside what each step costs."
     )
     decode_ms_per_token: float = number(8, ge=0, unit="ms", doc="Time of a decode step with one request in the batch.")
     decode_slowdown: float = number(
-        0.05, ge=0, doc="How much longer a step gets with each further request in the batch, as a share."
+        0.05, ge=0, le=1, doc="How much longer a step gets with each further request in the batch, as a share."
+    )
+    token_budget: int = number(
+        2048,
+        ge=1,
+        unit="tokens",
+        doc="Most tokens computed in a step, the batch's and those of prompts; never fewer than `max_batch`.",
     )
     max_batch: int = number(8, ge=1, unit="requests", doc="Most requests in the batch; the others queue.")
     max_queue: int = number(256, ge=0, unit="requests", doc="Most requests in the queue; one more is refused with 503.")
@@ -88,21 +104,28 @@ class MockAdapter(InferenceAdapter):
     )
     sleep: Callable[[float], Awaitable[None]] = attrs.field(init=False, default=anyio.sleep, repr=False)
     clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False)
-    engine: MockEngine = attrs.field(init=False, repr=False)
     _calls: int = attrs.field(init=False, default=0, repr=False)
 
-    def __attrs_post_init__(self) -> None:
-        self.engine = MockEngine(
-            EngineLimits(
-                prefill_tokens_per_s=self.prefill_tokens_per_s,
-                decode_ms_per_token=self.decode_ms_per_token,
-                decode_slowdown=self.decode_slowdown,
-                max_batch=self.max_batch,
-                max_queue=self.max_queue,
-                cache_blocks=max(1, self.cache_tokens // self.block_tokens),
-                block_tokens=self.block_tokens,
-                context_tokens=self.context_tokens or _CONTEXT_TOKENS,
-            )
+    @cached_property
+    def live(self) -> LiveEngine:
+        """The engine on its clock; made when first needed."""
+        return LiveEngine(engine=Engine(self.spec), clock=self.clock, sleep=self.sleep)
+
+    @property
+    def spec(self) -> EngineSpec:
+        """Size and pace of the engine."""
+        step_s = self.decode_ms_per_token / 1000
+        return EngineSpec(
+            token_budget=max(self.token_budget, self.max_batch),
+            max_running=self.max_batch,
+            max_waiting=self.max_queue,
+            cache_blocks=max(1, self.cache_tokens // self.block_tokens),
+            block_tokens=self.block_tokens,
+            context_tokens=self.context_tokens or _CONTEXT_TOKENS,
+            step_s=step_s * (1 - self.decode_slowdown),
+            prefill_s_per_token=1 / self.prefill_tokens_per_s,
+            decode_s_per_seq=step_s * self.decode_slowdown,
+            speed=self.speed,
         )
 
     @classmethod
@@ -123,21 +146,25 @@ class MockAdapter(InferenceAdapter):
         if fault and not self.fail_after_tokens:
             await self._fail(fault, call.limits)
         work = plan(call.operation, call.body, self._words(call.body), self.embedding_dimensions)
-        answer = _Answer(self, call, work, fault)
+        writer = Writer(
+            operation=call.operation,
+            id=self._response_id(call.operation),
+            created=self.clock.time_ns() // 1_000_000_000,
+            model=self.model_id,
+            work=work,
+        )
+        answer = MockAnswer(self.live, writer, self._failing(fault, call))
         try:
             with anyio.fail_after(call.limits.first_byte_s):
-                await answer.begin()
-                if not (call.stream and work.choices):
-                    return await answer.whole()
+                return await (answer.streamed() if call.stream and work.choices else answer.whole())
         except TimeoutError as error:
             raise BackendError(Fault.TIMEOUT, "the engine gave no first byte in time") from error
-        return answer.streamed()
 
     async def health_check(self) -> EndpointHealth:
         """The engine's state; down only if it is told to refuse every connection."""
         if self._is_down:
             return EndpointHealth(endpoint=self.endpoint, healthy=False, error=str(injected_fault(Fault(self.fail))))
-        load = self.engine.load()
+        load = self.live.load()
         return EndpointHealth(
             endpoint=self.endpoint,
             healthy=True,
@@ -156,7 +183,7 @@ class MockAdapter(InferenceAdapter):
     async def get_load(self) -> EngineLoad:
         """The engine's load and cache, all of it known."""
         self._refuse_if_down()
-        return self.engine.load()
+        return self.live.load()
 
     async def get_metrics(self) -> Mapping[str, float]:
         """The load as figures by name."""
@@ -175,6 +202,15 @@ class MockAdapter(InferenceAdapter):
         self._calls += 1
         return Fault(self.fail) if self.fail != _NO_FAULT and self._calls % self.fail_every == 0 else None
 
+    def _failing(self, fault: Fault | None, call: Call) -> Callable[[int, bool], Awaitable[None]]:
+        """What raises the fault amid an answer, when its token comes."""
+
+        async def fail(tokens: int, received: bool) -> None:
+            if fault and tokens >= self.fail_after_tokens:
+                await self._fail(fault, call.limits, received=received)
+
+        return fail
+
     async def _fail(self, fault: Fault, limits: Limits, *, received: bool = False) -> NoReturn:
         """Raise the fault, after the silence a caller would have sat through."""
         silence = {
@@ -192,104 +228,7 @@ class MockAdapter(InferenceAdapter):
             return text_of(messages[-1].get("content")) if isinstance(messages[-1], Mapping) else ""
         return self.reply or sentence(self.model_id)
 
-    def response_id(self, prefix: str) -> str:
+    def _response_id(self, operation: Operation) -> str:
         """An identifier nobody else's answer in this fleet has, the same in every run."""
         seed = f"{self.endpoint} {self.model_id} {self._calls}".encode()
-        return f"{prefix}-{xxhash.xxh3_64_hexdigest(seed)}"
-
-
-_PREFIX = {"chat": "chatcmpl", "completion": "cmpl", "embedding": "embd", "rerank": "rerank"}
-
-
-class _Answer(AsyncIterator[bytes]):
-    """One answer in the making: waits for its turn, lets the time of its tokens pass, and gives its place back."""
-
-    def __init__(self, adapter: MockAdapter, call: Call, work: Work, fault: Fault | None) -> None:
-        self._adapter, self._call, self._work, self._fault = adapter, call, work, fault
-        self._engine = adapter.engine
-        self._turn = anyio.Event()
-        self._job: Job = self._engine.submit(work.prompt, work.output_tokens, self._turn.set)
-        response_id = adapter.response_id(_PREFIX[call.operation.value])
-        self._tally = Tally(model=adapter.model_id, response_id=response_id)
-        self._writer = Writer(
-            operation=call.operation,
-            id=response_id,
-            created=adapter.clock.time_ns() // 1_000_000_000,
-            model=adapter.model_id,
-            work=work,
-        )
-        self._events: Iterator[tuple[Part, bytes]] = iter(())
-        self._tokens = 0
-
-    async def begin(self) -> None:
-        """Wait in the queue, then for the prefill."""
-        try:
-            await self._turn.wait()
-            await self._pass(self._engine.prefill_s(self._job))
-        except BaseException:
-            self._engine.release(self._job)
-            raise
-        self._engine.prefilled(self._job)
-
-    async def whole(self) -> Reply:
-        """Wait for the rest, and give all of it at once."""
-        try:
-            for _ in range(self._work.steps):
-                await self._step(received=False)
-        except BaseException:
-            self._engine.release(self._job)
-            raise
-        self._finish()
-        self._tally.is_complete = True
-        body = self._writer.whole(self._usage)
-        return Reply(headers={"content-type": "application/json"}, body=body, tally=self._tally)
-
-    def streamed(self) -> Reply:
-        """The answer as a stream, of which closing it gives the engine's place back."""
-        self._events = self._writer.chunks(self._usage)
-        headers = {"content-type": "text/event-stream; charset=utf-8"}
-        return Reply(headers=headers, events=self, tally=self._tally, close=self._close)
-
-    async def __anext__(self) -> bytes:
-        part, event = next(self._events, (None, b""))
-        if part is None:
-            raise StopAsyncIteration
-        if part is Part.TOKEN:
-            try:
-                await self._step(received=True)
-            except BaseException:
-                self._engine.release(self._job)
-                raise
-        if self._job.stage is Stage.DONE and not self._tally.finish_reason:
-            raise BackendError(Fault.CANCELLED, "the stream was closed before its end", received=True)
-        if part is Part.FINISH:
-            self._finish()
-        self._tally.is_complete = self._tally.is_complete or part is Part.DONE
-        self._tally.events += event.count(b"\n\n")
-        return event
-
-    async def _step(self, *, received: bool) -> None:
-        """Let a decode step pass; the first token comes with the prefill."""
-        if self._fault and self._tokens >= self._adapter.fail_after_tokens:
-            await self._adapter._fail(self._fault, self._call.limits, received=received)  # noqa: SLF001
-        if self._tokens:
-            await self._pass(self._engine.step_s())
-        self._tokens += 1
-
-    async def _pass(self, seconds: float) -> None:
-        await self._adapter.sleep(seconds / self._adapter.speed)
-
-    async def _close(self) -> None:
-        self._engine.release(self._job)
-
-    def _finish(self) -> None:
-        said = self._work.choices
-        whole = self._work.prompt + said[0].text.encode() if said else b""
-        self._engine.release(self._job, whole)
-        self._tally.usage = self._usage
-        self._tally.finish_reason = said[0].finish_reason if said else "stop"
-
-    @property
-    def _usage(self) -> Usage:
-        prompt, output = self._job.prompt_tokens, self._work.output_tokens
-        return Usage(prompt, output, prompt + output, self._job.cached_tokens)
+        return f"{_PREFIX[operation]}-{xxhash.xxh3_64_hexdigest(seed)}"

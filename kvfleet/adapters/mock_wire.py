@@ -12,6 +12,7 @@ import orjson
 from kvfleet.adapters.call import Operation, Usage
 from kvfleet.adapters.mock_content import embed, instance_of, overlap, pack_floats, pieces, render_chat, text_of
 from kvfleet.errors import BackendError, Fault
+from kvfleet.sim.tokens import count_tokens
 
 __all__ = ["Part", "Said", "Work", "Writer", "error_body", "plan"]
 
@@ -59,16 +60,21 @@ class Work:
     """What one call asks of the engine.
 
     Attributes:
-        prompt: The text to read.
-        choices: What to say, for chat and text completions.
+        prompts: The texts to read.
+        choices: What to say, for chat and text completions: as many for each prompt.
         data: The finished payload, for embeddings and reranking.
         include_usage: True if the client asked for usage at the end of a stream.
     """
 
-    prompt: bytes
+    prompts: tuple[bytes, ...]
     choices: tuple[Said, ...] = ()
     data: tuple[Mapping[str, Any], ...] = ()
     include_usage: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
+        return sum(map(count_tokens, self.prompts))
 
     @property
     def output_tokens(self) -> int:
@@ -108,7 +114,7 @@ def _plan_chat(body: Mapping[str, Any], text: str, _: int) -> Work:
     else:
         said = _said(_formatted(body, text), _stops(body), limit)
     return Work(
-        prompt=render_chat(messages, body.get("tools")),
+        prompts=(render_chat(messages, body.get("tools")),),
         choices=(said,) * _count(body),
         include_usage=_wants_usage(body),
     )
@@ -122,8 +128,7 @@ def _plan_completion(body: Mapping[str, Any], text: str, _: int) -> Work:
         for prompt in prompts
         for _ in range(_count(body))
     ]
-    joined = "\n".join(prompts).encode("utf-8", "surrogatepass")
-    return Work(prompt=joined, choices=tuple(choices), include_usage=_wants_usage(body))
+    return Work(prompts=_encoded(prompts), choices=tuple(choices), include_usage=_wants_usage(body))
 
 
 def _plan_embedding(body: Mapping[str, Any], _: str, dimensions: int) -> Work:
@@ -134,7 +139,7 @@ def _plan_embedding(body: Mapping[str, Any], _: str, dimensions: int) -> Work:
         raise _bad("dimensions must be a whole number of at least 1", "dimensions")
     pack: Any = pack_floats if body.get("encoding_format") == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": pack(embed(t, size))} for i, t in enumerate(texts)]
-    return Work(prompt="\n".join(texts).encode("utf-8", "surrogatepass"), data=tuple(data))
+    return Work(prompts=_encoded(texts), data=tuple(data))
 
 
 def _plan_rerank(body: Mapping[str, Any], _: str, __: int) -> Work:
@@ -153,7 +158,7 @@ def _plan_rerank(body: Mapping[str, Any], _: str, __: int) -> Work:
         {"index": i, **({"document": {"text": texts[i]}} if has_documents else {}), "relevance_score": scores[i]}
         for i in order
     ]
-    return Work(prompt="\n".join([query, *texts]).encode("utf-8", "surrogatepass"), data=tuple(data))
+    return Work(prompts=_encoded([f"{query}\n{text}" for text in texts]), data=tuple(data))
 
 
 _PLANS = {
@@ -162,6 +167,11 @@ _PLANS = {
     Operation.EMBEDDING: _plan_embedding,
     Operation.RERANK: _plan_rerank,
 }
+
+
+def _encoded(texts: Sequence[str]) -> tuple[bytes, ...]:
+    """Prompts as bytes; an engine reads at least its own token that begins a text."""
+    return tuple(text.encode("utf-8", "surrogatepass") or b"\0" for text in texts)
 
 
 def _said(text: str, stops: Sequence[str], limit: int | None, reason: str = "stop", tool: str = "") -> Said:

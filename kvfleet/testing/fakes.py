@@ -18,7 +18,6 @@ import orjson
 from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
 from kvfleet.adapters.call import Call, Reply, Tally, Usage
 from kvfleet.adapters.mock import injected_fault
-from kvfleet.adapters.mock_engine import count_tokens
 from kvfleet.adapters.mock_wire import Part, Work, Writer, plan
 from kvfleet.clock import FrozenClock
 from kvfleet.errors import BackendError, Fault
@@ -196,8 +195,8 @@ def _fault(reply: FakeReply, *, received: bool = False) -> BackendError:
 
 
 def _usage(work: Work, cached_tokens: int | None) -> Usage:
-    prompt = count_tokens(work.prompt)
-    return Usage(prompt, work.output_tokens, prompt + work.output_tokens, cached_tokens)
+    prompt, output = work.prompt_tokens, work.output_tokens
+    return Usage(prompt, output, prompt + output, cached_tokens)
 
 
 class _Stream(AsyncIterator[bytes]):

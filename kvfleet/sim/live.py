@@ -1,0 +1,213 @@
+"""A simulated engine on a clock: its time passes, and whoever waits for tokens is woken when they are there."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+
+import anyio
+import attrs
+
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.clock import Clock
+from kvfleet.sim.engine import Engine
+from kvfleet.sim.events import Decoded, Event, Finished, FirstToken, Job
+
+__all__ = ["LiveEngine", "Order"]
+
+
+@attrs.define(eq=False)
+class Order:
+    """Jobs that are waited for together: the choices of one answer.
+
+    Attributes:
+        jobs: The jobs.
+        is_cancelled: True once it was cancelled.
+    """
+
+    jobs: tuple[Job, ...]
+    is_cancelled: bool = attrs.field(init=False, default=False)
+    _tokens: dict[Job, int] = attrs.field(init=False, repr=False)
+    _bell: anyio.Event | None = attrs.field(init=False, default=None, repr=False)
+    _wanted: int = attrs.field(init=False, default=0, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._tokens = dict.fromkeys(self.jobs, 0)
+
+    def has(self, tokens: int) -> bool:
+        """True if every job has so many tokens, or all it will get."""
+        return all(count >= tokens for count in self._tokens.values())
+
+    @property
+    def is_waiting(self) -> bool:
+        """True if somebody waits for more than is there."""
+        return self._bell is not None and not self.has(self._wanted)
+
+    def grow(self, job: Job, tokens: int) -> None:
+        """A job has more tokens."""
+        self._tokens[job] += tokens
+
+    def end(self, job: Job) -> None:
+        """A job gets no more tokens."""
+        self._tokens[job] = 1 << 60
+
+    def ring(self) -> None:
+        """Wake who waits for it."""
+        if self._bell is not None:
+            self._bell.set()
+
+    def ring_if_ready(self) -> None:
+        """Wake who waits for it, if what is waited for is there."""
+        if self._bell is not None and self.has(self._wanted):
+            self._bell.set()
+
+    async def rung(self, tokens: int) -> None:
+        """Wait until it is woken, at the latest when so many tokens are there."""
+        self._bell, self._wanted = anyio.Event(), tokens
+        try:
+            await self._bell.wait()
+        finally:
+            self._bell = None
+
+
+@attrs.define(eq=False)
+class LiveEngine:
+    """Lets an engine's time pass as a clock's does.
+
+    There is no task in the background: of those who wait for tokens one sleeps until the step's end and tells the
+    others. While nobody waits nothing needs to happen, and what the clock has passed is caught up with afterwards. A
+    clock that stands still while its sleep returns is taken at the sleep's word.
+
+    Args:
+        engine: The engine.
+        clock: What time it is.
+        sleep: Sleeps for so many seconds of that clock.
+        listener: Told of the engine's events as they happen.
+    """
+
+    engine: Engine
+    clock: Clock
+    sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+    listener: Callable[[Sequence[Event]], None] | None = None
+    _orders: dict[Job, Order] = attrs.field(init=False, factory=dict, repr=False)
+    _now: float = attrs.field(init=False, default=0.0)
+    _is_led: bool = attrs.field(init=False, default=False)
+    _following: dict[Order, None] = attrs.field(init=False, factory=dict, repr=False)
+
+    def submit(self, jobs: Sequence[Job]) -> Order:
+        """Take jobs into the queue; all of them or, if one is refused, none.
+
+        Raises:
+            BackendError: as `Engine.submit`.
+        """
+        now_s = self._time()
+        order = Order(tuple(jobs))
+        try:
+            for job in jobs:
+                self.engine.submit(job, now_s)
+                self._orders[job] = order
+        except BaseException:
+            self.cancel(order)
+            raise
+        self._tell(self.engine.advance(now_s))
+        return order
+
+    async def tokens(self, order: Order, count: int) -> None:
+        """Wait until each job of an order has so many tokens, or all it will get."""
+        while not order.has(count):
+            if not self._is_led:
+                await self._lead()
+                continue
+            self._following[order] = None
+            try:
+                await order.rung(count)
+            except BaseException:
+                del self._following[order]
+                self._hand_over()  # it may have been woken to lead
+                raise
+            del self._following[order]
+
+    async def finished(self, order: Order) -> None:
+        """Wait until the jobs of an order have all their tokens."""
+        await self.tokens(order, 1 << 60)
+
+    def cancel(self, order: Order) -> None:
+        """Drop what is left of an order; safe if it is over."""
+        now_s = self._time()
+        for job in order.jobs:
+            if self._orders.pop(job, None) is not None:
+                order.is_cancelled = True
+                self.engine.cancel(job, now_s)
+                order.end(job)
+        order.ring()
+        self._tell(self.engine.advance(now_s))
+
+    def load(self) -> EngineLoad:
+        """The engine's load by now."""
+        self._reach(self._time())
+        self.engine.next_step_s()
+        return self.engine.load()
+
+    def clear_cache(self) -> bool:
+        """Forget all blocks; False, and nothing happens, while any are held."""
+        now_s = self._time()
+        self._reach(now_s)
+        is_done = self.engine.clear_cache(now_s)
+        self._tell(self.engine.advance(now_s))
+        return is_done
+
+    def _time(self) -> float:
+        self._now = max(self._now, self.clock.now_s())
+        return self._now
+
+    async def _lead(self) -> None:
+        """Sleep until the end of the step under way, for everybody."""
+        end_s = self.engine.next_step_s()
+        if end_s is None:
+            raise RuntimeError("somebody waits for tokens of an engine that has nothing to do")
+        self._is_led = True
+        try:
+            await self.sleep(max(0.0, end_s - self._time()))
+            self._now = max(self._now, end_s)
+            self._reach(self._time())
+        finally:
+            self._is_led = False
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Wake one who has to wait on, to lead."""
+        if not self._is_led:
+            for order in self._following:
+                if order.is_waiting:
+                    order.ring()
+                    return
+
+    def _reach(self, now_s: float) -> None:
+        self._tell(self.engine.advance(now_s))
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        if not events:
+            return
+        if self.listener is not None:
+            self.listener(events)
+        touched: dict[Order, None] = {}
+        for event in events:
+            match event:
+                case Decoded(_, jobs, tokens):
+                    self._grow(jobs, tokens, touched)
+                case FirstToken(_, job):
+                    self._grow((job,), 1, touched)
+                case Finished(_, job) if job in self._orders:
+                    order = self._orders.pop(job)
+                    order.end(job)
+                    touched[order] = None
+                case _:
+                    pass
+        for order in touched:
+            order.ring_if_ready()
+
+    def _grow(self, jobs: Sequence[Job], tokens: int, touched: dict[Order, None]) -> None:
+        for job in jobs:
+            order = self._orders.get(job)
+            if order is not None:
+                order.grow(job, tokens)
+                touched[order] = None
