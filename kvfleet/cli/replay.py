@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import attrs
@@ -13,11 +14,14 @@ import click
 
 from kvfleet.cli import render
 from kvfleet.cli.options import read_fleet, reports
+from kvfleet.config.findings import Origin
 from kvfleet.config.schema import FleetConfig
+from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.plugin.manager import ComponentTable, discover
-from kvfleet.replay.driver import Replay
+from kvfleet.registry.models import ModelRegistry
+from kvfleet.replay.driver import Replay, ReplayResult
 from kvfleet.replay.expect import Verdict, parse_expectation, shown
-from kvfleet.replay.fleet import SimulatedFleet, read_fleet_description
+from kvfleet.replay.fleet import check_names, names_of, read_fleet_description
 from kvfleet.replay.generate import GENERATORS, generator_from
 from kvfleet.replay.measures import FIGURES
 from kvfleet.replay.readers import FORMATS, read_trace
@@ -74,15 +78,22 @@ _COLUMNS = (
     type=click.Choice(["open", "closed"]),
     help="Whether turns wait for the answer before; by default where the trace has sessions.",
 )
-@click.option("--slo", default="", help="What a good answer is, as in 'ttft < 2s, tpot < 50ms'.")
+@click.option(
+    "--slo",
+    default="ttft < 2s",
+    show_default=True,
+    help="What a good answer is; also as in 'ttft < 2s, tpot < 50ms, e2e < 30s'.",
+)
 @click.option(
     "--expect", "expected", multiple=True, help="What must hold, as in 'ttft_p99 < 5s'; exit status 1 if it does not."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures there, as JSON.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a report there, with plots.")
+@click.pass_context
 @reports
 def replay(
+    ctx: click.Context,
     trace: str,
     *,
     pipelines: Sequence[Path],
@@ -98,50 +109,73 @@ def replay(
     json_path: Path | None,
     html_path: Path | None,
 ) -> None:
-    """Send a trace through pipelines, with simulated engines behind them, and compare what comes of it."""
-    level = parse_slo(slo) if slo else parse_slo("ttft < 2s")
+    """Send a trace through pipelines, with simulated engines behind them, and compare what comes of it.
+
+    \b
+    TRACE is a file (Mooncake's JSON Lines, Azure's CSV, what `observe.record` wrote, a trace store), or a generator:
+    shared_prefix, agent_sessions or bursts, with options as in shared_prefix:requests=1000,zipf=1.2
+
+    Decisions are made by the pipelines themselves, in virtual time: an hour of traffic takes seconds. The engines are
+    those of the file's `simulation:` section or of --fleet.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    level = parse_slo(slo)
     table = discover()
     variants = _variants(pipelines, strategies, table)
     expectations = [parse_expectation(text, list(variants)) for text in expected]
-    engines = read_fleet_description(fleet) if fleet else SimulatedFleet()
     requests = _trace(trace, form or "", limit, seed)
-    render.echo(
-        f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
-        f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
-    )
-    results = []
-    for label, config in variants.items():
-        run = Replay(
+    engines = _engines(fleet, variants) if fleet else {}
+    runs = {
+        label: Replay(
             config=config,
             trace=requests,
-            fleet=engines,
+            fleet=engines.get(label),
             table=table,
             seed=seed,
             speed=speed,
             is_closed_loop=None if loop is None else loop == "closed",
         )
-        with _progress(label, len(requests.requests)) as tick:
-            run.progress = tick
-            results.append(run.run(label))
-    comparison = Comparison.of(results, level, speed=speed, seed=seed)
-    render.echo(_table(comparison.standings))
-    if json_path:
-        json_path.write_text(json.dumps(comparison.to_dict(), indent=2) + "\n")
+        for label, config in variants.items()
+    }
+    render.echo(
+        f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
+        f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
+    )
+    comparison = Comparison.of([_run(label, run) for label, run in runs.items()], level, speed=speed, seed=seed)
     verdicts = [verdict for one in expectations for verdict in one.check(comparison.figures)]
+    if json_path:
+        json_path.write_text(json.dumps(comparison.to_dict(verdicts), indent=2) + "\n", encoding="utf-8")
     if html_path:
         html_path.write_text(html_report(comparison, verdicts), encoding="utf-8")
+    render.echo(_table(comparison.standings))
+    _tell_errors(comparison.standings)
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
-        render.echo(_verdicts(failed))
-        raise SystemExit(1)
+        render.echo("\n" + _verdicts(failed))
+        ctx.exit(1)
 
 
 def _variants(pipelines: Sequence[Path], strategies: Sequence[str], table: ComponentTable) -> dict[str, FleetConfig]:
+    """Each file by its name, and with each other strategy."""
     found: dict[str, FleetConfig] = {}
-    for path in pipelines:
+    stems = Counter(path.stem for path in pipelines)
+    for path in dict.fromkeys(pipelines):
         config = read_fleet(path, table)
-        found[path.stem] = config
-        found |= {f"{path.stem}:{name}": with_strategy(config, name) for name in strategies}
+        label = path.stem if stems[path.stem] == 1 else str(path.with_suffix(""))
+        found[label] = config
+        found |= {f"{label}:{name}": with_strategy(config, name) for name in strategies}
     return found
+
+
+def _engines(path: Path, variants: Mapping[str, FleetConfig]) -> dict[str, SimulatedFleet]:
+    """Each pipeline's part of a fleet description, which must not speak of what none of them has."""
+    described = read_fleet_description(path)
+    models = {label: ModelRegistry.from_configs(config.models).replicas for label, config in variants.items()}
+    check_names(described, [model for replicas in models.values() for model in replicas], Origin(str(path)))
+    return {label: described.only(names_of(replicas)) for label, replicas in models.items()}
+
+
+def _run(label: str, run: Replay) -> ReplayResult:
+    with _progress(label, len(run.trace.requests)) as run.progress:
+        return run.run(label)
 
 
 def _trace(name: str, form: str, limit: int | None, seed: int) -> RequestTrace:
@@ -163,6 +197,18 @@ def _progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
 def _table(standings: Sequence[Standing]) -> str:
     rows = [(one.label, *(shown(one.figures.get(name), FIGURES[name]) for name in _COLUMNS)) for one in standings]
     return render.table(("pipeline", *_COLUMNS), rows)
+
+
+def _tell_errors(standings: Sequence[Standing]) -> None:
+    for one in standings:
+        if one.errors:
+            told = ", ".join(f"{count:,} {code}" for code, count in one.errors.items())
+            render.echo(render.warn(f"{one.label}: without a whole answer: {told}"))
+    left_out = sorted({key for one in standings for key in one.result.left_out})
+    if left_out:
+        render.echo(
+            render.dim(f"left out, because a trace has no text or because it only keeps records: {', '.join(left_out)}")
+        )
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

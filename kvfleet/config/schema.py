@@ -15,6 +15,7 @@ import attrs
 from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
 from kvfleet.config.findings import NOWHERE, Origin
+from kvfleet.config.simulation import SimulatedFleet
 
 __all__ = [
     "AUTO_MODEL",
@@ -522,4 +523,5 @@ class FleetConfig:
     telemetry: TelemetryConfig = section(TelemetryConfig, doc="What is measured, and where it goes.")
     pipeline: tuple[StageConfig, ...] = listing((), doc="The stages, in order; made from the sections above if absent.")
     tests: tuple[Mapping[str, Any], ...] = listing((), doc="Tests of the pipeline, run by `kvfleet test`.")
+    simulation: SimulatedFleet = section(SimulatedFleet, doc="The engines of `kvfleet replay`.")
     origin: Origin = attrs.field(default=NOWHERE, eq=False, repr=False)

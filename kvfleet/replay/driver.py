@@ -16,13 +16,15 @@ from typing import Any
 import attrs
 
 from kvfleet.builtin.facts import PROMPT, PromptFacts
+from kvfleet.config.findings import NOWHERE
 from kvfleet.config.schema import FleetConfig
+from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.stage import BoundStage
 from kvfleet.plugin.contract import RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.replay.fleet import SimulatedFleet
+from kvfleet.replay.fleet import check_names, specs_of
 from kvfleet.replay.hosts import EngineHost, SimulatedAdapter, engine_loads
 from kvfleet.replay.measures import Served
 from kvfleet.replay.prompts import traced_prompts
@@ -82,7 +84,7 @@ class Replay:
     Attributes:
         config: The pipeline and its replicas.
         trace: The requests.
-        fleet: The replicas' engines.
+        fleet: The replicas' engines; those of the configuration's `simulation:` if None.
         table: The components there are.
         seed: Of every random choice.
         speed: How many times faster requests come than in the trace; think times shrink alike.
@@ -95,7 +97,7 @@ class Replay:
 
     config: FleetConfig
     trace: RequestTrace
-    fleet: SimulatedFleet = attrs.field(factory=SimulatedFleet)
+    fleet: SimulatedFleet | None = None
     table: ComponentTable
     seed: int = 0
     speed: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
@@ -159,9 +161,13 @@ class Replay:
     def _adapters(self) -> dict[str, SimulatedAdapter]:
         self.hosts = {}
         adapters = {}
-        for model in ModelRegistry.from_configs(self.config.models).replicas:
-            spec = self.fleet.options_for(model).spec(self.trace.block_tokens)
-            host = self.hosts[model.id] = EngineHost(Engine(spec))
+        models = ModelRegistry.from_configs(self.config.models).replicas
+        fleet = self.config.simulation if self.fleet is None else self.fleet
+        is_own = self.fleet is None
+        check_names(fleet, models, self.config.origin if is_own else NOWHERE, ("simulation",) if is_own else ())
+        specs = specs_of(fleet, models, self.trace.block_tokens)
+        for model in models:
+            host = self.hosts[model.id] = EngineHost(Engine(specs[model.id]))
             adapters[model.id] = SimulatedAdapter(
                 endpoint=model.endpoint, model_id=model.get_model_id(), host=host, traced=self._under_way
             )

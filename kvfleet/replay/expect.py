@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -71,6 +72,11 @@ class Verdict:
         if self.left is None or self.right is None:
             return False
         return _COMPARISONS[self.expectation.comparison](self.left, self.right)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        plain = {"expected": self.expectation.text, "left": self.left, "right": self.right, "holds": self.holds}
+        return {"pipeline": self.label, **plain} if self.label else plain
 
 
 @attrs.frozen

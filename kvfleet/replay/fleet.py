@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from kvfleet.config.convert import structure
-from kvfleet.config.fields import choice, mapping, number, section
+from kvfleet.config.findings import NOWHERE, Origin, did_you_mean
+from kvfleet.config.findings import Path as Place
 from kvfleet.config.schema import ModelConfig
+from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.config.yaml import parse_yaml
 from kvfleet.errors import ConfigError
 from kvfleet.sim.spec import EngineSpec
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "EngineOptions", "SimulatedFleet", "read_fleet_description"]
+__all__ = ["PRESETS", "Preset", "check_names", "names_of", "read_fleet_description", "spec_of", "specs_of"]
 
 
 @attrs.frozen(kw_only=True)
@@ -32,8 +34,6 @@ class Preset:
     spec: EngineSpec
     cache_tokens: int
 
-
-DEFAULT_PRESET = "h100-8b"
 
 PRESETS: Mapping[str, Preset] = {
     "a100-8b": Preset(
@@ -94,62 +94,65 @@ else; the KV cache has what nine tenths of the memory leave. They are for compar
 """
 
 
-@attrs.frozen(kw_only=True)
-class EngineOptions:
-    """One engine: a preset, and what differs from it."""
-
-    preset: str = choice(DEFAULT_PRESET, of=tuple(PRESETS), doc="The engine to begin with.")
-    speed: float = number(1.0, gt=0, doc="How many times faster everything goes; 0.5 takes twice as long.")
-    cache_tokens: int | None = number(None, ge=1, unit="tokens", doc="Size of the KV cache.")
-    prefill_tokens_per_s: float | None = number(None, gt=0, unit="tokens/s", doc="Prompt tokens computed in a second.")
-    step_ms: float | None = number(None, gt=0, unit="ms", doc="Time that every step takes, whatever is in it.")
-    token_budget: int | None = number(None, ge=1, unit="tokens", doc="Tokens computed in one step.")
-    max_running: int | None = number(None, ge=1, doc="Requests in the batch.")
-    max_waiting: int | None = number(
-        None, ge=0, doc="Requests that may queue; one more is refused. No limit if absent."
+def spec_of(options: EngineOptions, block_tokens: int) -> EngineSpec:
+    """An engine, with blocks of a trace's size."""
+    preset = PRESETS[options.preset]
+    cache_tokens = preset.cache_tokens if options.cache_tokens is None else options.cache_tokens
+    rate = options.prefill_tokens_per_s
+    changes: dict[str, Any] = {
+        "token_budget": options.token_budget,
+        "max_running": options.max_running,
+        "max_waiting": options.max_waiting,
+        "context_tokens": options.context_tokens,
+        "step_s": None if options.step_ms is None else options.step_ms / 1000,
+        "prefill_s_per_token": None if rate is None else 1 / rate,
+        "prefill_s_per_token_context": None if rate is None else 0.0,  # a rate that was given is the whole rate
+    }
+    return attrs.evolve(
+        preset.spec,
+        speed=options.speed,
+        block_tokens=block_tokens,
+        cache_blocks=max(cache_tokens // block_tokens, 1),
+        **{name: value for name, value in changes.items() if value is not None},
     )
-    context_tokens: int | None = number(None, ge=1, unit="tokens", doc="Longest prompt and answer together.")
 
-    def spec(self, block_tokens: int) -> EngineSpec:
-        """The engine, with blocks of a trace's size."""
-        preset = PRESETS[self.preset]
-        cache_tokens = preset.cache_tokens if self.cache_tokens is None else self.cache_tokens
-        changes: dict[str, Any] = {
-            "token_budget": self.token_budget,
-            "max_running": self.max_running,
-            "max_waiting": self.max_waiting,
-            "context_tokens": self.context_tokens,
-            "step_s": None if self.step_ms is None else self.step_ms / 1000,
-            "prefill_s_per_token": None if self.prefill_tokens_per_s is None else 1 / self.prefill_tokens_per_s,
-        }
-        given = {name: value for name, value in changes.items() if value is not None}
-        if "prefill_s_per_token" in given:  # a rate that was given is the whole rate
-            given["prefill_s_per_token_context"] = 0.0
-        return attrs.evolve(
-            preset.spec,
-            speed=self.speed,
-            block_tokens=block_tokens,
-            cache_blocks=max(cache_tokens // block_tokens, 1),
-            **given,
+
+def specs_of(fleet: SimulatedFleet, models: Sequence[ModelConfig], block_tokens: int) -> dict[str, EngineSpec]:
+    """By replica: its engine."""
+    return {one.id: spec_of(fleet.options_for(one.id, one.endpoint, one.name), block_tokens) for one in models}
+
+
+def check_names(
+    fleet: SimulatedFleet, models: Sequence[ModelConfig], origin: Origin = NOWHERE, path: Place = ()
+) -> None:
+    """Refuse engines of nobody.
+
+    Args:
+        fleet: The description.
+        models: The replicas there are.
+        origin: The file it stands in, and
+        path: where in it.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    known = names_of(models)
+    findings = [
+        origin.finding(
+            (*path, "engines", key),
+            f"no replica, endpoint or model is called {key!r}",
+            did_you_mean(key, known),
+            code="unknown-engine",
         )
+        for key in fleet.unknown(known)
+    ]
+    if findings:
+        raise ConfigError(findings)
 
 
-@attrs.frozen(kw_only=True)
-class SimulatedFleet:
-    """The engines of a fleet."""
-
-    default: EngineOptions = section(EngineOptions, doc="The engine of every replica that is not named below.")
-    engines: Mapping[str, EngineOptions] = mapping(
-        doc="Engines by replica (`model@endpoint`), by endpoint, or by model; the first of these that is named holds.",
-        example={"llama@http://gpu-3:8000": {"speed": 0.5}},
-    )
-
-    def options_for(self, model: ModelConfig) -> EngineOptions:
-        """The engine of one replica."""
-        for key in (model.id, model.endpoint, model.name):
-            if key in self.engines:
-                return self.engines[key]
-        return self.default
+def names_of(models: Sequence[ModelConfig]) -> frozenset[str]:
+    """What the engines of these replicas may be called by."""
+    return frozenset(name for one in models for name in (one.id, one.endpoint, one.name))
 
 
 def read_fleet_description(path: Path) -> SimulatedFleet:

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from kvfleet.replay.driver import ReplayResult
+from kvfleet.replay.expect import Verdict
 from kvfleet.replay.measures import Difference, ReplicaFigures, by_replica, differences, figures
 from kvfleet.replay.slo import SLO
 
@@ -75,8 +76,8 @@ class Comparison:
         """By pipeline."""
         return {one.label: one.figures for one in self.standings}
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+    def to_dict(self, verdicts: Sequence[Verdict] = ()) -> dict[str, Any]:
+        """As plain data, with what was expected."""
         trace = self.standings[0].result.trace
         return {
             "trace": {
@@ -93,6 +94,7 @@ class Comparison:
             "loop": "closed" if self.standings[0].result.is_closed_loop else "open",
             "slo": str(self.slo),
             "pipelines": [one.to_dict() for one in self.standings],
+            "expectations": [one.to_dict() for one in verdicts],
         }
 
 

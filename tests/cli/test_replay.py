@@ -83,6 +83,34 @@ def test_engines_can_be_described(pipeline: Path, tmp_path: Path) -> None:
     assert times[1] > 5 * times[0]
 
 
+def test_a_fleet_file_may_describe_its_engines_itself(write: Callable[..., Path], tmp_path: Path) -> None:
+    """Two files that differ in nothing else are a comparison of machines."""
+    one = write(FLEET + "simulation: {default: {preset: h100-8b}}\n", "fast.yaml")
+    other = write(FLEET + "simulation: {default: {preset: l4-8b}, engines: {m: {preset: a100-8b}}}\n", "slow.yaml")
+    code, _, _ = run("replay", TRACE, "-p", one, "-p", other, "--expect", "fast.ttft_mean < 0.8 * slow.ttft_mean")
+    assert code == 0
+
+
+def test_engines_of_nobody_are_told_with_their_place(write: Callable[..., Path], tmp_path: Path) -> None:
+    """In the fleet file and in a description of its own."""
+    path = write(FLEET + 'simulation:\n  engines:\n    "http://c": {speed: 2}\n', "two.yaml")
+    code, _, err = run("replay", TRACE, "-p", path)
+    assert code == 1
+    assert "two.yaml:7:5: simulation.engines" in err
+    assert "no replica, endpoint or model is called 'http://c'; did you mean" in err
+    described = tmp_path / "engines.yaml"
+    described.write_text("engines: {'http://b': {speed: 2}, n: {}}")
+    assert "engines.yaml: engines.n: no replica" in run("replay", TRACE, "-p", path, "--fleet", described)[2]
+
+
+def test_files_of_one_name_are_told_apart(write: Callable[..., Path], tmp_path: Path) -> None:
+    """By their folders."""
+    (tmp_path / "new").mkdir()
+    paths = [write(FLEET, name) for name in ("two.yaml", "new/two.yaml")]
+    _, out, _ = run("replay", TRACE, "-p", paths[0], "-p", paths[1])
+    assert [line.split()[0] for line in out.splitlines()[2:4]] == [str(path.with_suffix("")) for path in paths]
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

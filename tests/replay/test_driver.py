@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.config.schema import FallbackConfig
+from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.plugin.contract import RouteRequest
-from kvfleet.replay.fleet import EngineOptions, SimulatedFleet
+from kvfleet.replay.fleet import spec_of
 from kvfleet.replay.traces import RequestTrace, TracedRequest
 from kvfleet.replay.virtual import VirtualLoop
 from kvfleet.runtime import Dispatch
@@ -71,7 +72,7 @@ def test_one_request_takes_exactly_as_long_as_in_the_engine_alone() -> None:
     request = TracedRequest(at_s=0.0, prompt_tokens=5000, output_tokens=50, blocks=tuple(range(9)))
     trace = RequestTrace(name="one", block_tokens=512, requests=(request,))
     served = replayed(trace, fleet(1), fleet=SimulatedFleet(default=options)).run().served[0]
-    engine = Engine(options.spec(512))
+    engine = Engine(spec_of(options, 512))
     engine.submit(Job(request.blocks, 5000, 50), 0.0)
     times = {type(event): event.at_s for event in engine.advance(1000.0)}
     assert (served.ttft_s, served.end_s) == pytest.approx((times[FirstToken], times[Finished]))

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from kvfleet.config.simulation import PRESET_NAMES, EngineOptions, SimulatedFleet
 from kvfleet.errors import ConfigError
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.replay.fleet import DEFAULT_PRESET, PRESETS, EngineOptions, SimulatedFleet, read_fleet_description
+from kvfleet.replay.fleet import PRESETS, read_fleet_description, spec_of
 from tests.replay.fleets import fleet
 
 REPLICAS = ModelRegistry.from_configs(fleet(3).models).replicas
@@ -24,7 +25,7 @@ def test_the_nearest_description_of_a_replica_holds(tmp_path: Path) -> None:
         '  "http://engine-1:8000": {preset: a100-8b, cache_tokens: 64000}\n'
     )
     described = read_fleet_description(path)
-    found = [described.options_for(one) for one in REPLICAS]
+    found = [described.options_for(one.id, one.endpoint, one.name) for one in REPLICAS]
     assert found == [
         EngineOptions(speed=0.5),
         EngineOptions(preset="a100-8b", cache_tokens=64_000),
@@ -34,7 +35,7 @@ def test_the_nearest_description_of_a_replica_holds(tmp_path: Path) -> None:
 
 def test_numbers_go_before_those_of_the_preset() -> None:
     """The cache is counted in blocks of the trace."""
-    spec = EngineOptions(preset="a100-8b", prefill_tokens_per_s=8000, step_ms=20, cache_tokens=10_000).spec(512)
+    spec = spec_of(EngineOptions(preset="a100-8b", prefill_tokens_per_s=8000, step_ms=20, cache_tokens=10_000), 512)
     assert (spec.prefill_s_per_token, spec.prefill_s_per_token_context, spec.step_s) == (1 / 8000, 0.0, 0.02)
     assert (spec.cache_blocks, spec.block_tokens) == (19, 512)
     assert spec.decode_s_per_context_token == PRESETS["a100-8b"].spec.decode_s_per_context_token
@@ -43,8 +44,8 @@ def test_numbers_go_before_those_of_the_preset() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_makes_an_engine(name: str) -> None:
     """With its own cache."""
-    assert EngineOptions(preset=name).spec(16).cache_blocks == PRESETS[name].cache_tokens // 16
-    assert DEFAULT_PRESET in PRESETS
+    assert spec_of(EngineOptions(preset=name), 16).cache_blocks == PRESETS[name].cache_tokens // 16
+    assert set(PRESET_NAMES) == set(PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,6 @@ def test_a_wrong_description_is_told_with_its_place(tmp_path: Path, text: str, w
 
 def test_a_slower_engine_answers_later() -> None:
     """By its factor."""
-    fast, slow = EngineOptions().spec(64), EngineOptions(speed=0.25).spec(64)
+    fast, slow = spec_of(EngineOptions(), 64), spec_of(EngineOptions(speed=0.25), 64)
     assert slow.step_time_s(100, 50, 3, 1000) == pytest.approx(4 * fast.step_time_s(100, 50, 3, 1000))
-    assert SimulatedFleet().options_for(REPLICAS[0]) == EngineOptions()
+    assert SimulatedFleet().options_for("m@x", "x", "m") == EngineOptions()
