@@ -11,7 +11,7 @@
     │   ├── BadRequestError         400: the request itself is wrong
     │   ├── AuthenticationError     401: the gateway's own key
     │   ├── ModelNotFoundError      404: nobody is called that
-    │   ├── NoCandidatesError       403 or 503: every candidate was dropped, and why
+    │   ├── NoCandidatesError       403, 429 or 503: every candidate was dropped, and why
     │   ├── AdmissionError          429: refused before any backend was asked
     │   │   └── QuotaError          429: a budget is used up
     │   ├── StageError              500: a stage that must not fail, failed
@@ -28,7 +28,7 @@ or a credential; those that reach a client hold no backend address either.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ class BackendError(KVFleetError):
         status: The backend's HTTP status, if it sent one.
         body: The backend's own error object (OpenAI shape), if it sent one that may be shown to the caller.
         retry_after_s: Seconds the backend asked to wait, if it did.
+        headers: The headers of its refusal, lower-case, if there were any; they may tell its rate limits.
         received: True if any byte of an answer had arrived, so that the call must not be repeated.
     """
 
@@ -150,6 +151,7 @@ class BackendError(KVFleetError):
         status: int | None = None,
         body: dict[str, Any] | None = None,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
         received: bool = False,
     ) -> None:
         super().__init__(message)
@@ -158,6 +160,7 @@ class BackendError(KVFleetError):
         self.status = status
         self.body = body
         self.retry_after_s = retry_after_s
+        self.headers: Mapping[str, str] = headers or {}
         self.received = received
 
 
@@ -230,7 +233,7 @@ class ModelNotFoundError(RouteError):
 
 
 class NoCandidatesError(RouteError):
-    """403 if policy alone excluded everybody, else 503: nobody is left, and who was dropped by what."""
+    """Nobody is left, and who was dropped by what: 403 if policy alone did it, 429 if waiting helps, else 503."""
 
     status = 503
     code = "no_candidates"

@@ -39,9 +39,11 @@ from kvfleet.plugin.contract import Answer, Outcome, RouteRequest, RoutingContex
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.collector import Collector
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.telemetry.rate_limits import RateLimitTracker
 from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
@@ -124,6 +126,7 @@ class Router:
             models=self.models,
             health=HealthManager(clock=self.clock),
             load=FleetLoad(self.clock),
+            limits=_limits_of(config, self.models, self.clock),
             metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
             find=self.table.get,
             state_dir=state_dir,
@@ -369,6 +372,7 @@ class Router:
             "pipeline": self.pipeline.hash,
             "strategy": self.pipeline.select.name,
             "replicas": [self._replica_state(model) for model in self.models],
+            "rate_limits": self.services.limits.summary(),
             "stages": stages,
             "observers_dropped": self._observing.dropped,
         }
@@ -376,6 +380,7 @@ class Router:
     def _replica_state(self, model: ModelConfig) -> dict[str, Any]:
         health, load = self.services.health, self.services.load
         engine = load.engine(model.endpoint)
+        limit = self.services.limits.state(model.id)
         return {
             "model": model.name,
             "endpoint": model.endpoint,
@@ -390,6 +395,8 @@ class Router:
             "waiting": engine.waiting if engine else None,
             "kv_usage": engine.kv_usage if engine else None,
             "prefix_hit_rate": engine.prefix_hit_rate if engine else None,
+            "rate_limit_left": limit.capacity if limit else None,
+            "rate_limited_for_s": limit.wait_s if limit and limit.is_throttled else None,
         }
 
     # Watching --------------------------------------------------------------------------------------------------------
@@ -434,3 +441,15 @@ class Router:
 
     def _finished(self, outcome: Outcome) -> None:
         self.table.route_finished(outcome)
+
+
+def _limits_of(config: FleetConfig, models: Sequence[ModelConfig], clock: Clock) -> FleetLimits:
+    """The fleet's rate limits, of which only what is configured is known."""
+    section = config.rate_limits
+    limits = FleetLimits(
+        RateLimitTracker(
+            section.default_rpm, section.default_tpm, section.throttle_threshold, section.cooldown_seconds, clock=clock
+        )
+    )
+    limits.register(models)
+    return limits

@@ -165,6 +165,7 @@ def from_answer(status: int, headers: Mapping[str, str], body: bytes, *, receive
         status=status,
         body=found if kind.is_callers else None,
         retry_after_s=retry_after_s(headers),
+        headers=headers,
         received=received,
     )
 

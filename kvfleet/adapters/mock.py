@@ -57,7 +57,7 @@ def injected_fault(fault: Fault, *, received: bool = False) -> BackendError:
     message = f"injected fault: {fault.value}"
     status = FAULT_STATUS.get(fault)
     body = error_body(message, fault.value) if fault.is_callers else None
-    wait = 1.0 if fault in (Fault.RATE_LIMITED, Fault.OVERLOADED) else None
+    wait = 1.0 if fault is Fault.RATE_LIMITED else None
     return BackendError(fault, message, status=status, body=body, retry_after_s=wait, received=received)
 
 

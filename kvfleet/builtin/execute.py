@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import attrs
 
 from kvfleet.config.schema import ModelConfig
-from kvfleet.plugin.component import Component, Stability
+from kvfleet.errors import BackendError, Fault
+from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Answer, Attempt, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.attempts import FallbackRules
 from kvfleet.router.scoring import Ranking
+from kvfleet.telemetry.fleet_limits import FleetLimits
 
 __all__ = ["Fallback"]
 
@@ -21,8 +23,15 @@ class Fallback(FallbackRules):
     """Try the ranked candidates in order until one answers.
 
     A fault of the request itself (a bad parameter, refused content) is not tried elsewhere; a prompt that is too long
-    is tried only on models with a larger window. Nothing is tried again after the first byte.
+    is tried only on models with a larger window. After a refusal for a rate limit, whoever it holds for too is tried
+    last. Nothing is tried again after the first byte.
     """
+
+    _limits: FleetLimits = attrs.field(init=False, factory=FleetLimits, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's limits."""
+        self._limits = services.limits
 
     async def execute(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt) -> Answer:
         """The first answer.
@@ -35,6 +44,14 @@ class Fallback(FallbackRules):
             return await attempt(candidate, timeout_s=timeout_s, reason=reason)
 
         return await self.first_answer(ranking.models, one, is_stream=ctx.request.stream)
+
+    def worth_trying(self, queue: list[ModelConfig], failed: ModelConfig, error: BackendError) -> list[ModelConfig]:
+        """Who may still answer after this failure; those whom a refusal for a rate limit holds for too come last."""
+        left = FallbackRules.worth_trying(self, queue, failed, error)
+        if error.kind is not Fault.RATE_LIMITED:
+            return left
+        held = {model.id for model, _ in self._limits.held(left, self._limits.tracker.clock.now_s())}
+        return sorted(left, key=lambda model: model.id in held)
 
 
 @hookimpl

@@ -1,10 +1,10 @@
-"""Filters by what replicas can do, and by whether they may be used now."""
+"""Filters by what replicas can do, and by whether they may be used now: their health, and their rate limits."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
@@ -17,9 +17,10 @@ from kvfleet.plugin.contract import Drop, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.registry.models import serves
 from kvfleet.router.multimodal import accepts_audio, accepts_images, accepts_video
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 
-__all__ = ["CapabilityFilter", "HealthFilter"]
+__all__ = ["CapabilityFilter", "HealthFilter", "RateLimitFilter"]
 
 _NO_LIMIT = 1 << 62
 _JSON_FORMATS = frozenset({"json_object", "json_schema"})
@@ -199,8 +200,42 @@ class HealthFilter:
         return self._health.summary()
 
 
+@attrs.define
+class RateLimitFilter:
+    """Drop replicas that are near or beyond a rate limit of their provider's, or that refused for it not long ago.
+
+    One that would refuse is dropped in any case. One that only comes near its limit is left to others: it is dropped
+    as long as anybody is free, and serves when nobody is. If nobody is left, the error is a 429 that says when to come
+    back. Stand this after the other filters, so that "anybody" means somebody who can serve the request.
+    """
+
+    throttle_threshold: float | None = number(
+        None,
+        gt=0,
+        le=1,
+        doc="Share of a limit from which on a replica is left to others; that of `rate_limits:` if absent.",
+    )
+    limits_rates: ClassVar[bool] = True  # if nobody is left because of it, that is a 429
+    _limits: FleetLimits = attrs.field(init=False, factory=FleetLimits, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's limits."""
+        self._limits = services.limits
+        if self.throttle_threshold is not None:
+            services.limits.tracker.throttle_at(self.throttle_threshold)
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """The drops, each with its end."""
+        now_s = ctx.now_s
+        held = self._limits.held(ctx.candidates, now_s)
+        if len(held) == len(ctx.candidates):
+            held = [(model, hold) for model, hold in held if hold.is_closed(now_s)]
+        return [Drop(model, hold.reason(now_s), hold.rule, hold.wait_s(now_s)) for model, hold in held]
+
+
 @hookimpl
 def kvfleet_components() -> Iterable[Component]:
     """The filters."""
     yield Component(Kind.FILTER, "capabilities", CapabilityFilter, needs=(PROMPT, MODALITY), stability=Stability.STABLE)
     yield Component(Kind.FILTER, "health", HealthFilter, stability=Stability.STABLE)
+    yield Component(Kind.FILTER, "rate_limits", RateLimitFilter)

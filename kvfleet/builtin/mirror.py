@@ -7,7 +7,7 @@ import contextlib
 import attrs
 import orjson
 
-from kvfleet.adapters.call import Reply
+from kvfleet.adapters.call import Call, Reply
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.eval.asking import Asked, ask, whole_call
@@ -60,13 +60,32 @@ class _Attempt:
             timeout_s=self.timeout_s,
             headers=(*request.headers, ("x-request-id", f"{request.request_id}-shadow"), SHADOW_HEADER),
         )
-        self.asked = await ask(
-            self.services.adapters[candidate.id],
-            call,
-            timeout_s=self.timeout_s,
-            clock=self.services.clock,
-            restore=None if rewrite is None else rewrite.restore,
-        )
+        self.asked = await self._ask(call, rewrite)
         if self.asked.response is None:
             raise BackendError(Fault(self.asked.fault), self.asked.error)
         return Answer(Reply(body=orjson.dumps(self.asked.response.raw)), candidate)
+
+    async def _ask(self, call: Call, rewrite: Rewrite | None) -> Asked:
+        """Make the call; it counts for the provider's rate limits as any other."""
+        services = self.services
+        limits = services.limits.begin(self.model.id)
+        error, tokens = None, 0
+
+        def read(reply: Reply) -> Reply:
+            limits.heard(reply.headers)
+            return reply if rewrite is None else rewrite.restore(reply)
+
+        try:
+            asked = await ask(
+                services.adapters[self.model.id],
+                call,
+                timeout_s=self.timeout_s,
+                clock=services.clock,
+                restore=read,
+            )
+            error = asked.failed
+            usage = asked.response.usage if asked.response is not None else None
+            tokens = usage.prompt_tokens + usage.completion_tokens if usage is not None else 0
+            return asked
+        finally:
+            limits.ended(error, tokens)

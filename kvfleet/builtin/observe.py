@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from kvfleet.config.fields import choice
+from kvfleet.errors import Fault
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Kind, Outcome
 from kvfleet.plugin.spec import hookimpl
@@ -45,7 +46,7 @@ class MetricsObserver:
     def provision(self, services: Services) -> None:
         """Write to the fleet's metrics, and let them show the fleet's state."""
         self._metrics = services.metrics
-        services.metrics.watch(services.models, services.health, services.load)
+        services.metrics.watch(services.models, services.health, services.load, services.limits)
 
     async def observe(self, outcome: Outcome) -> None:
         """Count one route."""
@@ -85,7 +86,11 @@ class MetricsObserver:
         for span in attempts:
             attributes = span.attributes
             model = str(attributes.get(names.MODEL, ""))
-            metrics.record_attempt(model, str(attributes.get(names.ERROR_TYPE, "ok")))
+            outcome = str(attributes.get(names.ERROR_TYPE, "ok"))
+            metrics.record_attempt(model, outcome)
+            if outcome == Fault.RATE_LIMITED or (outcome == Fault.OVERLOADED and names.RETRY_AFTER_S in attributes):
+                endpoint = str(attributes.get(names.REPLICA, "")).partition("@")[2]
+                metrics.count("kvfleet_rate_limited_total", model, endpoint)
             if before is not None:
                 metrics.record_fallback(before, model)
             before = model

@@ -14,10 +14,12 @@ from kvfleet.plugin.contract import Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.scoring import Column, Unit
 from kvfleet.telemetry.cost import Price
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.load import FleetLoad
 
 __all__ = [
     "CacheAffinityScorer",
+    "CapacityScorer",
     "ComplianceScorer",
     "CostScorer",
     "HardwareLoadScorer",
@@ -141,6 +143,24 @@ class ComplianceScorer:
         return Column(Unit.UTILITY, [float(data_class in model.allowed_data_classes) for model in ctx.candidates])
 
 
+@attrs.define
+class CapacityScorer:
+    """Which share of the replica's tightest rate limit is left, 1 to 0; 1 where no limit is known.
+
+    It is not `hardware_load`: an idle engine may stand behind a limit that is used up, and a busy one behind none.
+    """
+
+    _limits: FleetLimits = attrs.field(init=False, factory=FleetLimits, repr=False, eq=False)
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's limits."""
+        self._limits = services.limits
+
+    def score(self, ctx: RoutingContext) -> Column:
+        """The column, a utility."""
+        return Column(Unit.UTILITY, [self._limits.capacity(model.id, ctx.now_s) for model in ctx.candidates])
+
+
 @hookimpl
 def kvfleet_components() -> Iterable[Component]:
     """The scorers."""
@@ -150,3 +170,4 @@ def kvfleet_components() -> Iterable[Component]:
     yield Component(Kind.SCORE, "cache_affinity", CacheAffinityScorer, stability=Stability.STABLE)
     yield Component(Kind.SCORE, "hardware_load", HardwareLoadScorer, stability=Stability.STABLE)
     yield Component(Kind.SCORE, "compliance", ComplianceScorer, stability=Stability.STABLE)
+    yield Component(Kind.SCORE, "capacity", CapacityScorer)

@@ -65,10 +65,11 @@ class _Job:
 class ShadowObserver:
     """Send a share of the answered requests to other models too, and keep how these did.
 
-    Mirroring begins when the answer is whole, so it delays none; calls in flight and waiting are bounded, and cancelled
-    at close. A shadow model must pass every filter of the pipeline for the request, the policy above all, and the
-    caller's list of allowed models. A mirrored call carries the header ``x-kvfleet-shadow: 1``. It is charged to no
-    tenant: what it costs is in the comparison and in a metric of its own.
+    Mirroring begins when the answer is whole, so it delays none; calls in flight and waiting are bounded, and
+    cancelled at close. A shadow model must pass every filter of the pipeline for the request, the policy above all,
+    and the caller's list of allowed models; near a rate limit it gets none. A mirrored call carries the header
+    ``x-kvfleet-shadow: 1``. It is charged to no tenant: what it costs is in the comparison and in a metric of its
+    own.
     """
 
     shadow_models: tuple[str, ...] = listing(doc="Models to mirror to.", refers_to="model", ge=1)
@@ -154,6 +155,8 @@ class ShadowObserver:
         drops = [("request", Drop(model, "not on the request's list of allowed models")) for model in strangers]
         drops += self._services.excluded(ctx, asked)
         gone = {drop.candidate.id for _, drop in drops}
+        drops += self._limited([model for model in asked if model.id not in gone])
+        gone = {drop.candidate.id for _, drop in drops}
         chosen = self._least_busy([model for model in asked if model.id not in gone])
         if chosen and len(self._queue) + len(chosen) > self.max_queue + max(
             self.max_concurrent - len(self._workers), 0
@@ -162,6 +165,12 @@ class ShadowObserver:
             self._skip("queue_full", len(chosen))
             chosen = []
         return self._marks(chosen, drops)
+
+    def _limited(self, models: Iterable[ModelConfig]) -> list[tuple[str, Drop]]:
+        """Those near a rate limit: what is left of it is for live requests."""
+        now_s = self._services.clock.now_s()
+        held = self._services.limits.held(models, now_s)
+        return [("rate limits", Drop(model, hold.reason(now_s), hold.rule)) for model, hold in held]
 
     def _least_busy(self, models: Iterable[ModelConfig]) -> list[ModelConfig]:
         """One replica of each model: the one with the fewest requests of ours."""

@@ -24,6 +24,9 @@ from kvfleet.runtime import Router
 __all__ = ["ask_gateway", "check_health", "fleet", "gateway_url", "health", "health_table"]
 
 _GATEWAY_TIMEOUT_S = 2.0
+_LIVE = (
+    "in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s", "rate_limit_left", "rate_limited_for_s"
+)  # fmt: skip
 
 
 @click.command()
@@ -76,6 +79,8 @@ class Row:
     waiting: int | None = None
     kv_usage: float | None = None
     expected_ttfb_s: float | None = None
+    rate_limit_left: float | None = None
+    rate_limited_for_s: float | None = None
 
 
 def _names(replicas: Sequence[ModelConfig]) -> list[str]:
@@ -85,7 +90,7 @@ def _names(replicas: Sequence[ModelConfig]) -> list[str]:
 
 def _row(model: ModelConfig, live: Mapping[str, Any] | None, name: str) -> Row:
     said: Mapping[str, Any] = ((live or {}).get("endpoints") or {}).get(name) or {}
-    known = {key: said.get(key) for key in ("in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s")}
+    known = {key: said.get(key) for key in _LIVE}
     return Row(
         model=model.name,
         endpoint=model.endpoint,
@@ -105,7 +110,8 @@ def _state(said: Mapping[str, Any]) -> str:
 
 def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
     if is_live:
-        headers = ["model", "endpoint", "in flight", "queue", "kv", "ttft", "state"]
+        has_limits = any(row.rate_limit_left is not None for row in rows)
+        headers = ["model", "endpoint", "in flight", "queue", "kv", *(["limit left"] * has_limits), "ttft", "state"]
         cells = [
             [
                 row.model,
@@ -113,6 +119,7 @@ def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
                 _figure(row.in_flight),
                 _figure(row.waiting),
                 _figure(row.kv_usage, "{:.0%}"),
+                *([_figure(row.rate_limit_left, "{:.0%}")] * has_limits),
                 _figure(row.expected_ttfb_s, "{:.2f} s"),
                 _coloured(row),
             ]
@@ -144,6 +151,8 @@ def _coloured(row: Row) -> str:
         return render.dim("disabled")
     if row.state is None:
         return "enabled"
+    if row.state == "up" and row.rate_limited_for_s:
+        return render.warn(f"limited for {row.rate_limited_for_s:.0f} s")
     return render.good(row.state) if row.state == "up" else render.bad(row.state)
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "PolicyConfig",
     "PolicyRule",
     "ProviderType",
+    "RateLimitsConfig",
     "RouteRuleConfig",
     "RouteStrategy",
     "ScoringWeights",
@@ -225,6 +226,16 @@ class ModelConfig:
     max_retries: int = number(
         1, ge=0, doc="How often a call is repeated on the same replica if nothing had been received."
     )
+    rpm: int | None = number(
+        None,
+        gt=0,
+        unit="requests",
+        doc="Requests a minute that its provider allows; those of the section `rate_limits` if absent.",
+    )
+    tpm: int | None = number(None, gt=0, unit="tokens", doc="Tokens a minute that its provider allows, likewise.")
+    shared_rate_limit: bool = flag(
+        doc="Its provider holds all such models of one endpoint and credential to one rate limit, not each to its own."
+    )
     stream_usage: bool = flag(True, doc="Ask the engine for token usage at the end of a stream.")
     kv_events: KVEventsConfig | None = section(None, doc="Where its engines tell what is in their KV caches.")
     prompt_blocks: PromptBlocksConfig = section(PromptBlocksConfig, doc="How its prompts are compared with them.")
@@ -268,6 +279,7 @@ class ScoringWeights:
     )
     hardware_load: float = number(0.0, ge=0, le=1, doc="Weight of the replica's free capacity.")
     compliance: float = number(0.0, ge=0, le=1, doc="Weight of the model's clearance for the request's data class.")
+    capacity: float = number(0.0, ge=0, le=1, doc="Weight of what is left of the replica's rate limits.")
 
 
 @attrs.frozen(kw_only=True)
@@ -280,6 +292,29 @@ class FallbackConfig:
     promote_on_timeout: bool = flag(True, doc="A timeout also moves on to the next candidate.")
     fallback_order: tuple[str, ...] = listing(
         (), doc="Models to try after the first choice, in this order; the ranking's order if empty.", refers_to="model"
+    )
+
+
+@attrs.frozen(kw_only=True)
+class RateLimitsConfig:
+    """What providers allow, and when to go elsewhere; what their answers tell of their limits is known without it."""
+
+    default_rpm: int = number(
+        0,
+        ge=0,
+        unit="requests",
+        doc="Requests a minute that a backend allows whose model sets no `rpm`; no limit if 0.",
+    )
+    default_tpm: int = number(0, ge=0, unit="tokens", doc="Tokens a minute, likewise.")
+    throttle_threshold: float = number(
+        0.85, gt=0, le=1, doc="Share of a limit from which on a replica is left to others; used only if nobody is free."
+    )
+    cooldown_seconds: float = number(
+        10,
+        gt=0,
+        unit="s",
+        doc="How long a replica that refused (429) without saying for how long is left alone; twice as long each "
+        "further time, until it answers.",
     )
 
 
@@ -510,6 +545,7 @@ class FleetConfig:
         doc="The model of the `domain` strategy for each domain.", example={"coding": "deepseek-coder"}
     )
     fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
+    rate_limits: RateLimitsConfig = section(RateLimitsConfig, doc="What providers allow, and when to go elsewhere.")
     cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
     shadow: ShadowConfig = section(ShadowConfig, doc="Mirroring requests to other models.")
     semantic_cache: SemanticCacheConfig = section(SemanticCacheConfig, doc="Answers from memory.")

@@ -32,12 +32,14 @@ class Asked:
         response: The answer; None if there was none.
         error: Why not, in words without content; empty if there was one.
         fault: The same in one word; ``ok`` if there was one.
+        failed: The error of a call that its backend refused or broke off.
         latency_ms: Milliseconds until the whole answer was there, or until it was given up.
     """
 
     response: ChatResponse | None = None
     error: str = ""
     fault: str = "ok"
+    failed: BackendError | None = attrs.field(default=None, eq=False, repr=False)
     latency_ms: float = 0.0
 
 
@@ -68,14 +70,14 @@ async def ask(
     `restore` changes the answer before it is read.
     """
     started_s = clock.now_s()
-    response, error, fault = None, "", "ok"
+    response, error, fault, refusal = None, "", "ok", None
     try:
         async with asyncio.timeout(timeout_s):
             reply = await adapter.send(call)
             reply = reply if restore is None else restore(reply)
             response = ChatResponse.from_openai(orjson.loads(reply.body), endpoint=adapter.endpoint)
     except BackendError as failed:
-        error, fault = failed.message, failed.kind.value
+        error, fault, refusal = failed.message, failed.kind.value, failed
     except TimeoutError:
         error, fault = f"no whole answer within {timeout_s:g} s", "timeout"
     except Exception as broken:  # noqa: BLE001 - the plugin border: an adapter that breaks is a result too
@@ -83,7 +85,7 @@ async def ask(
     latency_ms = (clock.now_s() - started_s) * 1000
     if response is not None:
         response = attrs.evolve(response, latency_ms=latency_ms)
-    return Asked(response=response, error=error, fault=fault, latency_ms=latency_ms)
+    return Asked(response=response, error=error, fault=fault, failed=refusal, latency_ms=latency_ms)
 
 
 def text_of_answer(content: bytes) -> str:

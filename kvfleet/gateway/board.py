@@ -26,7 +26,7 @@ PATH = "/dashboard"
 _MOST_ROWS = 50
 _SHOWN = (
     "model", "provider", "enabled", "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage",
-    "prefix_hit_rate", "expected_ttfb_s", "cache_mode",
+    "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "rate_limit_left", "rate_limited_for_s",
 )  # fmt: skip
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -171,6 +171,7 @@ class Board:
             "series": None if tallies is None else tallies.series(),
             "model_stats": {} if tallies is None else tallies.by_model(),
             "replicas": [self._replica(replica) for replica in state["replicas"]],
+            "rate_limits": names.hide_in(state.get("rate_limits", {})),
             "stages": names.hide_in(state["stages"]),
             "recent_routes": [{**row, "served_by": names.by_id.get(row["served_by"], "")} for row in rows],
         }

@@ -169,7 +169,10 @@ class DashboardState:
                 self._health[name] = known | more
 
     def update_rate_limits(self, limits: Mapping[str, Any]) -> None:
-        """The limits by endpoint, as in ``{"http://gpu-1:8000": {"used": 40, "limit": 60, "throttled": False}}``."""
+        """The limits by endpoint, as in ``{"http://gpu-1:8000": {"used": 40, "limit": 60, "throttled": False}}``.
+
+        `RateLimitTracker.summary` gives them, and ``router.services.limits.summary()`` those of a `Router`.
+        """
         with self._lock:
             self._limits = dict(limits)
 

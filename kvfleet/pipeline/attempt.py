@@ -19,6 +19,7 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest, Unused
 from kvfleet.telemetry.cost import cost_usd
+from kvfleet.telemetry.fleet_limits import LimitTicket
 from kvfleet.telemetry.load import Reservation, Work
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
@@ -249,7 +250,12 @@ class _One:
     _ended: tuple[Tally, BackendError | None, bytes] | None = attrs.field(init=False, default=None)
     _is_discarded: bool = attrs.field(init=False, default=False)
     _reserved: Reservation | None = attrs.field(init=False, default=None)
+    _limits: LimitTicket = attrs.field(init=False)
     _is_over: bool = attrs.field(init=False, default=False)
+
+    @_limits.default
+    def _ask_limits(self) -> LimitTicket:
+        return self.attempts.services.limits.begin(self.candidate.id)
 
     async def call(self, wait_s: float) -> Reply:
         """Call, and wait for the first byte."""
@@ -259,6 +265,9 @@ class _One:
         made.services.health.begin(candidate.endpoint)
         call = made.call_for(candidate, self.begun[1], wait_s, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
+        left = self._limits.heard(reply.headers)
+        if left is not None:
+            self.begun[0].attributes[names.RATE_LIMIT_LEFT] = left
         if self.rewrite is not None:
             reply = self.rewrite.restore(reply)
         if reply.events is None:
@@ -339,10 +348,12 @@ class _One:
         span.end_ns = made.clock.time_ns()
         if tally is not None:
             describe_tally(span, tally)
-        tokens = tally.usage.completion_tokens if tally is not None and tally.usage else None
+        usage = tally.usage if tally is not None else None
+        tokens = usage.completion_tokens if usage else None
         if self._reserved is not None:
             duration_s = made.clock.now_s() - self.started_s
             made.services.load.finished(self._reserved, duration_s, ok=error is None, completion_tokens=tokens)
+        self._limits.ended(error, usage.prompt_tokens + usage.completion_tokens if usage else 0)
         health = made.services.health
         if error is None:
             span.status = Status.OK

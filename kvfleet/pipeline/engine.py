@@ -219,7 +219,11 @@ class Decision:
         message = f"no model may or can serve this request: {who}" if who else "no enabled model serves this request"
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
-        return NoCandidatesError(message, retry_after_s=_soonest_s([d for _, d in self.excluded]), details=details)
+        wait_s = _soonest_s([drop for _, drop in self.excluded])
+        if any(getattr(stage.component, "limits_rates", False) for stage, _ in self.excluded):
+            code = AdmissionError.code
+            return NoCandidatesError(message, status=429, code=code, retry_after_s=wait_s, details=details)
+        return NoCandidatesError(message, retry_after_s=wait_s, details=details)
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.

@@ -9,6 +9,7 @@ import attrs
 
 from kvfleet.config.schema import FleetConfig
 from kvfleet.pipeline.build import Built, read
+from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable
 
@@ -59,15 +60,15 @@ def _view(entry: Built) -> StageView:
         distribution=component.distribution,
         needs=tuple(dict.fromkeys(fact.name for fact in needs)),
         gives=tuple(fact.name for fact in component.gives),
-        ends=_ends(component.kind, must_hold=component.must_hold),
+        ends=_ends(component),
         observes=component.kind is not Kind.OBSERVE and hasattr(component.cls, "observe"),
     )
 
 
-def _ends(kind: Kind, *, must_hold: bool) -> str:
-    if kind is Kind.FILTER:
-        return "403" if must_hold else "503"
-    return {Kind.ADMIT: "429", Kind.ANSWER: "answered"}.get(kind, "")
+def _ends(component: Component) -> str:
+    if component.kind is Kind.FILTER and not getattr(component.cls, "limits_rates", False):
+        return "403" if component.must_hold else "503"
+    return {Kind.FILTER: "429", Kind.ADMIT: "429", Kind.ANSWER: "answered"}.get(component.kind, "")
 
 
 def as_text(stages: Sequence[StageView], *, compact: bool = False) -> str:

@@ -17,6 +17,7 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
 from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, RoutingContext
 from kvfleet.router.scoring import Ranking
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
@@ -105,6 +106,7 @@ class Services:
         models: Every replica of the fleet.
         health: Which endpoints may be used.
         load: What is in flight where, what the engines say, and measured times.
+        limits: The backends' rate limits, and whom to leave alone for now.
         metrics: Counters and histograms.
         find: Looks up another component by kind and name, for stages that use actions.
         adapters: By replica id; filled before the components are opened.
@@ -118,6 +120,7 @@ class Services:
     models: tuple[ModelConfig, ...] = ()
     health: HealthManager = attrs.field(factory=HealthManager)
     load: FleetLoad = attrs.field(factory=FleetLoad)
+    limits: FleetLimits = attrs.field(factory=FleetLimits)
     metrics: MetricsExporter = attrs.field(factory=MetricsExporter)
     find: Callable[[Kind, str], Component] = _no_lookup
     adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)

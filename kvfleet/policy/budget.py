@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import calendar
 import datetime as dt
-import math
-from collections import deque
 from collections.abc import Sequence
 
 import attrs
@@ -17,11 +15,11 @@ import attrs
 from kvfleet.clock import Clock
 from kvfleet.config.schema import BudgetConfig
 from kvfleet.money import money
+from kvfleet.telemetry.minute import Minute
 
 __all__ = [
     "Account",
     "Denial",
-    "Minute",
     "Reservation",
     "Spending",
     "month_of",
@@ -33,7 +31,6 @@ __all__ = [
 NANO = 1_000_000_000
 INSUFFICIENT_QUOTA = "insufficient_quota"
 RATE_LIMITED = "rate_limit_exceeded"
-_WINDOW_S = 60
 _SOON_S = 1.0
 
 
@@ -98,53 +95,6 @@ class Spending:
             cached_tokens=self.cached_tokens + more.cached_tokens,
             unpriced=self.unpriced + more.unpriced,
         )
-
-
-@attrs.define
-class Minute:
-    """Requests and tokens of the last minute, by the second: at most 61 entries.
-
-    A second counts until it has been over for a whole minute, so that no 60 seconds ever hold more than is allowed.
-    """
-
-    _seconds: deque[list[int]] = attrs.field(init=False, factory=deque, repr=False)
-    requests: int = attrs.field(init=False, default=0)
-    tokens: int = attrs.field(init=False, default=0)
-
-    def trim(self, now_s: float) -> None:
-        """Forget what is over."""
-        while self._seconds and self._seconds[0][0] + 1 + _WINDOW_S <= now_s:
-            _, requests, tokens = self._seconds.popleft()
-            self.requests -= requests
-            self.tokens -= tokens
-
-    def add(self, now_s: float, requests: int, tokens: int) -> int:
-        """Count; gives the second it was counted in."""
-        second = math.floor(now_s)
-        if not self._seconds or self._seconds[-1][0] != second:
-            self._seconds.append([second, 0, 0])
-        self._seconds[-1][1] += requests
-        self._seconds[-1][2] += tokens
-        self.requests += requests
-        self.tokens += tokens
-        return second
-
-    def correct(self, second: int, tokens: int) -> None:
-        """Add so many tokens, or fewer than none, to a second that still counts."""
-        for entry in self._seconds:
-            if entry[0] == second:
-                entry[2] += tokens
-                self.tokens += tokens
-                return
-
-    def wait_s(self, now_s: float, *, requests: int = 0, tokens: int = 0) -> float:
-        """Seconds until so many requests and tokens have been forgotten, if nothing else comes."""
-        for second, gone_requests, gone_tokens in self._seconds:
-            requests -= gone_requests
-            tokens -= gone_tokens
-            if requests <= 0 and tokens <= 0:
-                return max(second + 1 + _WINDOW_S - now_s, 0.0)
-        return _WINDOW_S + 1.0
 
 
 @attrs.define

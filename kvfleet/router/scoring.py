@@ -1,4 +1,4 @@
-"""Scores with units, rankings, and the weighted score of six dimensions."""
+"""Scores with units, rankings, and the weighted score of seven dimensions."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ class ModelScore:
     cache_affinity_score: float = 0.0
     hardware_load_score: float = 0.0
     compliance_score: float = 0.0
+    capacity_score: float = 0.0
     rejected_reason: str = ""
     signals: Mapping[str, float] = attrs.field(factory=dict)
 
@@ -232,7 +233,7 @@ def take_turns(order: list[int], seed: int, *keys: Sequence[Any]) -> None:
     order[:count] = order[turn:count] + order[:turn]
 
 
-DIMENSIONS = ("cost", "latency", "quality", "cache_affinity", "hardware_load", "compliance")
+DIMENSIONS = ("cost", "latency", "quality", "cache_affinity", "hardware_load", "compliance", "capacity")
 
 
 _TOKENS_THAT_COUNT = 128.0
@@ -272,7 +273,7 @@ def _utilities_of_some(unit: Unit, values: Sequence[float | None]) -> list[float
 
 @attrs.define
 class ScoringEngine:
-    """The weighted sum of six dimensions, each a utility 0..1."""
+    """The weighted sum of seven dimensions, each a utility 0..1."""
 
     weights: ScoringWeights = attrs.field(factory=ScoringWeights)
     _used: tuple[tuple[str, float], ...] = attrs.field(init=False, default=(), repr=False, eq=False)
@@ -364,6 +365,10 @@ def _compliance(models: Sequence[ModelConfig], context: ScoringContext) -> tuple
     return Unit.UTILITY, [float(context.data_class in m.allowed_data_classes) for m in models]
 
 
+def _capacity(models: Sequence[ModelConfig], _: ScoringContext) -> tuple[Unit, list[float | None]]:
+    return Unit.UTILITY, [1.0] * len(models)
+
+
 _DECLARED = {
     "cost": _cost,
     "latency": _latency,
@@ -371,6 +376,7 @@ _DECLARED = {
     "cache_affinity": _affinity,
     "hardware_load": _load,
     "compliance": _compliance,
+    "capacity": _capacity,
 }
 
 

@@ -17,6 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 
@@ -57,6 +58,12 @@ METRICS: tuple[MetricInfo, ...] = (
     ),
     MetricInfo("kvfleet_model_selected_total", "counter", ("model",), "Decisions for a model."),
     MetricInfo("kvfleet_attempts_total", "counter", ("model", "outcome"), "Backend calls: `ok`, or the fault."),
+    MetricInfo(
+        "kvfleet_rate_limited_total",
+        "counter",
+        ("model", "endpoint"),
+        "Calls that a backend refused, asking to wait: 429, or 503 with `Retry-After`.",
+    ),
     MetricInfo(
         "kvfleet_fallback_triggered_total", "counter", ("from_model", "to_model"), "Moves to the next candidate."
     ),
@@ -132,6 +139,12 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_cache_trust_alarm", "gauge", ("model", "endpoint"), "1 while too few expectations come true, else 0."
     ),
+    MetricInfo(
+        "kvfleet_rate_limit_capacity",
+        "gauge",
+        ("model", "endpoint"),
+        "Share of the tightest rate limit that is left, 0..1; 0 in a cooldown, absent where no limit is known.",
+    ),
     MetricInfo("kvfleet_fleet_info", "gauge", ("fleet", "strategy", "version"), "Always 1; its labels tell."),
 )
 """Every metric, in the order of the reference page."""
@@ -178,6 +191,7 @@ class _State(Collector):
 
     health: HealthManager | None = None
     load: FleetLoad | None = None
+    limits: FleetLimits | None = None
     models: Sequence[ModelConfig] = ()
     told: dict[tuple[str, str, str], float] = attrs.field(factory=dict)
     fleet: tuple[str, str, str] | None = None
@@ -225,6 +239,8 @@ class _State(Collector):
             if said is not None:
                 found["kvfleet_model_queue_depth"] = said.waiting
                 found["kvfleet_model_gpu_memory_pct"] = None if said.kv_usage is None else said.kv_usage * 100
+        if self.limits is not None and (limit := self.limits.state(model.id)) is not None:
+            found["kvfleet_rate_limit_capacity"] = limit.capacity
         return found
 
 
@@ -280,9 +296,16 @@ class MetricsExporter:
             server.server_close()
             thread.join()
 
-    def watch(self, models: Sequence[ModelConfig], health: HealthManager, load: FleetLoad) -> None:
+    def watch(
+        self,
+        models: Sequence[ModelConfig],
+        health: HealthManager,
+        load: FleetLoad,
+        limits: FleetLimits | None = None,
+    ) -> None:
         """Show the state of these replicas from now on, instead of any shown before."""
         self._state.models, self._state.health, self._state.load = tuple(models), health, load
+        self._state.limits = limits
 
     # Counting
 

@@ -87,7 +87,7 @@ class _Checker:
 
     def given(self, path: Path, given: Given) -> Iterator[Finding]:
         """The world's state speaks of those who exist."""
-        for key in ("backends", "health", "load"):
+        for key in ("backends", "health", "load", "rate_limits"):
             yield from self._keys((*path, key), "model", getattr(given, key), self.names.targets)
             for target, state in given.health.items() if key == "health" else ():
                 yield from self._known((*path, key, target), "state", [state], ("up", "down"))

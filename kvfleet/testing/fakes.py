@@ -79,6 +79,8 @@ class FakeReply:
         text: What it says.
         fail: The fault it raises instead.
         status: The HTTP status of the fault, if not the usual one.
+        retry_after_s: Seconds the refusal asks to wait, if not the usual one's.
+        headers: Headers of the answer or the refusal, lower-case.
         fail_after: For a stream: pieces of the answer that get through before the fault.
         latency_s: Time until the answer (for a stream: its first event); beyond the call's limit it is a timeout.
         cached_tokens: Prompt tokens reported as cached; not reported if None.
@@ -89,6 +91,8 @@ class FakeReply:
     text: str = "This is a fake answer."
     fail: Fault | None = None
     status: int | None = None
+    retry_after_s: float | None = None
+    headers: Mapping[str, str] = attrs.field(factory=dict)
     fail_after: int = 0
     latency_s: float = 0.0
     cached_tokens: int | None = None
@@ -148,11 +152,11 @@ class FakeAdapter(InferenceAdapter):
         writer = Writer(operation=call.operation, id=tally.response_id, created=0, model=self.model_id, work=work)
         if call.stream and work.choices:
             stream = _Stream(writer, usage, tally, reply)
-            return Reply(events=stream, tally=tally, close=self._closer(stream))
+            return Reply(headers=reply.headers, events=stream, tally=tally, close=self._closer(stream))
         tally.usage, tally.is_complete = usage, True
         tally.finish_reason = work.choices[0].finish_reason if work.choices else "stop"
         body = writer.whole(usage) if reply.answer is None else orjson.dumps(reply.answer)
-        return Reply(body=body, tally=tally)
+        return Reply(headers=reply.headers, body=body, tally=tally)
 
     async def health_check(self) -> EndpointHealth:
         """What the test said."""
@@ -191,6 +195,9 @@ def _fault(reply: FakeReply, *, received: bool = False) -> BackendError:
     error = injected_fault(reply.fail or Fault.SERVER_ERROR, received=received)
     if reply.status is not None:
         error.status = reply.status
+    if reply.retry_after_s is not None:
+        error.retry_after_s = reply.retry_after_s
+    error.headers = reply.headers
     return error
 
 

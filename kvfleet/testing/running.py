@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from kvfleet.adapters.base import EndpointHealth, EngineLoad
 from kvfleet.adapters.call import Call, Operation
+from kvfleet.adapters.limit_headers import ToldQuota
 from kvfleet.clock import FrozenClock
 from kvfleet.config.findings import Path
 from kvfleet.config.schema import FleetConfig, ModelConfig
@@ -22,7 +23,7 @@ from kvfleet.router.scoring import ModelScore, Ranking, ScoringContext
 from kvfleet.runtime import Router
 from kvfleet.testing.expecting import Mismatch, Seen, is_meant, mismatches
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
-from kvfleet.testing.vocabulary import BackendGiven, Case, CaseRequest, Expected, Given, Turn
+from kvfleet.testing.vocabulary import BackendGiven, Case, CaseRequest, Expected, Given, RateLimitGiven, Turn
 from kvfleet.trace.explanation import Explanation
 
 __all__ = ["Failure", "request_of", "run_case"]
@@ -178,9 +179,12 @@ class _World:
         for target, state in given.health.items():
             self._set_health(router, target, is_up=state == "up")
         for target, load in given.load.items():
-            said = EngineLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
+            reported = EngineLoad(running=load.running, waiting=load.waiting, kv_usage=load.kv_usage)
             for model in self._meant(target):
-                router.services.load.report(model.endpoint, said, self.clock.now_s())
+                router.services.load.report(model.endpoint, reported, self.clock.now_s())
+        for target, said in given.rate_limits.items():
+            for model in self._meant(target):
+                self._limit(router, model, said)
         self.steering.wanted = given.select or self.steering.wanted
 
     def _meant(self, target: str) -> list[ModelConfig]:
@@ -191,6 +195,15 @@ class _World:
         for endpoint in {model.endpoint for model in self._meant(target)}:
             for _ in range(health.failure_threshold):
                 health.update_health(EndpointHealth(endpoint=endpoint, healthy=is_up))
+
+    def _limit(self, router: Router, model: ModelConfig, said: RateLimitGiven) -> None:
+        limits, now_s = router.services.limits, self.clock.now_s()
+        key = limits.key(model.id)
+        entry = limits.tracker.of(key)
+        entry.learn(_quotas(said), now_s)
+        if said.retry_after_s is not None:
+            entry.refuse(now_s, said.retry_after_s, limits.tracker.cooldown_seconds)
+        limits.tracker.changed(key, entry)
 
     def _adapter(self, model: ModelConfig) -> FakeAdapter:
         def script(_: Call) -> FakeReply:
@@ -209,7 +222,21 @@ class _World:
             fail_after=given.fail_after,
             latency_s=given.latency_ms / 1000,
             cached_tokens=given.cached_tokens,
+            retry_after_s=given.retry_after_s,
+            headers={name.lower(): value for name, value in given.headers.items()},
         )
+
+
+def _quotas(said: RateLimitGiven) -> Iterator[ToldQuota]:
+    """What was said, as windows of time."""
+    for name, left, limit in (
+        ("requests", said.requests_left, said.requests_limit),
+        ("tokens", said.tokens_left, said.tokens_limit),
+    ):
+        if left is not None:
+            yield ToldQuota(
+                name=name, remaining=left, limit=limit, reset_s=said.resets_in_s, counts_tokens=name == "tokens"
+            )
 
 
 @attrs.define

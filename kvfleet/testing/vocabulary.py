@@ -25,6 +25,7 @@ __all__ = [
     "Given",
     "LoadGiven",
     "Range",
+    "RateLimitGiven",
     "Share",
     "Turn",
 ]
@@ -68,6 +69,10 @@ class BackendGiven:
     fail_after: int = number(0, ge=0, doc="Pieces of a stream that get through before the fault.")
     latency_ms: float = number(0, ge=0, unit="ms", doc="Time to its answer; beyond the limit in force it is a timeout.")
     cached_tokens: int | None = number(None, ge=0, unit="tokens", doc="Prompt tokens it reports as cached.")
+    retry_after_s: float | None = number(None, ge=0, unit="s", doc="Seconds that the fault asks to wait.")
+    headers: Mapping[str, str] = mapping(
+        doc="Headers of its answer or fault, as of a rate limit.", example={"x-ratelimit-remaining-requests": "0"}
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -80,12 +85,29 @@ class LoadGiven:
 
 
 @attrs.frozen(kw_only=True)
+class RateLimitGiven:
+    """What one backend has said of its rate limits before the request."""
+
+    requests_left: int | None = number(None, ge=0, unit="requests", doc="Requests left.")
+    requests_limit: int | None = number(None, gt=0, unit="requests", doc="Out of how many.")
+    tokens_left: int | None = number(None, ge=0, unit="tokens", doc="Tokens left.")
+    tokens_limit: int | None = number(None, gt=0, unit="tokens", doc="Out of how many.")
+    resets_in_s: float = number(60, ge=0, unit="s", doc="When there are all of them again.")
+    retry_after_s: float | None = number(
+        None, ge=0, unit="s", doc="It has refused (429), and asked to wait so long; 0 if it did not say how long."
+    )
+
+
+@attrs.frozen(kw_only=True)
 class Given:
     """The state of the world before the request."""
 
     backends: Mapping[str, BackendGiven] = mapping(doc=f"What backends do, {_REPLICA}.")
     health: Mapping[str, str] = mapping(doc=f"`up` or `down`, {_REPLICA}.", example={"small": "down"})
     load: Mapping[str, LoadGiven] = mapping(doc=f"What engines say of their load, {_REPLICA}.")
+    rate_limits: Mapping[str, RateLimitGiven] = mapping(
+        doc=f"What backends have said of their rate limits, {_REPLICA}."
+    )
     select: str = text("", doc="Who is ranked first, whatever the strategy says: a model or a replica.")
 
 

@@ -191,6 +191,12 @@ REDACTED = _name(
 ATTEMPT_RECONNECTED = _name(
     "kvfleet.attempt.repeats", "attempt", "int", "Times the call was repeated on a fresh connection."
 )
+RATE_LIMIT_LEFT = _name(
+    "kvfleet.rate_limit.left",
+    "attempt",
+    "double",
+    "Share of the tightest rate limit left after this call, 0 to 1; absent if none is known.",
+)
 REPLICA = _name("kvfleet.replica", "attempt", "string", "The replica called.")
 MODEL = _name("kvfleet.model", "attempt", "string", "The model called, by the fleet's name.")
 GEN_AI_OPERATION = _name("gen_ai.operation.name", "attempt", "string", "chat, text_completion, embeddings or rerank.")

@@ -255,7 +255,7 @@ class CandidateScore:
         selected: True for the first choice.
         served: True for the one that answered, or whose stream began.
         rejected_reason: Why it was not the one; empty for the one.
-        terms: Parts of the total; those of the six dimensions are utilities 0..1, and `cost_score` and its like.
+        terms: Parts of the total; those of the seven dimensions are utilities 0..1, and `cost_score` and its like.
         columns: What each scorer said of it: the value and its unit.
         cached_tokens: Prompt tokens expected in its cache; None if nobody looked.
     """
@@ -275,7 +275,7 @@ class CandidateScore:
 
     @property
     def cost_score(self) -> float | None:
-        """The utility of its price; None if the strategy did not use it, as for the other five."""
+        """The utility of its price; None if the strategy did not use it, as for the other six."""
         return self.terms.get("cost")
 
     @property
@@ -303,6 +303,11 @@ class CandidateScore:
         """The utility of its clearance."""
         return self.terms.get("compliance")
 
+    @property
+    def capacity_score(self) -> float | None:
+        """The utility of what is left of its rate limits."""
+        return self.terms.get("capacity")
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain JSON types."""
         return {
@@ -318,6 +323,7 @@ class CandidateScore:
             "cache_affinity_score": self.cache_affinity_score,
             "hardware_load_score": self.hardware_load_score,
             "compliance_score": self.compliance_score,
+            "capacity_score": self.capacity_score,
             "selected": self.selected,
             "served": self.served,
             "rejected_reason": self.rejected_reason,

@@ -12,8 +12,10 @@ from kvfleet.adapters.call import Reply
 from kvfleet.builtin.execute import Fallback
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.errors import AttemptsExhaustedError, BackendError, Fault
+from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, RouteRequest, RoutingContext
 from kvfleet.router.scoring import Ranking
+from kvfleet.telemetry.fleet_limits import FleetLimits
 
 
 def model(name: str, endpoint: str = "", **more: Any) -> ModelConfig:
@@ -184,3 +186,18 @@ async def test_a_whole_answer_may_take_the_models_own_time() -> None:
     await run(fallback, whole, A, stream=False)
     assert streamed.tried[0][2] == 1.0
     assert whole.tried[0][2] == A.timeout_seconds == 60
+
+
+async def test_after_a_refusal_those_it_holds_for_too_come_last() -> None:
+    """Other models of the same account would refuse as well; they are tried only when nobody else is left."""
+    one, two = (model(name, "http://cloud", shared_rate_limit=True) for name in ("one", "two"))
+    limits = FleetLimits()
+    limits.register([one, two, B])
+    refusal = BackendError(Fault.RATE_LIMITED, "slow down")
+    limits.begin(one.id).ended(refusal)
+    fallback = Fallback()
+    fallback.provision(Services(limits=limits))
+    attempts = Attempts({one.id: refusal, B.id: Fault.SERVER_ERROR})
+    answer = await run(fallback, attempts, one, two, B)
+    assert [tried[0] for tried in attempts.tried] == [one.id, B.id, two.id]
+    assert answer.served_by is two

@@ -1,4 +1,4 @@
-"""Filters by capability and health."""
+"""Filters by capability, health and rate limits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import pytest
 
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.adapters.call import Operation
-from kvfleet.builtin.filters import CapabilityFilter, HealthFilter
+from kvfleet.builtin.filters import CapabilityFilter, HealthFilter, RateLimitFilter
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Drop, RoutingContext
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.rate_limits import RateLimitTracker
 from tests.builtin.making import able, context, model, user
 
 PLAIN = able("plain")
@@ -185,3 +187,73 @@ def test_the_filter_goes_by_the_routes_own_time() -> None:
     stage, services, models = fleet()
     services.health.record_failure("http://a", Fault.CONNECT)
     assert list(stage.filter(context(models, now_s=services.clock.now_s() + 60))) == []
+
+
+# Rate limits
+
+
+NEAR = {"ratelimit": "limit=100, remaining=8, reset=30"}
+SPENT = {"ratelimit": "limit=100, remaining=0, reset=30"}
+
+
+def limited(**told: dict[str, str]) -> tuple[RateLimitFilter, Services, list[ModelConfig]]:
+    """A filter over three models, some of which have told of their limits."""
+    clock = FrozenClock()
+    models = [model(name) for name in "abc"]
+    services = Services(clock=clock, models=tuple(models), limits=FleetLimits(RateLimitTracker(clock=clock)))
+    services.limits.register(models)
+    for one in models:
+        if one.name in told:
+            services.limits.begin(one.id).heard(told[one.name])
+    stage = RateLimitFilter()
+    stage.provision(services)
+    return stage, services, models
+
+
+def drops(stage: RateLimitFilter, models: list[ModelConfig], now_s: float = 1000.0) -> dict[str, tuple[str, str, Any]]:
+    """By model: rule, reason, and when it may be there again."""
+    found = stage.filter(context(models, now_s=now_s))
+    return {drop.candidate.name: (drop.rule, drop.reason, drop.retry_after_s) for drop in found}
+
+
+def test_without_limits_nobody_is_dropped() -> None:
+    """Not knowing is no reason."""
+    stage, _, models = limited()
+    assert drops(stage, models) == {}
+
+
+def test_who_is_near_or_beyond_a_limit_is_dropped_with_its_end() -> None:
+    """The reason says what, and for how long."""
+    stage, _, models = limited(a=NEAR, b=SPENT)
+    assert drops(stage, models) == {
+        "a": ("requests", "held back at 92% of its limit of requests, for another 30 s", 30.0),
+        "b": ("requests", "its limit of requests is used up, for another 30 s", 30.0),
+    }
+
+
+def test_if_nobody_is_free_those_that_are_only_near_serve() -> None:
+    """The last 15 % are there to be used; who would refuse is dropped all the same."""
+    stage, _, models = limited(a=NEAR, b=SPENT, c=NEAR)
+    assert list(drops(stage, models)) == ["b"]
+    assert list(drops(stage, models[:2])) == ["b"]
+    assert list(drops(stage, models[:1])) == []
+
+
+def test_if_all_would_refuse_all_are_dropped() -> None:
+    """No call is made that is known to fail."""
+    stage, _, models = limited(a=SPENT, b=SPENT, c=SPENT)
+    assert list(drops(stage, models)) == ["a", "b", "c"]
+
+
+def test_limits_end_by_the_routes_own_time() -> None:
+    """After the reset all are candidates again."""
+    stage, _, models = limited(a=NEAR, b=SPENT)
+    assert drops(stage, models, 1030.0) == {}
+
+
+def test_a_threshold_of_its_own_is_the_fleets() -> None:
+    """What capacity and dashboards say goes by it too."""
+    stage, services, models = limited(a=NEAR)
+    RateLimitFilter(throttle_threshold=0.95).provision(services)
+    assert services.limits.tracker.throttle_threshold == 0.95
+    assert drops(stage, models) == {}

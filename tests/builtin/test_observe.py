@@ -82,6 +82,17 @@ async def test_a_route_is_counted_with_all_it_did() -> None:
     assert value(metrics, "kvfleet_time_to_first_byte_seconds_sum", model="a") == 0.4
 
 
+async def test_calls_that_were_refused_for_the_moment_are_counted() -> None:
+    """By model and endpoint: 429, and 503 only if it said when to come back."""
+    paused = attempt(3, "a", "overloaded")
+    paused.attributes[names.RETRY_AFTER_S] = 3.0
+    metrics = await counted(
+        answered(attempt(1, "b", "rate_limited"), attempt(2, "a", "overloaded"), paused, attempt(4, "a"))
+    )
+    assert value(metrics, "kvfleet_rate_limited_total", model="b", endpoint="http://b") == 1
+    assert value(metrics, "kvfleet_rate_limited_total", model="a", endpoint="http://a") == 1
+
+
 async def test_the_decisions_time_ends_with_the_choice() -> None:
     """What the stages took is told apart from what the engine took."""
     choice = stage("select", "hybrid_score")

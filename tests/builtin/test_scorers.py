@@ -10,6 +10,7 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
 from kvfleet.builtin.scorers import (
     CacheAffinityScorer,
+    CapacityScorer,
     ComplianceScorer,
     CostScorer,
     HardwareLoadScorer,
@@ -20,7 +21,9 @@ from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Services
 from kvfleet.router.scoring import Column, Unit
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.load import FleetLoad, Work
+from kvfleet.telemetry.rate_limits import RateLimitTracker
 from tests.builtin.making import context, model, user
 
 TALK = [user("x" * 4000)]
@@ -187,3 +190,13 @@ def test_compliance_is_clearance_for_the_data_class() -> None:
     models = (model("a", allowed_data_classes=("public",)), model("b"))
     ctx = context(models, data_class="confidential")
     assert ComplianceScorer().score(ctx) == Column(Unit.UTILITY, [0.0, 1.0])
+
+
+def test_capacity_is_what_is_left_of_the_tightest_limit() -> None:
+    """1 where nothing is known of any."""
+    clock = FrozenClock()
+    limits = FleetLimits(RateLimitTracker(clock=clock))
+    limits.begin(B.id).heard({"ratelimit": "limit=100, remaining=25, reset=30"})
+    scorer = CapacityScorer()
+    scorer.provision(Services(clock=clock, models=(A, B), limits=limits))
+    assert scorer.score(context((A, B), now_s=clock.now_s())) == Column(Unit.UTILITY, [1.0, 0.25])

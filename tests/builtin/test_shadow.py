@@ -125,6 +125,28 @@ class TestUnderPolicy:
             assert call.body["messages"] == [{"role": "user", "content": "What is the sky?"}]
             assert {("x-kvfleet-shadow", "1"), ("x-request-id", "r-1-shadow")} <= set(call.headers)
 
+    async def test_a_shadow_model_near_its_rate_limit_is_not_called(self) -> None:
+        """What is left of it is for live requests; mirrored calls count for it, and the trace says why there are none."""
+        told = {"ratelimit": "limit=60, remaining=5, reset=60"}
+        async with living(fleet(), next=FakeAdapter(model_id="next", script=FakeReply(headers=told))) as world:
+            await world.ask()
+            limits = world.router.services.limits.tracker.of(("http://next", "next", ""))
+            assert (limits.minute.requests, limits.in_flight) == (1, 0)
+            assert limits.minute.tokens > 0
+            explanation = await world.ask()
+            assert len(world.mirrored) == 1
+            (why,) = explanation.trace.route.attributes["kvfleet.shadow.excluded"]  # type: ignore[misc]
+            assert why.startswith("next: held back at 92% of its limit of requests")
+            assert why.endswith("[rate limits]")
+
+    async def test_a_shadow_model_that_asks_to_wait_is_left_alone(self) -> None:
+        """Mirrored calls obey as live ones do."""
+        refusal = FakeReply(fail=Fault.RATE_LIMITED, retry_after_s=30.0)
+        async with living(fleet(), next=FakeAdapter(model_id="next", script=refusal)) as world:
+            await world.ask()
+            await world.ask()
+            assert len(world.mirrored) == 1
+
     async def test_a_shadow_model_that_policy_excludes_is_not_called(self) -> None:
         """A confidential request is not mirrored to a model that is cleared for public data only; the trace says why."""
         public = attrs.evolve(NEXT, allowed_data_classes=("public",))

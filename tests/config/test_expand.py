@@ -32,6 +32,7 @@ USUAL = [
     "classify.modality",
     "filter.capabilities",
     "filter.health",
+    "filter.rate_limits",
     "affinity.prefix",
     "score.cost",
     "score.latency",
@@ -56,7 +57,7 @@ def test_every_section_switches_its_stages_on() -> None:
         policy={"enabled": True, "pii_detection": True},
         gateway={"max_concurrent": 4},
         tenants={"t": {}},
-        scoring_weights={"compliance": 0.1},
+        scoring_weights={"compliance": 0.1, "capacity": 0.1},
         telemetry={"log_route_decisions": True},
     ) == [
         "classify.prompt",
@@ -67,6 +68,7 @@ def test_every_section_switches_its_stages_on() -> None:
         "filter.tenant",
         "filter.capabilities",
         "filter.health",
+        "filter.rate_limits",
         "affinity.prefix",
         "score.cost",
         "score.latency",
@@ -74,6 +76,7 @@ def test_every_section_switches_its_stages_on() -> None:
         "score.cache_affinity",
         "score.hardware_load",
         "score.compliance",
+        "score.capacity",
         "select.cost_first",
         "execute.fallback",
         "observe.metrics",
@@ -155,6 +158,7 @@ def test_weights_are_the_options_of_two_strategies() -> None:
         "cache_affinity": 0.1,
         "hardware_load": 0.0,
         "compliance": 0.0,
+        "capacity": 0.0,
     }
     rule = {"name": "r", "condition": {"data_class": "public"}, "target_model": "a"}
     config = fleet(scoring_weights={"cost": 0.5}, route_rules=[rule])

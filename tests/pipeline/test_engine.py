@@ -140,6 +140,25 @@ async def test_dropping_everybody_by_policy_and_health_is_unavailable() -> None:
     assert "b: down [filter.health]" in raised.value.message
 
 
+class Limiting(Given):
+    """A filter by rate limits."""
+
+    limits_rates = True
+
+
+async def test_if_rate_limits_had_a_part_in_it_the_caller_is_told_to_come_back() -> None:
+    """429 with the shortest wait, whatever else excluded the others."""
+    drops = [Drop(B, "full", retry_after_s=30.0), Drop(C, "full", retry_after_s=4.5)]
+    decision, select = decide(
+        stage(Kind.FILTER, [Drop(A, "private only")], is_policy=True),
+        BoundStage.bind(Kind.FILTER, "full", Limiting(drops)),
+    )
+    with pytest.raises(NoCandidatesError) as raised:
+        await decision.run(select)
+    assert (raised.value.status, raised.value.code) == (429, "rate_limit_exceeded")
+    assert raised.value.retry_after_s == 4.5
+
+
 async def test_a_filter_cannot_drop_a_stranger() -> None:
     """A drop of somebody who is not a candidate is a breach of contract that names the stage and its distribution."""
     stranger = ModelConfig(name="z", endpoint="http://z")

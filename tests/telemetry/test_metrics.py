@@ -12,9 +12,11 @@ from kvfleet.adapters.base import EndpointHealth, EngineLoad
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
+from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import METRICS, MetricsExporter
+from kvfleet.telemetry.rate_limits import RateLimitTracker
 
 
 def value(metrics: MetricsExporter, name: str, **labels: str) -> float | None:
@@ -145,6 +147,17 @@ def test_the_watched_fleet_is_read_at_each_scrape() -> None:
     assert value(metrics, "kvfleet_expected_ttfb_seconds", **where) == 0.25
     clock.advance(60)
     assert value(metrics, "kvfleet_breaker_state", **where) == 1
+
+
+def test_what_is_left_of_rate_limits_is_read_where_it_is_known() -> None:
+    """A gauge for a replica that told of a limit, and none for one that did not."""
+    clock = FrozenClock()
+    told, silent = ModelConfig(name="m", endpoint="http://a"), ModelConfig(name="m", endpoint="http://b")
+    limits, metrics = FleetLimits(RateLimitTracker(clock=clock)), MetricsExporter()
+    metrics.watch([told, silent], HealthManager(clock=clock), FleetLoad(clock), limits)
+    limits.begin(told.id).heard({"ratelimit": "limit=60, remaining=15, reset=60"})
+    assert value(metrics, "kvfleet_rate_limit_capacity", model="m", endpoint="http://a") == 0.25
+    assert value(metrics, "kvfleet_rate_limit_capacity", model="m", endpoint="http://b") is None
 
 
 def test_tokens_are_counted_by_kind() -> None:

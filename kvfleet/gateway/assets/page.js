@@ -17,6 +17,7 @@ function about(fleet) {
 }
 function health(replica) {
   if (replica.enabled === false) return make("span.soft", {}, "switched off");
+  if (replica.healthy && replica.rate_limited_for_s) return make("span.warn", {}, "rate limited for " + duration(replica.rate_limited_for_s * 1000));
   return replica.healthy ? make("span.good", {}, "healthy") : make("span.bad", {}, "down" + (replica.reason ? ": " + replica.reason : ""));
 }
 const breaker = (state) => (state ? make(state === "closed" ? "span" : "span.warn", {}, words(state)) : "");
@@ -29,7 +30,7 @@ function replicas(list) {
     ["Replica", (r) => r.name], ["Provider", (r) => r.provider], ["Health", health], ["Breaker", (r) => breaker(r.breaker)],
     ["Check", (r) => duration(r.latency_ms), true],
     ["Ours in flight", (r) => r.in_flight, true], ["Running", (r) => r.running, true], ["Waiting", (r) => r.waiting, true],
-    ["KV cache in use", (r) => gauge(r.kv_usage)], ["Prefix hits", (r) => percent(r.prefix_hit_rate), true],
+    ["KV cache in use", (r) => gauge(r.kv_usage)], ["Rate limit left", (r) => gauge(r.rate_limit_left)], ["Prefix hits", (r) => percent(r.prefix_hit_rate), true],
     ["Cache known", (r) => r.cache_mode], ["Expected first byte", (r) => duration(r.expected_ttfb_s ? r.expected_ttfb_s * 1000 : null), true],
   ], "No replicas are known.");
 }
@@ -95,12 +96,29 @@ function card(title, state) {
     nested.map(([key, value]) => card(words(key), value)),
     lists.map(([key, value]) => things(words(key), value.filter(isThing))));
 }
+function limits(entries) {
+  const left = (kind) => ([, limit]) => {
+    const [rest, most] = [limit[kind + "_left"], limit[kind + "_limit"]];
+    return rest === undefined ? "" : whole(rest) + (most === undefined ? "" : " of " + whole(most));
+  };
+  return table("Rate limits", entries, [
+    ["Replica", ([name]) => name], ["Left", ([, limit]) => gauge(limit.capacity)],
+    ["Requests left", left("requests"), true], ["Tokens left", left("tokens"), true],
+    ["Requests, last minute", ([, limit]) => whole(limit.requests_last_minute ?? 0), true],
+    ["Tokens, last minute", ([, limit]) => compact(limit.tokens_last_minute ?? 0), true],
+    ["Asked to wait", ([, limit]) => whole(limit.refused ?? 0), true],
+    ["State", ([, limit]) => (limit.throttled ? make(limit.closed ? "span.bad" : "span.warn", {}, limit.reason) : make("span.good", {}, "free"))],
+  ], "No limit is known.");
+}
 const GROUPS = [[/rate_?limit/, "Rate limits"], [/budget|quota/, "Budgets"], [/experiment|canary|rollout|bandit/, "Experiments"], [/slo/, "Objectives"], [/shadow|mirror/, "Shadow traffic"], [/./, "Stages"]];
 function sections(state) {
   const things = { ...(state.stages || {}) };
   const groups = new Map();
   const add = (title, name, thing) => groups.set(title, [...(groups.get(title) || []), card(name, thing)]);
-  for (const [title, key] of [["Rate limits", "rate_limits"], ["Budgets", "budgets"]]) {
+  const told = Object.entries(state.rate_limits || {});
+  const isOurs = told.length > 0 && told.every(([, limit]) => isThing(limit) && typeof limit.capacity === "number");
+  if (isOurs) groups.set("Rate limits", [make("div.card.wide", {}, limits(told))]);
+  for (const [title, key] of [...(isOurs ? [] : [["Rate limits", "rate_limits"]]), ["Budgets", "budgets"]]) {
     for (const [name, thing] of Object.entries(state[key] || {})) add(title, name, isThing(thing) ? thing : { value: thing });
   }
   for (const [name, thing] of Object.entries(things)) {

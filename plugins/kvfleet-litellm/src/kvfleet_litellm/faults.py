@@ -73,12 +73,14 @@ def error_of(error: Exception, *, received: bool) -> BackendError:
     status = status if isinstance(status, int) else None
     kind = _kind(error, status)
     says = _SAYS.get(kind, f"LiteLLM failed ({type(error).__name__})")
+    headers = _headers(error)
     return BackendError(
         kind,
         says if status is None else f"{says} (status {status})",
         status=status,
         body=_body(error, kind) if kind.is_callers else None,
-        retry_after_s=retry_after_s(_headers(error)),
+        retry_after_s=retry_after_s(headers),
+        headers=headers,
         received=received,
     )
 
