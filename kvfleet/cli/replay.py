@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,6 +119,7 @@ def replay(
     Decisions are made by the pipelines themselves, in virtual time: an hour of traffic takes seconds. The engines are
     those of the file's `simulation:` section or of --fleet.
     """  # noqa: D301 - click's mark for lines that stay as they are
+    logging.getLogger("kvfleet").addHandler(logging.NullHandler())  # what a gateway warns of is in the figures here
     level = parse_slo(slo)
     table = discover()
     variants = _variants(pipelines, strategies, table)
@@ -206,9 +208,7 @@ def _tell_errors(standings: Sequence[Standing]) -> None:
             render.echo(render.warn(f"{one.label}: without a whole answer: {told}"))
     left_out = sorted({key for one in standings for key in one.result.left_out})
     if left_out:
-        render.echo(
-            render.dim(f"left out, because a trace has no text or because it only keeps records: {', '.join(left_out)}")
-        )
+        render.echo(render.dim(f"left out, because a trace has no text: {', '.join(left_out)}"))
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

@@ -18,16 +18,16 @@ from kvfleet.plugin.manager import ComponentTable
 __all__ = ["for_replay", "told_prompts", "with_strategy"]
 
 _PROMPT_STAGE = (Kind.CLASSIFY, "prompt")
-_UNTOLD = frozenset({"observe.metrics", "observe.log", "observe.record", "observe.shadow"})
-"""Observers that no decision depends on, or that need a text."""
+_RECORDS = frozenset({"observe.metrics", "observe.log", "observe.record"})
+"""Observers that keep records, and change nothing."""
 
 
 def for_replay(config: FleetConfig, table: ComponentTable) -> tuple[FleetConfig, tuple[str, ...]]:
-    """The fleet without the stages that answer from a text or only keep records; and which those are."""
-    stages = config.pipeline or expand(config)
-    gone = [stage for stage in stages if _key(stage, table).startswith("answer.") or _key(stage, table) in _UNTOLD]
-    kept = tuple(stage for stage in stages if stage not in gone)
-    return attrs.evolve(config, pipeline=kept), tuple(_key(stage, table) for stage in gone)
+    """The fleet without stages that need a text, and without those that only keep records; and which the former are."""
+    stages = {id(stage): (stage, _key(stage, table)) for stage in config.pipeline or expand(config)}
+    textual = [key for _, key in stages.values() if key.startswith("answer.") or key == "observe.shadow"]
+    kept = tuple(stage for stage, key in stages.values() if key not in _RECORDS and key not in textual)
+    return attrs.evolve(config, pipeline=kept), tuple(textual)
 
 
 def _key(stage: StageConfig, table: ComponentTable) -> str:
