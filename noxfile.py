@@ -1,4 +1,4 @@
-"""The whole loop: `nox` runs what CI runs; `nox -s real` and `nox -s bench` are for when you mean it."""
+"""The whole loop: `nox` runs what CI runs; `nox -s real`, `page` and `bench` are for when you mean it."""
 
 from __future__ import annotations
 
@@ -83,6 +83,13 @@ def real(session: nox.Session) -> None:
     """The adapters and the gateway against real engines, which the suite installs into .real/ and starts itself."""
     session.install("-e", ".", *GROUPS["test"])
     session.run("pytest", "-m", "real", "tests/real", *session.posargs)
+
+
+@nox.session
+def page(session: nox.Session) -> None:
+    """What the feature page promises, each with its tests: a table, and a failure if a promise is not kept."""
+    session.install("-e", ".", *GROUPS["test"])
+    session.run("python", "-m", "tests.page.table", *session.posargs)
 
 
 @nox.session

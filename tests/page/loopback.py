@@ -53,12 +53,15 @@ class Served:
         says: The text of its chat answers.
         answers: JSON answers to other paths.
         status: Of its chat answers, if they are refusals.
+        metrics: Its page of metrics.
+        headers: More headers of its chat answers.
     """
 
     says: str = "Hello from the engine."
     answers: Mapping[str, Any] = attrs.field(factory=dict)
     status: str = "200 OK"
     metrics: bytes = METRICS
+    headers: Mapping[str, str] = attrs.field(factory=dict)
 
     async def __call__(self, wire: Wire, request: Request) -> None:
         """Answer one request."""
@@ -83,7 +86,8 @@ class Served:
             return whole(b'{"error":{"message":"Not today."}}', status=self.status)
         if body.get("stream"):
             return events(self.says, body["model"])
-        return whole(orjson.dumps(completion(self.says, body["model"])))
+        more = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items()).encode()
+        return whole(orjson.dumps(completion(self.says, body["model"])), headers=more)
 
 
 @contextlib.asynccontextmanager

@@ -63,6 +63,7 @@ DOCUMENTED = {
     "kvfleet.telemetry.cost_sync": "CostSyncManager",
     "kvfleet.telemetry.health": "HealthManager",
     "kvfleet.telemetry.metrics": "MetricsExporter",
+    "kvfleet.telemetry.rate_limits": "RateLimitTracker",
 }
 """What the page imports, by module."""
 
