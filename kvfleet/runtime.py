@@ -23,6 +23,8 @@ from kvfleet.adapters.base import (
     chunks_of,
 )
 from kvfleet.adapters.connections import Connections
+from kvfleet.cache.knowledge import CacheKnowledge
+from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
@@ -35,12 +37,14 @@ from kvfleet.pipeline.resolve import Names
 from kvfleet.pipeline.route import Route, route_attributes
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import Answer, Outcome, RouteRequest, RoutingContext
+from kvfleet.plugin.contract import Answer, Kind, Outcome, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.collector import Collector
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.kv_metrics import show_caches
+from kvfleet.telemetry.kv_watch import CacheWatch
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.telemetry.rate_limits import RateLimitTracker
@@ -127,13 +131,16 @@ class Router:
             health=HealthManager(clock=self.clock),
             load=FleetLoad(self.clock),
             limits=_limits_of(config, self.models, self.clock),
+            caches=CacheKnowledge(self.clock),
             metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
             find=self.table.get,
             state_dir=state_dir,
         )
+        self.services.caches.register(self.models)
         self.pipeline: Pipeline = build(config, self.table, self.services)
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
+        show_caches(self.services.metrics, self.services.caches, self.models, lambda model: self._cache_mode(model)[0])
         self.connections = Connections()
         own = [model for model in self.models if not adapters or model.id not in adapters]
         built = build_adapters(config, self.table, own, connections=self.connections)
@@ -201,6 +208,7 @@ class Router:
             group.start_soon(self._observing.run)
             if self._polls:
                 group.start_soon(self._collector().run)
+                group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)
             started.set()
             await self._stop.wait()
             group.cancel_scope.cancel()
@@ -381,6 +389,7 @@ class Router:
         health, load = self.services.health, self.services.load
         engine = load.engine(model.endpoint)
         limit = self.services.limits.state(model.id)
+        mode, why = self._cache_mode(model)
         return {
             "model": model.name,
             "endpoint": model.endpoint,
@@ -397,7 +406,18 @@ class Router:
             "prefix_hit_rate": engine.prefix_hit_rate if engine else None,
             "rate_limit_left": limit.capacity if limit else None,
             "rate_limited_for_s": limit.wait_s if limit and limit.is_throttled else None,
+            "cache_mode": mode,
+            "cache_why": why,
         }
+
+    def _cache_mode(self, model: ModelConfig) -> tuple[str, str]:
+        """How a replica's KV cache is known: by its engine, by what was routed there, or not at all; and why no better."""
+        told = self.services.caches.mode(model.id)
+        if told is not None and told[0] in (KVMode.EXACT, KVMode.DEGRADED):
+            return told[0], told[1]
+        learns = any(stage.kind is Kind.AFFINITY for stage in self.pipeline.stages)
+        mode = KVMode.APPROXIMATE if learns else KVMode.LOAD_ONLY
+        return mode, told[1] if told is not None else ""
 
     # Watching --------------------------------------------------------------------------------------------------------
 

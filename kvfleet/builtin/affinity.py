@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import PROMPT, PromptFacts, prompt_of
+from kvfleet.builtin.told import Told, ToldCaches
 from kvfleet.cache.blocks import BYTES_PER_TOKEN, PromptBlocks, salt_of
 from kvfleet.cache.kv_affinity import ConsistentHashRing
 from kvfleet.cache.prefix_index import RoutedIndex, Visit
@@ -39,6 +40,8 @@ class _Placed:
 
     visits: list[tuple[str, Visit]] = attrs.field(factory=list)
     expected: dict[str, float] = attrs.field(factory=dict)
+    told_visits: list[tuple[str, Visit]] = attrs.field(factory=list)
+    told: dict[str, Told] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -51,6 +54,10 @@ class PrefixAffinity:
     once, under a lease, so that a burst of siblings stays together; an attempt that comes to nothing is taken back. A
     replica whose engine reports fewer cached tokens than expected is believed less. A long beginning nobody holds has a
     home on a consistent hash, so that many gateways begin at the same replica.
+
+    Where an engine itself tells what it holds (`kv_events` of its model) and the prompt's tokens are known
+    (`classify.tokens`), that is what is expected, also where that is nothing; the rest is for the others, and for when
+    it does not tell.
     """
 
     session_ttl_s: float = number(3600.0, gt=0, unit="s", doc="How long what was sent somewhere is remembered.")
@@ -75,7 +82,11 @@ class PrefixAffinity:
     min_trust: float = number(
         0.5, ge=0, le=1, doc="A replica whose expectations come true to less than this share raises the alarm."
     )
+    other_tier_worth: float = number(
+        0.8, ge=0, le=1, doc="What a cached token is worth that an engine must load from the CPU's memory or a disk."
+    )
     _index: RoutedIndex = attrs.field(init=False, repr=False, eq=False)
+    _told: ToldCaches = attrs.field(init=False, factory=ToldCaches, repr=False, eq=False)
     _trust: dict[str, Trust] = attrs.field(init=False, factory=dict, repr=False)
     _placed: OrderedDict[int, _Placed] = attrs.field(init=False, factory=OrderedDict, repr=False)
     _sessions: OrderedDict[tuple[str, str], tuple[str, float]] = attrs.field(
@@ -93,6 +104,8 @@ class PrefixAffinity:
         """Know the replicas, and put those of each model on a ring."""
         self._metrics, self._load = services.metrics, services.load
         self._index.register([model.id for model in services.models])
+        self._told = ToldCaches(services.caches, self.lease_s, self.other_tier_worth)
+        self._told.register(services.models)
         self._trust = {model.id: Trust(least=self.min_trust) for model in services.models}
         self._show_trust(services.metrics, services.models)
         self._rings = {
@@ -105,21 +118,34 @@ class PrefixAffinity:
         """The expectations."""
         prompt = prompt_of(ctx)
         blocks = self._blocks(ctx, prompt)
-        held = self._held(blocks, ctx.now_s)
-        if not held:
+        held, told = self._held(blocks, ctx.now_s), self._told.held(ctx)
+        if not held and not told:
             return self._homes(ctx, prompt, blocks)
         least = self.min_affinity * blocks.tokens
-        tokens, modes, trust = [], [], self._trust
-        for model in ctx.candidates:
-            expected = held.get(model.id, 0.0)
-            known = trust.get(model.id)
-            if expected < least or not expected or known is None:
-                tokens.append(0.0)
-                modes.append(CacheMode.NONE)
-            else:
-                tokens.append(expected * known.share)
-                modes.append(CacheMode.OBSERVED if known.reports else CacheMode.APPROXIMATE)
-        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, prompt, blocks)
+        found = [
+            self._expected(model.id, held.get(model.id, 0.0), told.get(model.id), least) for model in ctx.candidates
+        ]
+        tokens, modes = [tokens for tokens, _ in found], [mode for _, mode in found]
+        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, prompt, blocks, modes)
+
+    def _expected(self, replica: str, held: float, told: Told | None, least: float) -> tuple[float, CacheMode]:
+        """What is expected of one replica, and how that is known.
+
+        Args:
+            replica: Which.
+            held: The tokens that were sent there.
+            told: What its engine says.
+            least: Fewer tokens count as none.
+        """
+        if told is not None and told.mode is not CacheMode.DEGRADED:
+            return (told.tokens if told.tokens >= least else 0.0), told.mode
+        known = self._trust.get(replica)
+        routed = held * known.share if known is not None and held >= least else 0.0
+        if told is not None:  # a part of what is there
+            return max(routed, told.tokens), told.mode
+        if known is None or not routed:
+            return 0.0, CacheMode.NONE
+        return routed, CacheMode.OBSERVED if known.reports else CacheMode.APPROXIMATE
 
     def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:
         """Count on the prompt being computed there."""
@@ -134,6 +160,12 @@ class PrefixAffinity:
         visit = self._index.record(candidate.id, _whole(blocks), ctx.now_s, self.lease_s)
         if visit is not None:
             placed.visits.append((candidate.id, visit))
+        told = self._told.held(ctx).get(candidate.id)
+        if told is not None:
+            placed.told[candidate.id] = told
+        coming = self._told.placed(ctx, candidate)
+        if coming is not None:
+            placed.told_visits.append((candidate.id, coming))
 
     async def observe(self, outcome: Outcome) -> None:
         """Learn where the prompt was computed, and what its engine said of its cache."""
@@ -150,11 +182,19 @@ class PrefixAffinity:
         for replica, visit in placed.visits:
             if not is_computed or served is None or replica != served.id:
                 self._index.retract(replica, visit)
+        for replica, visit in placed.told_visits:
+            self._told.arrived(replica, visit)
+        for replica in self._told.restarted(ctx.now_s):
+            self._index.clear(replica)
         if served is None or not is_computed:
             return
-        blocks = self._blocks(ctx, prompt)
+        blocks, told = self._blocks(ctx, prompt), placed.told.get(served.id)
         self._count_hit(ctx, prompt, served)
-        self._learn_trust(blocks, placed.expected.get(served.id, 0.0), served, outcome.usage)
+        if told is None or told.mode is CacheMode.DEGRADED:
+            self._learn_trust(blocks.tokens, placed.expected.get(served.id, 0.0), served, outcome.usage)
+        else:
+            self._learn_trust(told.prompt_tokens, told.tokens, served, outcome.usage)
+            self._hold_to_it(told, served, outcome.usage)
         self._index.record(served.id, _whole(blocks), ctx.now_s + outcome.duration_s, self.session_ttl_s)
         self._note_size(served, blocks.block_tokens)
         if prompt.session:
@@ -194,14 +234,19 @@ class PrefixAffinity:
                     held[replica] = tokens
         return held
 
-    def _homes(self, ctx: RoutingContext, prompt: PromptFacts, blocks: PromptBlocks) -> Affinity:
-        """Nobody has the prompt: where its conversation was before, or the replicas on which its beginning falls."""
+    def _homes(
+        self, ctx: RoutingContext, prompt: PromptFacts, blocks: PromptBlocks, modes: Sequence[CacheMode] = ()
+    ) -> Affinity:
+        """Nobody has the prompt: where its conversation was before, or the replicas on which its beginning falls.
+
+        `modes` say how it is known of each that it has nothing.
+        """
         candidates = ctx.candidates
-        tokens = [0.0] * len(candidates)
+        tokens, modes = [0.0] * len(candidates), modes or [CacheMode.NONE] * len(candidates)
         bound = self._session(ctx, prompt)
         if bound:
             tokens = [_HOME_TOKENS if model.id == bound else 0.0 for model in candidates]
-            return Affinity(tokens, [CacheMode.NONE] * len(candidates))
+            return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
         at = int(self.prefix_tokens / blocks.block_tokens)
         if self._rings and at <= len(blocks.hashes) and blocks.hashes:
             place = {model.id: i for i, model in enumerate(candidates)}
@@ -209,7 +254,7 @@ class PrefixAffinity:
                 home = ring.get_node(blocks.hashes[max(at - 1, 0)], place)
                 if home is not None:
                     tokens[place[home]] = _HOME_TOKENS
-        return Affinity(tokens, [CacheMode.NONE] * len(candidates))
+        return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
 
     # Learning
 
@@ -230,7 +275,12 @@ class PrefixAffinity:
         while len(sessions) > _MOST_SESSIONS or next(iter(sessions.values()))[1] < ctx.now_s:
             sessions.popitem(last=False)
 
-    def _learn_trust(self, blocks: PromptBlocks, expected: float, served: ModelConfig, usage: Usage | None) -> None:
+    def _hold_to_it(self, told: Told, served: ModelConfig, usage: Usage | None) -> None:
+        """Hold an engine's events against its answers."""
+        if told.is_sure and usage is not None and usage.cached_tokens is not None:
+            self._told.caches.answered(served.id, told.tokens, usage.cached_tokens)
+
+    def _learn_trust(self, tokens: float, expected: float, served: ModelConfig, usage: Usage | None) -> None:
         """Compare what was to be expected with what the engine reports, as shares of the prompt.
 
         Shares, because the engine counts tokens and we may have estimated them.
@@ -238,7 +288,7 @@ class PrefixAffinity:
         trust = self._trust.get(served.id)
         if trust is None or usage is None or usage.cached_tokens is None or not usage.prompt_tokens:
             return
-        scale = usage.prompt_tokens / max(blocks.tokens, 1)
+        scale = usage.prompt_tokens / max(tokens, 1)
         if expected >= _ENOUGH_TOKENS or usage.cached_tokens:
             trust.learn(served.id, expected * scale, usage.cached_tokens, is_enough=expected >= _ENOUGH_TOKENS)
 

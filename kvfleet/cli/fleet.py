@@ -25,7 +25,8 @@ __all__ = ["ask_gateway", "check_health", "fleet", "gateway_url", "health", "hea
 
 _GATEWAY_TIMEOUT_S = 2.0
 _LIVE = (
-    "in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s", "rate_limit_left", "rate_limited_for_s"
+    "in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s", "rate_limit_left", "rate_limited_for_s",
+    "cache_mode", "cache_why",
 )  # fmt: skip
 
 
@@ -81,6 +82,8 @@ class Row:
     expected_ttfb_s: float | None = None
     rate_limit_left: float | None = None
     rate_limited_for_s: float | None = None
+    cache_mode: str | None = None
+    cache_why: str | None = None
 
 
 def _names(replicas: Sequence[ModelConfig]) -> list[str]:
@@ -111,7 +114,17 @@ def _state(said: Mapping[str, Any]) -> str:
 def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
     if is_live:
         has_limits = any(row.rate_limit_left is not None for row in rows)
-        headers = ["model", "endpoint", "in flight", "queue", "kv", *(["limit left"] * has_limits), "ttft", "state"]
+        headers = [
+            "model",
+            "endpoint",
+            "in flight",
+            "queue",
+            "kv",
+            "cache",
+            *(["limit left"] * has_limits),
+            "ttft",
+            "state",
+        ]
         cells = [
             [
                 row.model,
@@ -119,6 +132,7 @@ def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
                 _figure(row.in_flight),
                 _figure(row.waiting),
                 _figure(row.kv_usage, "{:.0%}"),
+                _cache(row),
                 *([_figure(row.rate_limit_left, "{:.0%}")] * has_limits),
                 _figure(row.expected_ttfb_s, "{:.2f} s"),
                 _coloured(row),
@@ -140,6 +154,12 @@ def _fleet_table(rows: Sequence[Row], *, is_live: bool) -> str:
             for row in rows
         ]
     return render.table(headers, cells, columns=render.width())
+
+
+def _cache(row: Row) -> str:
+    """How the cache is known; with the reason where it should be known better."""
+    mode = (row.cache_mode or "-").replace("_", " ")
+    return f"{mode}: {row.cache_why}" if row.cache_why else mode
 
 
 def _figure(value: float | None, form: str = "{}") -> str:

@@ -8,7 +8,7 @@ from kvfleet.config.fields import choice, flag, number, text
 
 __all__ = ["KVEventsConfig", "PromptBlocksConfig"]
 
-_ADDRESS = r"(tcp://(\{host\}|\*|\[[0-9A-Fa-f:*]+\]|[^\s/:\[\]]+):\d{1,5}|ipc://\S+)"
+_ADDRESS = r"(tcp://(\{host\}|\*|\[[0-9A-Fa-f:*]+\]|[^\s/:\[\]{}*]+):\d{1,5}|ipc://\S+)"
 _ADDRESS_DOC = "tcp://HOST:PORT or ipc://PATH; {host} stands for the host of the replica's endpoint"
 
 

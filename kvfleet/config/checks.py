@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.config.cache_checks import check_caches
 from kvfleet.config.expand import section_path
 from kvfleet.config.findings import Finding, Origin, Path
 from kvfleet.config.schema import AUTO_MODEL, SELF_HOSTED_PROVIDERS, FleetConfig
@@ -94,7 +95,7 @@ def _check_aliases(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]
 
 def check_stages(config: FleetConfig) -> list[Finding]:
     """A stage's options stand in one place, and a section that guards something is used by a stage."""
-    return [*_check_options(config), *_check_guards(config), *_check_switch(config)]
+    return [*_check_options(config), *_check_guards(config), *_check_switch(config), *check_caches(config)]
 
 
 def _check_options(config: FleetConfig) -> Iterator[Finding]:

@@ -47,6 +47,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("filter.health", True),
         ("filter.rate_limits", True),
         ("admit.budget", _has_budget(config)),
+        ("classify.tokens", affinity and _has_tokens(config)),
         ("affinity.prefix", affinity),
         ("score.cost", True),
         ("score.latency", True),
@@ -68,6 +69,10 @@ def _has_policy(config: FleetConfig) -> bool:
     """True if the policy is on, or a model declares who may see what: what models declare holds in any case."""
     usual = attrs.fields(ModelConfig).allowed_data_classes.default
     return config.policy.enabled or any(model.allowed_data_classes != usual for model in config.models)
+
+
+def _has_tokens(config: FleetConfig) -> bool:
+    return any(model.prompt_blocks.mode != "bytes" for model in config.models)
 
 
 def _has_budget(config: FleetConfig) -> bool:

@@ -26,7 +26,7 @@ PATH = "/dashboard"
 _MOST_ROWS = 50
 _SHOWN = (
     "model", "provider", "enabled", "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage",
-    "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "rate_limit_left", "rate_limited_for_s",
+    "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "cache_why", "rate_limit_left", "rate_limited_for_s",
 )  # fmt: skip
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -182,5 +182,6 @@ class Board:
         found["name"] = self._names.by_id.get(replica, state["model"])
         found["reason"] = self._names.hide(state.get("reason") or "")
         found["usable"] = is_usable(state)
-        found["cache_mode"] = state.get("cache_mode") or self.recent.modes.get(replica)
+        if state.get("cache_mode") == "approximate" and not state.get("cache_why"):
+            found["cache_mode"] = self.recent.modes.get(replica) or found["cache_mode"]
         return found

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.cache.knowledge import CacheKnowledge
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
@@ -107,6 +108,7 @@ class Services:
         health: Which endpoints may be used.
         load: What is in flight where, what the engines say, and measured times.
         limits: The backends' rate limits, and whom to leave alone for now.
+        caches: What engines themselves tell of their KV caches.
         metrics: Counters and histograms.
         find: Looks up another component by kind and name, for stages that use actions.
         adapters: By replica id; filled before the components are opened.
@@ -121,6 +123,7 @@ class Services:
     health: HealthManager = attrs.field(factory=HealthManager)
     load: FleetLoad = attrs.field(factory=FleetLoad)
     limits: FleetLimits = attrs.field(factory=FleetLimits)
+    caches: CacheKnowledge = attrs.field(factory=CacheKnowledge)
     metrics: MetricsExporter = attrs.field(factory=MetricsExporter)
     find: Callable[[Kind, str], Component] = _no_lookup
     adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)

@@ -86,6 +86,7 @@ class EventReader:
             socket.setsockopt(option, value)
         socket.setsockopt(zmq.SUBSCRIBE, self.topic.encode())
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._peers = 0
         try:
             await self._open(socket)
             async with anyio.create_task_group() as group:

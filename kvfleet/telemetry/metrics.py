@@ -74,6 +74,12 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_canary_requests_total", "counter", ("model", "side", "outcome"), "What a canary is compared by."
     ),
     MetricInfo("kvfleet_canary_changes_total", "counter", ("model", "to"), "Steps, promotions and rollbacks."),
+    MetricInfo(
+        "kvfleet_prompt_tokens_missing_total", "counter", ("model",), "Prompts compared by bytes for want of tokens."
+    ),
+    MetricInfo(
+        "kvfleet_prompt_tokens_miscounted_total", "counter", ("model",), "Prompts of which the engine counted others."
+    ),
     MetricInfo("kvfleet_answers_total", "counter", ("stage", "hit"), "Lookups of stages that may answer at once."),
     MetricInfo("kvfleet_answer_hits_total", "counter", ("stage", "match"), "Answers from memory: `exact`, or `near`."),
     MetricInfo(
@@ -108,6 +114,46 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_observers_dropped_total", "counter", (), "Outcomes the observers' queue could not take.", is_read=True
     ),
+    MetricInfo(
+        "kvfleet_kv_events_total", "counter", ("model", "endpoint"), "Events of an engine's KV cache.", is_read=True
+    ),
+    MetricInfo(
+        "kvfleet_kv_gaps_total", "counter", ("model", "endpoint"), "Times that such events were missing.", is_read=True
+    ),
+    MetricInfo(
+        "kvfleet_kv_replays_total",
+        "counter",
+        ("model", "endpoint"),
+        "Times that they were asked for again.",
+        is_read=True,
+    ),
+    MetricInfo(
+        "kvfleet_kv_losses_total",
+        "counter",
+        ("model", "endpoint"),
+        "Times that all that was known of a cache was given up.",
+        is_read=True,
+    ),
+    MetricInfo(
+        "kvfleet_kv_restarts_total",
+        "counter",
+        ("model", "endpoint"),
+        "Restarts of an engine, by its events.",
+        is_read=True,
+    ),
+    MetricInfo(
+        "kvfleet_kv_orphans_total",
+        "counter",
+        ("model", "endpoint"),
+        "Blocks told of whose beginning is not known.",
+        is_read=True,
+    ),
+    MetricInfo(
+        "kvfleet_kv_unreadable_total", "counter", ("model", "endpoint"), "Events that could not be read.", is_read=True
+    ),
+    MetricInfo("kvfleet_kv_mode", "gauge", ("model", "endpoint", "mode"), "1 for how the KV cache is known, else 0."),
+    MetricInfo("kvfleet_kv_lag_seconds", "gauge", ("model", "endpoint"), "Age of the last event when it was read."),
+    MetricInfo("kvfleet_kv_blocks", "gauge", ("model", "endpoint"), "Blocks known to be in the KV cache."),
     MetricInfo("kvfleet_model_health", "gauge", ("model", "endpoint"), "1 if the replica is healthy, else 0."),
     MetricInfo(
         "kvfleet_breaker_state", "gauge", ("model", "endpoint"), "Circuit breaker: 0 closed, 1 half-open, 2 open."
@@ -196,6 +242,7 @@ class _State(Collector):
     told: dict[tuple[str, str, str], float] = attrs.field(factory=dict)
     fleet: tuple[str, str, str] | None = None
     kept: dict[str, Callable[[], float]] = attrs.field(factory=dict)
+    counters: dict[str, GaugeSource] = attrs.field(factory=dict)
     gauges: dict[str, GaugeSource] = attrs.field(factory=dict)
 
     def describe(self) -> Iterator[Metric]:
@@ -215,6 +262,11 @@ class _State(Collector):
         yield from families.values()
         for name, read in self.kept.items():
             yield CounterMetricFamily(name, _BY_NAME[name].doc, value=read())
+        for name, read_all in self.counters.items():
+            family = CounterMetricFamily(name, _BY_NAME[name].doc, labels=_BY_NAME[name].labels)
+            for labels, value in read_all().items():
+                family.add_metric(labels, value)
+            yield family
 
     def _read(self) -> dict[tuple[str, str, str], float]:
         found: dict[tuple[str, str, str], float] = {}
@@ -384,6 +436,10 @@ class MetricsExporter:
     def read(self, name: str, kept: Callable[[], float]) -> None:
         """Show a counter that somebody else keeps; it is read at each scrape."""
         self._state.kept[name] = kept
+
+    def read_counter(self, name: str, read_all: GaugeSource) -> None:
+        """The same for one with labels: its values by them."""
+        self._state.counters[name] = read_all
 
     def read_gauge(self, name: str, read_all: GaugeSource) -> None:
         """Show a gauge that somebody else keeps: its values by their labels, read at each scrape."""

@@ -135,7 +135,10 @@ SCORE_VALUES = _name(
     "kvfleet.score.values", "affinity, score, select", "double[]", "One for each replica; for affinity in tokens."
 )
 SCORE_MODES = _name(
-    "kvfleet.affinity.modes", "affinity", "string[]", "How each is known: exact, approximate, observed or none."
+    "kvfleet.affinity.modes",
+    "affinity",
+    "string[]",
+    "How each is known: exact, degraded, approximate, observed or none.",
 )
 TERM_PREFIX = "kvfleet.term."
 _name("kvfleet.term.<term>", "score, select", "double[]", "One part of the totals, one for each replica.")

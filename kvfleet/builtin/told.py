@@ -1,0 +1,110 @@
+"""What engines tell of their KV caches, as the affinity stage uses it: for one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import attrs
+
+from kvfleet.builtin.tokens import TOKENS
+from kvfleet.cache.knowledge import CacheKnowledge, Held, TokenChain
+from kvfleet.cache.kv_state import KVMode
+from kvfleet.cache.prefix_index import RoutedIndex, Visit
+from kvfleet.config.schema import ModelConfig
+from kvfleet.plugin.contract import CacheMode, RoutingContext
+
+__all__ = ["Told", "ToldCaches"]
+
+_MOST_UNDER_WAY = 200_000
+_MODES = {KVMode.EXACT: CacheMode.EXACT, KVMode.DEGRADED: CacheMode.DEGRADED}
+
+
+@attrs.frozen
+class Told:
+    """What one replica is known to hold of a prompt.
+
+    Attributes:
+        tokens: That many tokens.
+        mode: How that is known.
+        prompt_tokens: Of so many.
+        is_sure: True if the engine said so itself, and all of it; False if some of it is only under way there.
+    """
+
+    tokens: float
+    mode: CacheMode
+    prompt_tokens: int
+    is_sure: bool
+
+
+@attrs.define
+class ToldCaches:
+    """What engines said, and what was sent to them and is not said yet.
+
+    A prompt under way is counted on as soon as it is sent, so that its siblings follow it; once it is answered, the
+    engine has said itself what became of it.
+
+    Args:
+        caches: What engines said.
+        lease_s: How long a prompt may be under way.
+        other_tier_worth: What a token outside the device's memory is worth, 0..1.
+    """
+
+    caches: CacheKnowledge = attrs.field(factory=CacheKnowledge)
+    lease_s: float = 60.0
+    other_tier_worth: float = 0.8
+    _under_way: RoutedIndex = attrs.field(init=False, factory=lambda: RoutedIndex(_MOST_UNDER_WAY), repr=False)
+    _restarts: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _looked_s: float = attrs.field(init=False, default=float("-inf"), repr=False)
+
+    def register(self, models: Iterable[ModelConfig]) -> None:
+        """Know the replicas whose engines tell."""
+        telling = [model.id for model in models if self.caches.source_of(model.id) is not None]
+        self._under_way.register(telling)
+        self._restarts = dict.fromkeys(telling, 0)
+
+    def held(self, ctx: RoutingContext) -> Mapping[str, Told]:
+        """By replica: what is known of it for this request's prompt; those of which nothing is known are absent."""
+        prompt = ctx.fact_or_none(TOKENS)
+        if prompt is None or not prompt.chains:
+            return {}
+        found: dict[str, Told] = {}
+        for model, chain in prompt.chains.items():
+            known = self.caches.held(model, chain, ctx.now_s)
+            if known:
+                coming = self._under_way.depths(chain.hashes, ctx.now_s)
+                for replica, held in known.items():
+                    found[replica] = self._told(chain, held, coming.get(replica, 0))
+        return found
+
+    def _told(self, chain: TokenChain, held: Held, coming: int) -> Told:
+        tokens = held.device_tokens + self.other_tier_worth * held.other_tokens
+        under_way = min(coming * chain.block_tokens, chain.tokens - 1)
+        if under_way > tokens:
+            return Told(under_way, CacheMode.APPROXIMATE, chain.tokens, is_sure=False)
+        return Told(tokens, _MODES[held.mode], chain.tokens, is_sure=held.mode is KVMode.EXACT)
+
+    def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> Visit | None:
+        """The prompt is under way to a replica."""
+        prompt = ctx.fact_or_none(TOKENS)
+        chain = prompt.chains.get(candidate.name) if prompt is not None else None
+        if chain is None or candidate.id not in self._restarts:
+            return None
+        return self._under_way.record(candidate.id, chain.hashes, ctx.now_s, self.lease_s)
+
+    def arrived(self, replica: str, visit: Visit) -> None:
+        """A prompt is under way no longer: it is answered, or it came to nothing."""
+        self._under_way.retract(replica, visit)
+
+    def restarted(self, now_s: float) -> list[str]:
+        """The replicas whose engines began anew since this was last asked; it is looked at once a second."""
+        if now_s - self._looked_s < 1.0:
+            return []
+        self._looked_s, found = now_s, []
+        for replica, before in self._restarts.items():
+            source = self.caches.source_of(replica)
+            count = sum(state.counts.restarts for state in source.states) if source is not None else before
+            if count != before:
+                self._restarts[replica] = count
+                self._under_way.clear(replica)
+                found.append(replica)
+        return found

@@ -1,0 +1,245 @@
+"""What engines themselves tell of their KV caches: an index for each model, and how far each engine may be believed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import attrs
+
+from kvfleet.cache.block_chain import EngineBlocks, holder_of
+from kvfleet.cache.kv_drain import EventDrain
+from kvfleet.cache.kv_sequence import EventStream
+from kvfleet.cache.kv_state import CacheState, KVMode
+from kvfleet.cache.prefix_index import Matched, PrefixIndex
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.caching import KVEventsConfig
+from kvfleet.config.schema import ModelConfig
+
+__all__ = ["CacheKnowledge", "Held", "Source", "TokenChain", "address_of"]
+
+_FRESH_S = 0.05
+_BEST_FIRST = (KVMode.EXACT, KVMode.DEGRADED, KVMode.APPROXIMATE, KVMode.LOAD_ONLY)
+
+
+@attrs.frozen
+class TokenChain:
+    """A prompt as the blocks of tokens of one model.
+
+    Attributes:
+        hashes: Of its whole blocks, in order.
+        block_tokens: Tokens in a block.
+        tokens: Tokens in all.
+    """
+
+    hashes: Sequence[int] = attrs.field(repr=False)
+    block_tokens: int
+    tokens: int
+
+
+@attrs.frozen
+class Held:
+    """What a replica is known to hold of a prompt: tokens on its device, tokens elsewhere, and how that is known."""
+
+    device_tokens: float
+    other_tokens: float
+    mode: KVMode
+
+
+@attrs.define(eq=False)
+class Source:
+    """An engine that tells of its cache.
+
+    Attributes:
+        endpoint: The engine's own, as the fleet file has it.
+        settings: Where it tells.
+        place: Which of its model's replicas it is, from 0; an engine that connects to us has a port for each.
+        replicas: The ids of the replicas that it is; more than one if several models have this endpoint.
+        states: For each data-parallel rank that publishes by itself, what it told.
+    """
+
+    endpoint: str
+    settings: KVEventsConfig
+    place: int
+    replicas: list[str] = attrs.field(factory=list)
+    states: list[CacheState] = attrs.field(factory=list)
+
+    def judge(self) -> tuple[KVMode, str]:
+        """The mode of the engine's cache as a whole, and if it is not exact, why."""
+        mode, why = max((state.judge() for state in self.states), key=lambda found: _BEST_FIRST.index(found[0]))
+        if mode is KVMode.EXACT and len(self.states) > 1:
+            return KVMode.DEGRADED, f"{len(self.states)} data-parallel ranks, of which the engine chooses one"
+        return mode, why
+
+    def ranks(self) -> Sequence[int]:
+        """The data-parallel ranks that were heard of."""
+        return tuple(dict.fromkeys(rank for state in self.states for rank in state.ranks))
+
+    def blocks(self) -> Iterator[EngineBlocks]:
+        """Every set of blocks."""
+        for state in self.states:
+            yield from state.blocks()
+
+    def block_tokens(self) -> int:
+        """Tokens in a block of the engine's; 0 before its first."""
+        return max((blocks.engine_block_tokens for blocks in self.blocks()), default=0)
+
+
+@attrs.frozen
+class _Judged:
+    """A replica's mode as it was a moment ago, with what reading the index needs."""
+
+    mode: KVMode
+    why: str
+    ranks: Sequence[int]
+    block_tokens: int
+
+
+@attrs.define(eq=False)
+class CacheKnowledge:
+    """What is told of every cache of the fleet. It only keeps; `kvfleet.telemetry.kv_watch` listens.
+
+    Args:
+        clock: For how old something is.
+    """
+
+    clock: Clock = attrs.field(factory=SystemClock)
+    sources: list[Source] = attrs.field(init=False, factory=list)
+    _indexes: dict[str, PrefixIndex] = attrs.field(init=False, factory=dict, repr=False)
+    _of_replica: dict[str, Source] = attrs.field(init=False, factory=dict, repr=False)
+    _models: dict[str, list[ModelConfig]] = attrs.field(init=False, factory=dict, repr=False)
+    _judged: dict[str, _Judged] = attrs.field(init=False, factory=dict, repr=False)
+    _judged_s: float = attrs.field(init=False, default=float("-inf"), repr=False)
+
+    def register(self, models: Sequence[ModelConfig]) -> None:
+        """Know the replicas whose engines tell of their caches, instead of any known before."""
+        self.sources, self._indexes, self._of_replica, self._judged = [], {}, {}, {}
+        self._models = {}
+        telling: dict[tuple[str, KVEventsConfig], Source] = {}
+        for model in models:
+            settings = model.kv_events
+            if settings is None or not model.enabled:
+                continue
+            replicas = self._models.setdefault(model.name, [])
+            self._indexes.setdefault(model.name, PrefixIndex())
+            key = (model.endpoint, attrs.evolve(settings, lora=""))
+            source = telling.get(key)
+            if source is None:
+                source = telling[key] = Source(model.endpoint, settings, len(replicas))
+                self.sources.append(source)
+            replicas.append(model)
+            source.replicas.append(model.id)
+            self._of_replica[model.id] = source
+        by_id = {model.id: model for found in self._models.values() for model in found}
+        for source in self.sources:
+            source.states = self._states(source, [by_id[replica] for replica in source.replicas])
+
+    def _states(self, source: Source, models: Sequence[ModelConfig]) -> list[CacheState]:
+        settings = source.settings
+
+        def make_blocks(rank: int) -> list[EngineBlocks]:
+            return [
+                EngineBlocks(
+                    index=self._indexes[model.name],
+                    holder=holder_of(model.id, rank),
+                    block_tokens=model.prompt_blocks.block_tokens,
+                    lora=model.kv_events.lora if model.kv_events is not None else "",
+                    max_blocks=settings.max_blocks,
+                )
+                for model in models
+            ]
+
+        common: dict[str, Any] = {
+            "make_blocks": make_blocks,
+            "clock": self.clock,
+            "silence_s": settings.silence_seconds,
+        }
+        if settings.source == "trtllm":
+            return [EventDrain(**common)]
+        ranks = range(settings.data_parallel_ranks)
+        return [EventStream(**common, can_replay=bool(settings.replay), rank=rank) for rank in ranks]
+
+    # Reading
+
+    def tells(self, model: str) -> bool:
+        """True if engines of this model tell of their caches."""
+        return model in self._indexes
+
+    def source_of(self, replica: str) -> Source | None:
+        """Who tells of a replica's cache; None if nobody does."""
+        return self._of_replica.get(replica)
+
+    def mode(self, replica: str) -> tuple[KVMode, str] | None:
+        """How a replica's cache is known, and if not exactly, why; None if nobody tells of it."""
+        source = self._of_replica.get(replica)
+        return None if source is None else source.judge()
+
+    def held(self, model: str, chain: TokenChain, now_s: float) -> Mapping[str, Held]:
+        """By replica of the model: what it holds of a prompt. Those of which that is not known now are absent.
+
+        An engine finds whole blocks of its own, and computes at least the last token itself.
+        """
+        index, found = self._indexes.get(model), dict[str, Held]()
+        if index is None:
+            return found
+        judged, matched = self._judge(now_s), index.match(chain.hashes)
+        for replica in self._models[model]:
+            known = judged[replica.id]
+            if known.mode in (KVMode.EXACT, KVMode.DEGRADED):
+                ranks = known.ranks or (0,)
+                of_ranks = [matched.get(holder_of(replica.id, rank), _NOTHING) for rank in ranks]
+                found[replica.id] = _held(chain, of_ranks, known)
+        return found
+
+    def _judge(self, now_s: float) -> Mapping[str, _Judged]:
+        """Every replica's mode, at most a twentieth of a second old."""
+        if now_s - self._judged_s >= _FRESH_S or now_s < self._judged_s:
+            self._judged_s = now_s
+            for source in self.sources:
+                judged = _Judged(*source.judge(), source.ranks(), source.block_tokens())
+                for replica in source.replicas:
+                    self._judged[replica] = judged
+        return self._judged
+
+    def answered(self, replica: str, expected_tokens: float, cached_tokens: int) -> None:
+        """An answer's own account of the cache, against what was held to be there."""
+        source = self._of_replica.get(replica)
+        if source is not None and len(source.states) == 1:
+            source.states[0].answered(expected_tokens, cached_tokens)
+
+    def state(self) -> Mapping[str, object]:
+        """How much is known, for people."""
+        return {model: {"entries": len(index), "refused": index.refused} for model, index in self._indexes.items()}
+
+
+_NOTHING = Matched(0, 0)
+
+
+def _held(chain: TokenChain, of_ranks: Sequence[Matched], known: _Judged) -> Held:
+    """What is found in the cache of one of the ranks, on average, as any of them may be the one."""
+    size, most = max(known.block_tokens, 1), max(chain.tokens - 1, 0)
+
+    def usable(blocks: int) -> int:
+        return min(blocks * chain.block_tokens, most) // size * size
+
+    device = [usable(matched.device_blocks) for matched in of_ranks]
+    in_all = [usable(matched.blocks) for matched in of_ranks]
+    count = len(of_ranks)
+    return Held(sum(device) / count, (sum(in_all) - sum(device)) / count, known.mode)
+
+
+def address_of(pattern: str, endpoint: str, above: int = 0) -> str:
+    """A ZMQ address for one engine: its host filled in, and the port so much higher.
+
+    >>> address_of("tcp://{host}:5557", "http://gpu-1:8000/v1", 2)
+    'tcp://gpu-1:5559'
+    >>> address_of("tcp://*:5557", "http://gpu-1:8000")
+    'tcp://*:5557'
+    """
+    host = urlsplit(endpoint).hostname or ""
+    address = pattern.replace("{host}", f"[{host}]" if ":" in host else host)
+    if not above or not address.startswith("tcp://"):
+        return address
+    place, _, port = address.rpartition(":")
+    return f"{place}:{int(port) + above}"

@@ -1,0 +1,76 @@
+"""What must hold between a model's `kv_events`, its `prompt_blocks`, and the stages that use them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path as FilePath
+
+from kvfleet.config.findings import Finding, Path
+from kvfleet.config.schema import FleetConfig, ModelConfig
+
+__all__ = ["check_caches"]
+
+_TOKENS, _AFFINITY = "classify.tokens", "affinity.prefix"
+
+
+def check_caches(config: FleetConfig) -> Iterator[Finding]:
+    """Everything that would make exact knowledge of caches come to nothing, silently."""
+    for index, model in enumerate(config.models):
+        path: Path = ("models", index)
+        yield from _check_events(config, model, (*path, "kv_events"))
+        yield from _check_blocks(config, model, (*path, "prompt_blocks"))
+    yield from _check_order(config)
+
+
+def _check_events(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:
+    events = model.kv_events
+    if events is None:
+        return
+    if model.prompt_blocks.mode == "bytes":
+        remedy = "add `prompt_blocks: {mode: tokenizer, tokenizer: FOLDER}`, or `mode: engine`"
+        what = "tell of tokens, and the model's prompts are compared by bytes"
+        yield config.origin.finding(path, what, remedy, code="events-without-tokens")
+    if events.source == "zmq" and (gone := _missing("zmq", "msgspec")):
+        what, remedy = f"need {gone}, which is not installed", "pip install 'kvfleet[events]'"
+        yield config.origin.finding(path, what, remedy, code="missing-extra")
+    if events.bind and "{host}" in events.endpoint:
+        what, remedy = "with `bind` the address is this machine's", "write `tcp://*:5557`"
+        yield config.origin.finding((*path, "endpoint"), what, remedy, code="address")
+    if not events.bind and "*" in events.endpoint:
+        what, remedy = "there is no engine at `*`", "write `tcp://{host}:5557`, or `bind: true` to listen there"
+        yield config.origin.finding((*path, "endpoint"), what, remedy, code="address")
+
+
+def _check_blocks(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:
+    blocks = model.prompt_blocks
+    if blocks.mode == "tokenizer":
+        if gone := _missing("tokenizers", "jinja2"):
+            what, remedy = f"need {gone}, which is not installed", "pip install 'kvfleet[tokenizers]'"
+            yield config.origin.finding(path, what, remedy, code="missing-extra")
+        if not blocks.tokenizer:
+            yield config.origin.finding(path, "has no `tokenizer`", "name the model's folder", code="missing")
+        for key, file in (("tokenizer", blocks.tokenizer), ("chat_template", blocks.chat_template)):
+            if file and not FilePath(file).exists():
+                what, remedy = f"there is no {file}", "give the path as this machine has it"
+                yield config.origin.finding((*path, key), what, remedy, code="file")
+    used = {stage.use for stage in config.pipeline}
+    if blocks.mode != "bytes" and config.pipeline:
+        for use in (_TOKENS, _AFFINITY):
+            if use not in used:
+                what = f"has no use: `pipeline:` has no stage {use}"
+                yield config.origin.finding(path, what, f"add `- {use}`", code="unused-section")
+
+
+def _check_order(config: FleetConfig) -> Iterator[Finding]:
+    """Tokens that are made after they were asked for are made for nothing."""
+    uses = [stage.use for stage in config.pipeline]
+    if _TOKENS in uses and _AFFINITY in uses and uses.index(_TOKENS) > uses.index(_AFFINITY):
+        stage = config.pipeline[uses.index(_TOKENS)]
+        what = f"{_TOKENS} comes after {_AFFINITY}, which would use it"
+        yield config.origin.finding(stage.path, what, f"move it before {_AFFINITY}", code="order")
+
+
+def _missing(*modules: str) -> str:
+    """The first of some modules that is not installed; empty if all are."""
+    return next((module for module in modules if importlib.util.find_spec(module) is None), "")

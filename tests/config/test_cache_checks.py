@@ -1,0 +1,79 @@
+"""What is found of `kv_events` and `prompt_blocks` that would come to nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfleet.config.findings import path_text
+from kvfleet.config.loader import check_text
+
+MODEL = {"name": "m", "endpoint": "http://gpu-1:8000", "provider": "vllm"}
+
+
+def found(model: dict[str, Any], **more: Any) -> list[tuple[str, str]]:
+    """Where something is found, and its code."""
+    _, findings = check_text(json.dumps({"models": [{**MODEL, **model}], **more}), environ={})
+    return [(path_text(one.path), one.code) for one in findings]
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> dict[str, Any]:
+    """Blocks of tokens made here."""
+    return {"mode": "tokenizer", "tokenizer": str(tmp_path)}
+
+
+def installed(*modules: str) -> None:
+    """Skip where an extra is not installed: then that is found too."""
+    for module in modules:
+        pytest.importorskip(module)
+
+
+def test_events_with_tokens(blocks: dict[str, Any]) -> None:
+    """Nothing is wrong with them."""
+    installed("zmq", "msgspec", "tokenizers", "jinja2")
+    assert found({"kv_events": {}, "prompt_blocks": blocks}) == []
+    assert found({"kv_events": {"endpoint": "tcp://*:5557", "bind": True}, "prompt_blocks": blocks}) == []
+    assert found({"kv_events": {"source": "trtllm"}, "prompt_blocks": {"mode": "engine"}}) == []
+
+
+def test_events_without_tokens() -> None:
+    """Could be compared with nothing."""
+    assert found({"kv_events": {"source": "trtllm"}}) == [("models[0].kv_events", "events-without-tokens")]
+
+
+@pytest.mark.parametrize("events", [{"endpoint": "tcp://*:5557"}, {"endpoint": "tcp://{host}:5557", "bind": True}])
+def test_addresses(events: dict[str, Any]) -> None:
+    """One connects to a host, and listens at a star."""
+    installed("zmq", "msgspec")
+    model = {"kv_events": events, "prompt_blocks": {"mode": "engine"}}
+    assert found(model) == [("models[0].kv_events.endpoint", "address")]
+
+
+@pytest.mark.parametrize("address", ["gpu-1:5557", "tcp://gpu-1", "http://gpu-1:5557", "tcp://{port}:1"])
+def test_what_is_no_address(address: str) -> None:
+    """Is found by its pattern."""
+    assert ("models[0].kv_events.endpoint", "pattern") in found({"kv_events": {"endpoint": address}})
+
+
+def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+    """Is found before the gateway starts."""
+    installed("tokenizers", "jinja2")
+    nowhere = str(tmp_path / "nowhere")
+    assert found({"prompt_blocks": {"mode": "tokenizer"}}) == [("models[0].prompt_blocks", "missing")]
+    assert found({"prompt_blocks": {"mode": "tokenizer", "tokenizer": nowhere}}) == [
+        ("models[0].prompt_blocks.tokenizer", "file")
+    ]
+
+
+def test_stages_that_are_missing_or_late() -> None:
+    """Tokens need somebody who makes them, and somebody who uses them, in this order."""
+    model = {"prompt_blocks": {"mode": "engine"}}
+    stages = ["classify.prompt", "affinity.prefix", "select", "execute"]
+    assert found(model, pipeline=stages) == [("models[0].prompt_blocks", "unused-section")]
+    assert found(model, pipeline=["classify.prompt", "classify.tokens", *stages[1:]]) == []
+    late = [*stages[:2], "classify.tokens", *stages[2:]]
+    assert [code for _, code in found(model, pipeline=late)] == ["order"]
