@@ -411,7 +411,7 @@ class Router:
         }
 
     def _cache_mode(self, model: ModelConfig) -> tuple[str, str]:
-        """How a replica's KV cache is known: by its engine, by what was routed there, or not at all; and why no better."""
+        """How a replica's KV cache is known: by its engine, by what went there, or not at all; and why no better."""
         told = self.services.caches.mode(model.id)
         if told is not None and told[0] in (KVMode.EXACT, KVMode.DEGRADED):
             return told[0], told[1]
