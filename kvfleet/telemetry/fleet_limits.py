@@ -124,10 +124,14 @@ class FleetLimits:
 
     def held(self, replicas: Iterable[ModelConfig], now_s: float) -> list[tuple[ModelConfig, Hold]]:
         """Those of the replicas that are to be left alone now."""
-        if not self.tracker.holds(now_s):
+        holds = self.tracker.holds(now_s)
+        if not holds:
             return []
-        found = [(model, self.tracker.hold(self.key(model.id), now_s)) for model in replicas]
-        return [(model, hold) for model, hold in found if hold is not None]
+        keys, hold_of = self._keys, self.tracker.hold
+        found = [(model, keys.get(model.id) or self.key(model.id)) for model in replicas]
+        if all(key[1] for key in holds):  # nobody's whole account is held: one look-up is enough
+            return [(model, hold) for model, key in found if (hold := holds.get(key)) is not None]
+        return [(model, hold) for model, key in found if (hold := hold_of(key, now_s)) is not None]
 
     def capacity(self, replica_id: str, now_s: float) -> float:
         """Which share of the replica's tightest limit is left, 0..1; 1 if nothing is known."""

@@ -18,6 +18,8 @@ _MOST_DOUBLINGS = 8
 _LONGEST_COOLDOWN_S = 300.0
 _QUIET_S = 60.0
 _ROUNDING = 1e-9
+_FRESH_S = 0.05
+_NEVER = float("-inf")
 _COOLDOWN, _REQUESTS, _TOKENS = "cooldown", "requests", "tokens"
 
 
@@ -80,6 +82,8 @@ class Limited:
     _cooldown_s: float = attrs.field(init=False, default=0.0)
     _in_a_row: int = attrs.field(init=False, default=0)
     _started_before: int = attrs.field(init=False, default=0)
+    _capacity: float = attrs.field(init=False, default=1.0)
+    _reckoned_s: float = attrs.field(init=False, default=_NEVER)
 
     @property
     def is_known(self) -> bool:
@@ -93,18 +97,22 @@ class Limited:
         self.minute.trim(now_s)
         self.minute.add(now_s, 1, tokens)
         self.started += 1
-        for quota in self.quotas.values():
-            if not quota.told.counts_tokens:
-                quota.unseen += 1
+        self._reckoned_s = _NEVER
+        if self.quotas:
+            for quota in self.quotas.values():
+                if not quota.told.counts_tokens:
+                    quota.unseen += 1
         return self.started
 
     def spend(self, now_s: float, tokens: int) -> None:
         """An answer turned out to cost so many tokens."""
+        self._reckoned_s = _NEVER
         self.minute.trim(now_s)
         self.minute.add(now_s, 0, tokens)
 
     def learn(self, told: Iterable[ToldQuota], now_s: float, number: int | None = None) -> None:
         """An answer tells limits; `number` is that of its request, after which others may have been sent."""
+        self._reckoned_s = _NEVER
         unseen = 0 if number is None else min(self.in_flight, self.started - number)
         for one in told:
             configured = self.tpm if one.counts_tokens else self.rpm
@@ -135,7 +143,7 @@ class Limited:
         self._wait(now_s, min(told_s, BELIEVED_S), 0.0)
 
     def _wait(self, now_s: float, told_s: float, cooldown_s: float) -> None:
-        self._started_before = self.started
+        self._started_before, self._reckoned_s = self.started, _NEVER
         self._told_until_s = max(self._told_until_s, now_s + told_s)
         self._cooldown_until_s = max(self._cooldown_until_s, now_s + cooldown_s, self._told_until_s)
 
@@ -143,18 +151,35 @@ class Limited:
         """It answered: a cooldown is over, unless the request had been sent before the refusal."""
         if self._cooldown_until_s and (number is None or number > self._started_before):
             self._told_until_s = self._cooldown_until_s = self._cooldown_s = 0.0
+            self._reckoned_s = _NEVER
             self._in_a_row = 0
 
     # What follows
 
     def capacity(self, now_s: float) -> float:
-        """Which share of its tightest limit is left, 0..1; 1 if nothing is known, 0 in a cooldown."""
-        self._forget(now_s)
+        """Which share of its tightest limit is left, 0..1: 1 if nothing is known, 0 in a cooldown and if none is left.
+
+        Kept for a moment, since every candidate of every request may be asked for it.
+        """
+        if not 0 <= now_s - self._reckoned_s < _FRESH_S:
+            self._capacity, self._reckoned_s = self._reckon(now_s), now_s
+        return self._capacity
+
+    def _reckon(self, now_s: float) -> float:
         if now_s < self._cooldown_until_s:
             return 0.0
-        shares = [1.0 - used for _, used, _ in self._counted()]
-        shares += [float(q.left(now_s) >= 1) if (u := q.used(now_s)) is None else 1.0 - u for q in self.quotas.values()]
-        return max(min(shares, default=1.0), 0.0)
+        least = 1.0
+        if self.rpm or self.tpm:
+            self.minute.trim(now_s)
+            least = 1.0 - max([share for _, share, _ in self._counted()])
+        for quota in self.quotas.values():
+            if now_s < quota.ends_s:
+                left, limit = quota.left(now_s), quota.limit
+                if left < 1:
+                    return 0.0
+                if limit is not None:
+                    least = min(least, left / limit)
+        return least
 
     def hold(self, now_s: float, threshold: float) -> Hold | None:
         """Why it is to be left alone now; None if it need not.
@@ -163,7 +188,9 @@ class Limited:
             now_s: The monotonic clock.
             threshold: Share of a limit from which on it is left to others.
         """
-        self._forget(now_s)
+        if self.capacity(now_s) > 1.0 - threshold + 2 * _ROUNDING:
+            return None
+        self.forget(now_s)
         causes = [*self._paused(now_s), *self._told(now_s, threshold), *self._counting(now_s, threshold)]
         if not causes:
             return None
@@ -171,7 +198,7 @@ class Limited:
         closed_s, until_s = worst.closed_until_s, max(cause.until_s for cause in causes)
         return worst if until_s == worst.until_s else Hold(worst.rule, worst.what, until_s, closed_s)
 
-    def _forget(self, now_s: float) -> None:
+    def forget(self, now_s: float) -> None:
         """Let go of what is over."""
         self.minute.trim(now_s)
         for name in [name for name, quota in self.quotas.items() if now_s >= quota.ends_s]:

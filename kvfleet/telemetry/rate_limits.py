@@ -7,7 +7,7 @@ one credential from another on one endpoint; it never holds the credential.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -102,6 +102,7 @@ class RateLimitTracker:
     _holds: dict[LimitKey, Hold] = attrs.field(init=False, factory=dict, repr=False)
     _shown: Mapping[LimitKey, Hold] = attrs.field(init=False, repr=False)
     _recheck_s: float = attrs.field(init=False, default=_NEVER, repr=False)
+    _has_accounts: bool = attrs.field(init=False, default=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._shown = MappingProxyType(self._holds)
@@ -179,13 +180,14 @@ class RateLimitTracker:
                 self._holds.pop(oldest, None)
             rpm, tpm = self._configured.get(key) or (self.default_rpm, self.default_tpm)
             entry = Limited(rpm=rpm, tpm=tpm)
+            self._has_accounts = self._has_accounts or not key[1]
         self._entries[key] = entry  # last, as the one used last
         return entry
 
     def chain(self, key: LimitKey) -> list[tuple[LimitKey, Limited]]:
         """Its own limits, and those of its account if anything was ever recorded for that."""
-        self.of(key)
-        return list(self._existing(key))
+        own, account = self.of(key), self._account_of(key)
+        return [(key, own)] if account is None else [(key, own), account]
 
     def changed(self, key: LimitKey, entry: Limited) -> None:
         """Something happened there: see whether it is held."""
@@ -215,22 +217,23 @@ class RateLimitTracker:
     def hold(self, key: LimitKey, now_s: float) -> Hold | None:
         """Why it is to be left alone now, itself or its whole account; None if it need not."""
         holds = self.holds(now_s)
-        if not holds:
-            return None
-        endpoint, model_id, account = key
-        own, shared = holds.get(key), holds.get((endpoint, "", account)) if model_id else None
+        own, shared = holds.get(key), holds.get((key[0], "", key[2])) if key[1] and self._has_accounts else None
         if own is None or shared is None:
             return own or shared
         return max(own, shared, key=lambda hold: (hold.closed_until_s, hold.until_s))
 
     def capacity(self, key: LimitKey, now_s: float) -> float:
         """Which share of its tightest limit is left, its account's included."""
-        return min((entry.capacity(now_s) for _, entry in self._existing(key)), default=1.0)
+        own, account = self._entries.get(key), self._account_of(key)
+        left = 1.0 if own is None else own.capacity(now_s)
+        return left if account is None else min(left, account[1].capacity(now_s))
 
     def state(self, key: LimitKey) -> RateLimitState:
         """What is known of it."""
         now_s, (endpoint, model_id, _) = self.clock.now_s(), key
         hold, entry = self.hold(key, now_s), self._entries.get(key)
+        if entry is not None:
+            entry.forget(now_s)
         known = {} if entry is None else _figures(entry, now_s)
         return RateLimitState(
             endpoint=endpoint,
@@ -244,15 +247,20 @@ class RateLimitTracker:
         )
 
     def is_known(self, key: LimitKey) -> bool:
-        """True if anything is known that could hold it."""
-        return any(entry.is_known for _, entry in self._existing(key))
+        """True if anything is known now that could hold it."""
+        own, account = self._entries.get(key), self._account_of(key)
+        entries = [entry for entry in (own, account[1] if account else None) if entry is not None]
+        for entry in entries:
+            entry.forget(self.clock.now_s())
+        return any(entry.is_known for entry in entries)
 
-    def _existing(self, key: LimitKey) -> Iterator[tuple[LimitKey, Limited]]:
-        """What there is of its own limits and of its account's."""
-        endpoint, model_id, account = key
-        for one in ((endpoint, model_id, account), (endpoint, "", account))[: 2 if model_id else 1]:
-            if (entry := self._entries.get(one)) is not None:
-                yield one, entry
+    def _account_of(self, key: LimitKey) -> tuple[LimitKey, Limited] | None:
+        """The limits of a model's whole account, if anything was ever recorded for that."""
+        if not self._has_accounts or not key[1]:
+            return None
+        shared = (key[0], "", key[2])
+        entry = self._entries.get(shared)
+        return None if entry is None else (shared, entry)
 
 
 def _name_of(key: LimitKey) -> str:

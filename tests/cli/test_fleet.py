@@ -61,6 +61,19 @@ async def test_the_live_view_as_json(fleet: Path, gateway: str) -> None:
     ]
 
 
+async def test_a_replica_near_its_rate_limit_says_so(fleet: Path) -> None:
+    """What is left, and for how long it is left alone; a column that is there only if a limit is known."""
+    async with running(load_config(fleet)) as serving:
+        _, before, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", serving.url)
+        told = {"ratelimit": "limit=60, remaining=0, reset=30"}
+        serving.router.services.limits.begin("dear@mock://dear").heard(told)
+        _, out, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", serving.url)
+    assert "LIMIT LEFT" not in before
+    assert "LIMIT LEFT" in out.splitlines()[2]
+    assert "  0%  " in out.splitlines()[-1]
+    assert out.splitlines()[-1].rstrip().endswith(("limited for 30 s", "limited for 29 s"))
+
+
 async def test_another_fleets_gateway_is_not_taken_for_ours(write: Callable[..., Path], gateway: str) -> None:
     """A gateway that happens to listen there does not colour our view."""
     mine = write("fleet_name: mine\nmodels:\n  - {name: a, provider: mock}\n", "mine.yaml")

@@ -100,6 +100,24 @@ async def test_it_shows_the_live_fleet(browser: Browser) -> None:
         assert tab.errors == []
 
 
+async def test_it_shows_what_is_left_of_rate_limits(browser: Browser) -> None:
+    """A table of those that are known, and the replica that is limited says for how long; none without any limit."""
+    good = FLEET.models[1]
+    limited = attrs.evolve(good, name="limited", endpoint="mock://4", quality_score=0.9, rpm=2)
+    async with running(attrs.evolve(FLEET, models=(good, limited))) as serving:
+        tab = await opened(browser, f"{serving.url}/dashboard")
+        await tab.until("document.querySelectorAll('#replicas tbody tr').length === 2")
+        await ask(serving, times=3)
+        await tab.until("document.querySelector('#stages table[aria-label=\"Rate limits\"] .bad')")
+        shown = await text(tab, "#stages table[aria-label='Rate limits']")
+        assert "limited#1" in shown
+        assert "0 of 2" in shown
+        assert "its limit of requests is used up, for another" in shown
+        assert "good#1" not in shown
+        assert "rate limited for" in await text(tab, "#replicas")
+        assert tab.errors == []
+
+
 async def test_what_others_named_is_shown_as_text(browser: Browser) -> None:
     """Markup in a fleet's name or a request's identifier stays what it is."""
     async with running(FLEET) as serving:

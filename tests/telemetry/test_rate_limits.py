@@ -135,6 +135,7 @@ def test_a_window_counts_until_its_end(tracker: RateLimitTracker, clock: FrozenC
     clock.advance(0.2)
     assert not tracker.should_throttle(API, MODEL)
     assert tracker.get_capacity_score(API, MODEL) == 1.0
+    assert tracker.get_state(API, MODEL) == RateLimitState(endpoint=API, model_id=MODEL), "it is forgotten"
 
 
 def test_what_was_left_without_a_reset_counts_for_a_minute(tracker: RateLimitTracker, clock: FrozenClock) -> None:

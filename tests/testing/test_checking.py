@@ -61,6 +61,10 @@ class TestFindings:
                 "fleet.yaml:22:46: tests[0].expect.share: a share of one request says nothing; add `repeat:`",
             ),
             (
+                "- {name: x, request: {prompt: a}, given: {rate_limits: {smal: {}}}, expect: {status: 200}}",
+                "fleet.yaml:22:59: tests[0].given.rate_limits.smal: unknown model 'smal'; did you mean small?",
+            ),
+            (
                 "- {name: x, repeat: 9, request: {prompt: a}, expect: {share: {small: {between: [1, 0]}}}}",
                 (
                     "fleet.yaml:22:73: tests[0].expect.share.small.between: must be two numbers from 0 to 1,"

@@ -117,7 +117,7 @@ function sections(state) {
   const add = (title, name, thing) => groups.set(title, [...(groups.get(title) || []), card(name, thing)]);
   const told = Object.entries(state.rate_limits || {});
   const isOurs = told.length > 0 && told.every(([, limit]) => isThing(limit) && typeof limit.capacity === "number");
-  if (isOurs) groups.set("Rate limits", [make("div.card.wide", {}, limits(told))]);
+  if (isOurs) groups.set("Rate limits", [make("div.wide", {}, limits(told))]);
   for (const [title, key] of [...(isOurs ? [] : [["Rate limits", "rate_limits"]]), ["Budgets", "budgets"]]) {
     for (const [name, thing] of Object.entries(state[key] || {})) add(title, name, isThing(thing) ? thing : { value: thing });
   }
