@@ -115,6 +115,8 @@ class Replay:
     _prompts: list[PromptFacts] = attrs.field(init=False, repr=False)
     _facts: dict[str, PromptFacts] = attrs.field(init=False, factory=dict)
     _done: int = attrs.field(init=False, default=0)
+    _polls: int = attrs.field(init=False, default=0)
+    _polling: asyncio.TimerHandle | None = attrs.field(init=False, default=None)
     _failure: BaseException | None = attrs.field(init=False, default=None)
 
     def __attrs_post_init__(self) -> None:
@@ -186,11 +188,12 @@ class Replay:
         asyncio.get_running_loop().set_exception_handler(self._broke)
         self.served = [Served(number=number, at_s=0.0) for number in range(len(self.trace.requests))]
         async with self.router:
-            polling = asyncio.create_task(self._poll(), name="kvfleet-replay-poll")
+            self._poll(asyncio.get_running_loop(), self._endpoints())
             async with asyncio.TaskGroup() as group:
                 await self._send(group)
             await self.router.settled()
-            polling.cancel()
+            if self._polling is not None:
+                self._polling.cancel()
 
     async def _send(self, group: asyncio.TaskGroup) -> None:
         """Send every request at its time, and each conversation by itself if its turns wait for each other."""
@@ -265,16 +268,20 @@ class Replay:
             served.cached_tokens = usage.cached_tokens or 0
             served.cost_usd = None if model is None else cost_usd(model, usage)
 
-    async def _poll(self) -> None:
-        """Let the engines tell their load, each in its turn, as often as a gateway asks them."""
-        load, interval_s = self.router.services.load, self.config.telemetry.load_poll_interval_seconds
-        groups: dict[str, list[EngineHost]] = {}
+    def _poll(self, loop: asyncio.AbstractEventLoop, endpoints: Sequence[tuple[str, Sequence[EngineHost]]]) -> None:
+        """Let the next engine tell its load; each has its turn as often as a gateway asks it."""
+        endpoint, hosts = endpoints[self._polls % len(endpoints)]
+        self.router.services.load.report(endpoint, engine_loads(hosts), loop.time())
+        self._polls += 1
+        pause_s = self.config.telemetry.load_poll_interval_seconds / len(endpoints)
+        self._polling = loop.call_later(pause_s, self._poll, loop, endpoints)
+
+    def _endpoints(self) -> list[tuple[str, list[EngineHost]]]:
+        """The engines behind each endpoint; several, where models share one."""
+        found: dict[str, list[EngineHost]] = {}
         for model in self.router.models:
-            groups.setdefault(model.endpoint, []).append(self.hosts[model.id])
-        while True:
-            for endpoint, hosts in groups.items():
-                await asyncio.sleep(interval_s / len(groups))
-                load.report(endpoint, engine_loads(hosts), self.clock.now_s())
+            found.setdefault(model.endpoint, []).append(self.hosts[model.id])
+        return list(found.items())
 
 
 @contextlib.contextmanager

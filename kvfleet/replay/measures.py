@@ -31,7 +31,6 @@ class Served:
         attempts: Backend calls made for it.
         error: The code of what went wrong; empty for a whole answer.
         cost_usd: What it cost; None if a price is unknown.
-        expected_cached_tokens: What the pipeline expected the chosen replica to have of it.
     """
 
     number: int
@@ -45,7 +44,6 @@ class Served:
     attempts: int = 0
     error: str = ""
     cost_usd: float | None = None
-    expected_cached_tokens: float = 0.0
 
     @property
     def ttft_s(self) -> float:

@@ -20,9 +20,10 @@ joined at.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 
@@ -235,8 +236,14 @@ class Engine:
 
     def _end(self, run: Run, steps: int) -> None:
         """Let steps of a run be over: blocks, tokens, first tokens, ends."""
-        for _ in range(steps):
+        last, phases = run.ended + steps, self._sparse_phases()
+        while run.ended < last:
             if run.begun == run.ended:
+                quiet = min(self._steps_before(phases), last - run.ended)
+                if quiet:
+                    run.ended = run.begun = run.ended + quiet
+                    self._step += quiet
+                    continue
                 self._begin(run)
             run.ended += 1
             self._step += 1
@@ -250,6 +257,23 @@ class Engine:
         for job in run.filled:
             if job.stage is Stage.PREFILL:  # not cancelled meanwhile
                 self._sample_first(job, at_s)
+
+    def _sparse_phases(self) -> Sequence[int]:
+        """When decoding requests need blocks, in order, if that is seldom enough for jumping from one to the next."""
+        size = len(self._phases)
+        if not self._decoding or 4 * len(self._decoding) > size:
+            return ()
+        return sorted({(job.since_step - job.computed) % size for job in self._decoding})
+
+    def _steps_before(self, phases: Sequence[int]) -> int:
+        """Steps from now on in which no request takes a block or fills one."""
+        if not phases:
+            return 0
+        size = len(self._phases)
+        now = self._step % size
+        place = bisect.bisect_left(phases, now)
+        due = phases[place] - now if place < len(phases) else phases[0] + size - now
+        return max(due - 1, 0)  # a block is full one step before the next one is needed
 
     def _finish(self, at_s: float) -> None:
         """Let those go that have their last token."""

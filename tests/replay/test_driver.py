@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet.config.schema import FallbackConfig
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.config.schema import FallbackConfig, TelemetryConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.replay.fleet import spec_of
@@ -20,6 +22,7 @@ from kvfleet.replay.virtual import VirtualLoop
 from kvfleet.runtime import Dispatch
 from kvfleet.sim.engine import Engine
 from kvfleet.sim.events import Event, Finished, FirstToken, Job
+from kvfleet.telemetry.load import FleetLoad
 from tests.replay.fleets import fleet, replayed, sessions, shared_prefix
 
 
@@ -29,8 +32,10 @@ def test_every_request_is_answered_and_nothing_is_left_behind() -> None:
     result = run.run()
     assert [one.error for one in result.served] == [""] * 200
     assert [one.output_tokens for one in result.served] == [one.output_tokens for one in result.trace.requests]
-    load = run.router.services.load
-    assert {model.id: load.in_flight(model.id) for model in run.router.models} == dict.fromkeys(result.replicas, 0)
+    books = [run.router.services.load.of(replica) for replica in result.replicas]
+    assert [(book.in_flight, len(book.open), len(book.prefilling)) for book in books if book] == [(0, 0, 0)] * 4
+    reserved = [amount for book in books if book for amount in (book.queued_tokens, book.held_tokens)]
+    assert reserved == pytest.approx([0.0] * 8, abs=1e-6)
     assert [(host.engine.load().running, host.engine.load().waiting) for host in run.hosts.values()] == [(0, 0)] * 4
 
 
@@ -184,3 +189,30 @@ def test_hours_pass_in_no_time() -> None:
     with asyncio.Runner(loop_factory=partial(VirtualLoop, run.clock)) as runner:
         runner.run(asyncio.sleep(86_400))
     assert run.clock.now_s() == pytest.approx(87_400)
+
+
+def test_engines_tell_their_load_as_often_as_a_gateway_asks() -> None:
+    """Each in its turn, by the configuration's interval."""
+    config = fleet(2, telemetry=TelemetryConfig(load_poll_interval_seconds=2.0))
+    trace = RequestTrace.of("two", 64, [TracedRequest(at_s=at_s, prompt_tokens=10, output_tokens=1) for at_s in (0, 9)])
+    run = replayed(trace, config)
+    told: list[tuple[float, str]] = []
+    report = run.router.services.load.report
+
+    def listen(endpoint: str, load: EngineLoad, now_s: float) -> None:
+        told.append((now_s - 1000.0, endpoint[-6:-5]))
+        report(endpoint, load, now_s)
+
+    run.router.services.load = _Listening(run.router.services.load, listen)  # type: ignore[assignment]
+    run.run()
+    assert told == [(pytest.approx(float(i)), str(i % 2)) for i in range(10)]
+
+
+class _Listening:
+    """A fleet's load that somebody listens to."""
+
+    def __init__(self, load: FleetLoad, report: Callable[[str, EngineLoad, float], None]) -> None:
+        self.load, self.report = load, report
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.load, name)
