@@ -19,7 +19,7 @@ FLOORS = (
     ("kvfleet.plugin",),
     ("kvfleet.builtin", "kvfleet.pipeline"),
     ("kvfleet.runtime",),
-    ("kvfleet.gateway", "kvfleet.sdk", "kvfleet.testing", "kvfleet.replay"),
+    ("kvfleet.gateway", "kvfleet.mock", "kvfleet.sdk", "kvfleet.testing", "kvfleet.replay"),
     ("kvfleet.cli",),
 )
 

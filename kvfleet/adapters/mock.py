@@ -6,7 +6,7 @@ words come from `kvfleet.adapters.mock_content`. Faults can be injected.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NoReturn, Self
 
@@ -17,7 +17,7 @@ import xxhash
 from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
 from kvfleet.adapters.call import Call, Limits, Operation, Reply
 from kvfleet.adapters.mock_answer import MockAnswer
-from kvfleet.adapters.mock_content import sentence, text_of
+from kvfleet.adapters.mock_content import filler, sentence, text_of
 from kvfleet.adapters.mock_wire import Writer, error_body, plan
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import choice, flag, number, text
@@ -94,6 +94,12 @@ class MockAdapter(InferenceAdapter):
     embedding_dimensions: int = number(64, ge=1, le=65_536, doc="Length of embeddings, unless the request says.")
     speed: float = number(1.0, gt=0, doc="How many times faster than that everything goes.")
     reply: str = text("", doc="What it says; a sentence that explains what it is, if empty.")
+    answer_tokens: int = number(
+        0,
+        ge=0,
+        unit="tokens",
+        doc="Length of its answers, of words without a meaning and one token each; 0 for `reply`.",
+    )
     echo: bool = flag(doc="Say the last message back. Off, so that no prompt shows up in logs of answers.")
     fail: str = choice(
         _NO_FAULT, of=(_NO_FAULT, *_INJECTABLE), doc="Fault it has, by the name traces show; `none` for a sound engine."
@@ -223,12 +229,23 @@ class MockAdapter(InferenceAdapter):
         raise injected_fault(fault, received=received)
 
     def _words(self, body: Mapping[str, Any]) -> str:
-        if self.echo:
-            messages = body.get("messages") or [{"content": body.get("prompt")}]
-            return text_of(messages[-1].get("content")) if isinstance(messages[-1], Mapping) else ""
-        return self.reply or sentence(self.model_id)
+        """What to say: as long as the body insists (vLLM's ``ignore_eos`` and ``min_tokens``), or as configured."""
+        asked = 0 if self.echo else max(_insisted(body), self.answer_tokens)
+        if not asked and not self.echo:
+            return self.reply or sentence(self.model_id)
+        messages = body.get("messages") or [{"content": body.get("prompt")}]
+        last = messages[-1] if isinstance(messages, Sequence) else None
+        said = text_of(last.get("content")) if isinstance(last, Mapping) else ""
+        return said if self.echo else filler(said, asked)
 
     def _response_id(self, operation: Operation) -> str:
         """An identifier nobody else's answer in this fleet has, the same in every run."""
         seed = f"{self.endpoint} {self.model_id} {self._calls}".encode()
         return f"{_PREFIX[operation]}-{xxhash.xxh3_64_hexdigest(seed)}"
+
+
+def _insisted(body: Mapping[str, Any]) -> int:
+    """The least length that a body wants its answer to have, in tokens."""
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    wanted = [body.get("min_tokens"), limit if body.get("ignore_eos") else None]
+    return max((count for count in wanted if isinstance(count, int)), default=0)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+import attrs
+import xxhash
+
 from kvfleet.adapters.call import Reply, Tally, Usage
 from kvfleet.adapters.mock_wire import Part, Work, Writer
 from kvfleet.errors import BackendError, Fault
@@ -11,20 +14,33 @@ from kvfleet.sim.events import Job
 from kvfleet.sim.live import LiveEngine
 from kvfleet.sim.tokens import block_hashes, count_tokens
 
-__all__ = ["MockAnswer", "jobs_of"]
+__all__ = ["MockAnswer", "MockText", "jobs_of"]
 
 
-def jobs_of(work: Work, block_tokens: int, *, seed: int = 0) -> tuple[Job, ...]:
+@attrs.frozen
+class MockText:
+    """What a job's tokens are: the key of each job here.
+
+    Attributes:
+        text: Prompt and answer.
+        salt: What keeps its cache apart.
+        finish_reason: Why the answer ends; empty if there is none.
+    """
+
+    text: bytes = attrs.field(repr=False)
+    salt: str = attrs.field(default="", repr=False)
+    finish_reason: str = ""
+
+
+def jobs_of(work: Work, block_tokens: int) -> tuple[Job, ...]:
     """The jobs of a call: one for each choice of each prompt; for prompts without an answer, one for each.
-
-    The key of a job is its text, prompt and answer together.
 
     Args:
         work: What the call asks for.
         block_tokens: Tokens in a block of the engine's cache.
-        seed: What isolates its blocks from others' with the same text.
     """
     found = []
+    seed = xxhash.xxh3_64_intdigest(work.salt.encode("utf-8", "surrogatepass")) if work.salt else 0
     each = max(1, len(work.choices) // len(work.prompts))
     for index in range(len(work.prompts) * each):
         prompt = work.prompts[index // each]
@@ -32,7 +48,8 @@ def jobs_of(work: Work, block_tokens: int, *, seed: int = 0) -> tuple[Job, ...]:
         text = prompt + said.text.encode("utf-8", "surrogatepass") if said else prompt
         tokens, hashes = count_tokens(prompt), block_hashes(text, block_tokens, seed=seed)
         full = tokens // block_tokens
-        found.append(Job(hashes[:full], tokens, len(said.pieces) if said else 0, hashes[full:], key=text))
+        key = MockText(text, work.salt, said.finish_reason if said else "")
+        found.append(Job(hashes[:full], tokens, len(said.pieces) if said else 0, hashes[full:], key=key))
     return tuple(found)
 
 

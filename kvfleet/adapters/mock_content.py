@@ -17,6 +17,7 @@ import xxhash
 
 __all__ = [
     "embed",
+    "filler",
     "instance_of",
     "overlap",
     "pack_floats",
@@ -28,6 +29,83 @@ __all__ = [
 
 _WORD = re.compile(r"\S+\s*|\s+")
 _MAX_SCHEMA_DEPTH = 8
+_FILLER = tuple(
+    f"{word} "
+    for word in (
+        *(
+            "and",
+            "ant",
+            "arc",
+            "ask",
+            "bay",
+            "bee",
+            "big",
+            "bit",
+            "bow",
+            "box",
+            "can",
+            "cup",
+            "day",
+            "dew",
+            "dot",
+            "ear",
+        ),
+        *(
+            "elm",
+            "end",
+            "far",
+            "few",
+            "fig",
+            "fly",
+            "fog",
+            "for",
+            "fox",
+            "gem",
+            "get",
+            "hay",
+            "her",
+            "hop",
+            "ice",
+            "ink",
+        ),
+        *(
+            "ivy",
+            "jar",
+            "joy",
+            "key",
+            "lap",
+            "law",
+            "map",
+            "mix",
+            "new",
+            "nut",
+            "oak",
+            "oar",
+            "old",
+            "one",
+            "owl",
+            "pea",
+        ),
+        *(
+            "pen",
+            "ray",
+            "red",
+            "row",
+            "run",
+            "sea",
+            "sky",
+            "sun",
+            "tea",
+            "two",
+            "use",
+            "way",
+            "web",
+            "wet",
+            "yes",
+            "zoo",
+        ),
+    )
+)
 
 
 def sentence(model: str) -> str:
@@ -41,6 +119,20 @@ def sentence(model: str) -> str:
         " the queue, the prefix cache and the time to each token behave like an engine's."
         " Put a real engine's endpoint and provider into the fleet file, and the same route leads there."
     )
+
+
+def filler(seed: str, tokens: int) -> str:
+    """Words without a meaning, of four bytes each with their space, so that each is a token however one counts.
+
+    >>> filler("a question", 3) == filler("a question", 5)[:12] != filler("another", 3)
+    True
+    """
+    state = xxhash.xxh3_64_intdigest(seed.encode("utf-8", "surrogatepass"))
+    words = []
+    for _ in range(tokens):
+        state = (state * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF  # Knuth's MMIX generator
+        words.append(_FILLER[state >> 58])
+    return "".join(words)
 
 
 def pieces(text: str) -> list[str]:

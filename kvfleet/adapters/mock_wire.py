@@ -64,12 +64,14 @@ class Work:
         choices: What to say, for chat and text completions: as many for each prompt.
         data: The finished payload, for embeddings and reranking.
         include_usage: True if the client asked for usage at the end of a stream.
+        salt: What keeps the prompts' cache apart from others' (vLLM's ``cache_salt``).
     """
 
     prompts: tuple[bytes, ...]
     choices: tuple[Said, ...] = ()
     data: tuple[Mapping[str, Any], ...] = ()
     include_usage: bool = False
+    salt: str = ""
 
     @property
     def prompt_tokens(self) -> int:
@@ -117,6 +119,7 @@ def _plan_chat(body: Mapping[str, Any], text: str, _: int) -> Work:
         prompts=(render_chat(messages, body.get("tools")),),
         choices=(said,) * _count(body),
         include_usage=_wants_usage(body),
+        salt=_salt(body),
     )
 
 
@@ -128,7 +131,7 @@ def _plan_completion(body: Mapping[str, Any], text: str, _: int) -> Work:
         for prompt in prompts
         for _ in range(_count(body))
     ]
-    return Work(prompts=_encoded(prompts), choices=tuple(choices), include_usage=_wants_usage(body))
+    return Work(prompts=_encoded(prompts), choices=tuple(choices), include_usage=_wants_usage(body), salt=_salt(body))
 
 
 def _plan_embedding(body: Mapping[str, Any], _: str, dimensions: int) -> Work:
@@ -236,6 +239,15 @@ def _stops(body: Mapping[str, Any]) -> list[str]:
 def _wants_usage(body: Mapping[str, Any]) -> bool:
     options = body.get("stream_options")
     return bool(isinstance(options, Mapping) and options.get("include_usage"))
+
+
+def _salt(body: Mapping[str, Any]) -> str:
+    salt = body.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not salt:
+        raise _bad("cache_salt must be a text that is not empty", "cache_salt")
+    return salt
 
 
 def _texts(value: Any, param: str) -> list[str]:

@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "cli", "main"]
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "run": ("Run", "kvfleet.cli.serve:run", "Start the gateway; without a file, with three mock engines."),
     "serve": ("Run", "kvfleet.cli.serve:serve", "Start the gateway, as `run` does."),
+    "mock-engine": ("Run", "kvfleet.cli.mock_engine:mock_engine", "Serve simulated engines that speak as vLLM does."),
     "init": ("Run", "kvfleet.cli.serve:init", "Write a commented fleet file to begin with."),
     "validate": ("Check", "kvfleet.cli.check:validate", "Check fleet files; all findings at once."),
     "test": ("Check", "kvfleet.cli.tests:test", "Run the tests that stand in fleet files."),

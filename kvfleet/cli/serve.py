@@ -19,12 +19,12 @@ from kvfleet.gateway.server import serve as serve_fleet
 from kvfleet.pipeline.graph import as_text, describe
 from kvfleet.plugin.manager import ComponentTable, discover
 
-__all__ = ["init", "run", "serve"]
+__all__ = ["init", "run", "secret", "serve"]
 
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-def _secret(ctx: click.Context, param: click.Parameter, value: str) -> str:
+def secret(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A key, or a reference to one: a key on the command line is seen by everybody on the machine."""
     found = SecretReader().read(value) if value else ""
     if isinstance(found, Problem):
@@ -40,7 +40,7 @@ def _gateway_options() -> Decorator:
             "-k",
             "--api-key",
             default="",
-            callback=_secret,
+            callback=secret,
             help="Key that clients must send; env:NAME and file:/path keep it off the list of processes.",
         ),
         click.option("--allow-unauthenticated", is_flag=True, help="Listen beyond this machine without a key."),

@@ -9,6 +9,8 @@ HTTP/1.0 and 1.1 with keep-alive and pipelining, no TLS and no upgrade. Times ar
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -222,6 +224,13 @@ class ClientConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Close at once, whatever has not been sent yet."""
+        self._transport.abort()
+
+    def reset(self) -> None:
+        """Close with a reset: what is under way is lost on both sides. For mock engines that break."""
+        self._transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+        )
         self._transport.abort()
 
     # What the server calls

@@ -27,7 +27,7 @@ from kvfleet.trace.otel import make_bridge
 from kvfleet.trace.rows import default_path
 from kvfleet.trace.store import TraceStore
 
-__all__ = ["Serving", "create_gateway_app", "running", "serve"]
+__all__ = ["Serving", "create_gateway_app", "loop_factory", "running", "serve"]
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def serve(
         on_ready=on_ready,
         stop=stop,
     )
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(run)
 
 
@@ -214,7 +214,8 @@ async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncEx
     return router
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Makes uvloop's event loops, where there is uvloop."""
     try:
         import uvloop  # noqa: PLC0415 - not on every platform
     except ImportError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import attrs
 
@@ -12,11 +12,12 @@ __all__ = ["BlockPool"]
 
 @attrs.define
 class BlockPool:
-    """A fixed number of blocks. Each is untouched, private to a request, shared under a hash, or released.
+    """A fixed number of blocks. Each is empty, private to a request, shared under a hash, or released.
 
-    A shared block is pinned while anyone holds it. Released blocks queue, least recently used first, and those with a
-    hash can be pinned again until their turn to be taken comes: vLLM's automatic prefix caching,
-    https://docs.vllm.ai/en/latest/design/prefix_caching.html. A block computed twice is kept once.
+    A shared block is pinned while anyone holds it. Released, it knows its prefix and can be pinned again until its turn
+    to be taken comes, least recently used first. Private blocks released are empty: vLLM's automatic prefix caching,
+    https://docs.vllm.ai/en/latest/design/prefix_caching.html, and ``BlockPool.free_blocks`` of vLLM 0.32. A block
+    computed twice is kept once.
 
     >>> pool = BlockPool(3)
     >>> pool.take(2), pool.share(10), pool.share(11)
@@ -24,13 +25,13 @@ class BlockPool:
     >>> pool.release([10, 11], private=0)
     >>> pool.match([10, 11, 12]), pool.available
     (2, 3)
-    >>> pool.take(2)  # the untouched one, then the end of the released prefix
+    >>> pool.take(2)  # the empty one, then the end of the released prefix
     [11]
     """
 
     capacity: int
     _pins: dict[int, int] = attrs.field(init=False, factory=dict)
-    _released: OrderedDict[Hashable, bool] = attrs.field(init=False, factory=OrderedDict)  # True if the key is a hash
+    _released: OrderedDict[int, None] = attrs.field(init=False, factory=OrderedDict)
     _private: int = attrs.field(init=False, default=0)
 
     @property
@@ -46,7 +47,7 @@ class BlockPool:
     @property
     def cached(self) -> int:
         """Released blocks that still know a prefix."""
-        return sum(self._released.values())
+        return len(self._released)
 
     def match(self, blocks: Sequence[int], most: int | None = None) -> int:
         """How many leading blocks are there, of the first `most`."""
@@ -72,18 +73,13 @@ class BlockPool:
                 self._pins[block] = 1
 
     def take(self, count: int) -> list[int]:
-        """Make so many blocks private to a request, untouched ones first; gives the hashes that were forgotten for it.
+        """Make so many blocks private to a request, empty ones first; gives the hashes that were forgotten for it.
 
         The caller has seen that so many are `available`.
         """
-        forgotten: list[int] = []
-        untouched = self.capacity - self.held - len(self._released)
-        for _ in range(count - untouched):
-            key, is_known = self._released.popitem(last=False)
-            if is_known:
-                forgotten.append(key)  # type: ignore[arg-type] # known keys are hashes
+        empty = self.capacity - self.held - len(self._released)
         self._private += count
-        return forgotten
+        return [self._released.popitem(last=False)[0] for _ in range(count - empty)]
 
     def share(self, block: int) -> bool:
         """Give a private block, now full, its hash; False if that hash was there, which is held in its stead."""
@@ -91,22 +87,21 @@ class BlockPool:
         if block in self._pins:
             self._pins[block] += 1
             return False
-        is_new = self._released.pop(block, None) is None
+        is_known = block in self._released
+        self._released.pop(block, None)
         self._pins[block] = 1
-        return is_new
+        return not is_known
 
     def release(self, shared: Sequence[int], private: int) -> None:
-        """Let go of a request's blocks: the private ones and the end of the prefix are taken before its beginning."""
+        """Let go of a request's blocks; the end of the prefix will be taken before its beginning."""
         self._private -= private
-        for _ in range(private):
-            self._released[object()] = False
         for block in reversed(shared):
             holders = self._pins[block] - 1
             if holders:
                 self._pins[block] = holders
             else:
                 del self._pins[block]
-                self._released[block] = True
+                self._released[block] = None
 
     def clear(self) -> None:
         """Forget every released block."""

@@ -1,13 +1,13 @@
 """A model of an inference engine in virtual time: chunked prefill, continuous batching, prefix cache, preemption.
 
 It has no clock and waits for nothing. Whoever drives it says what time it is; it says when the next thing happens and,
-afterwards, what happened. The rules are those of vLLM's v1 scheduler (``vllm/v1/core/sched/scheduler.py``), as far as a
-router can notice them:
+afterwards, what happened. The rules are those of vLLM's v1 scheduler (``vllm/v1/core/sched/scheduler.py`` of 0.32), as
+far as a router can notice them:
 
 - One queue, first come first served. A step computes one token for every decoding request and, with what is left of the
   token budget, chunks of prompts.
-- A request is admitted when a place in the batch is free and all of its prompt's blocks fit beside those that running
-  prefills still need. The longest cached prefix is pinned, but the last token of a prompt is always computed.
+- A request is admitted when a place in the batch is free and all of its prompt's blocks fit into what nobody holds. The
+  longest cached prefix is pinned, but the last token of a prompt is always computed.
 - A block can be shared from the step that computes it on, so within that step too. Released blocks stay known until
   they are taken, least recently used first.
 - A decode that finds no block preempts the request admitted last, which gives up all it holds, waits at the head of the
@@ -120,7 +120,14 @@ class Engine:
             raise BackendError(Fault.OVERLOADED, "the engine's queue is full", status=503, retry_after_s=1.0)
         if not self._waiting:  # behind others that cannot be admitted it changes nothing
             self._cut()
+        job.arrived_s = now_s
         self._waiting.append(job)
+
+    def set_speed(self, speed: float, now_s: float) -> None:
+        """Go at another speed, from the next step on."""
+        self._run_to(now_s)
+        self._cut()
+        self.spec = attrs.evolve(self.spec, speed=speed)
 
     def cancel(self, job: Job, now_s: float) -> None:
         """Drop a request wherever it is; safe if it is over. The step under way keeps its length."""
@@ -392,19 +399,17 @@ class Engine:
         """First chunks of those whose turn has come."""
         spec, pool, size = self.spec, self._pool, self.spec.block_tokens
         self._is_short_of_blocks = False
-        reserved = sum(-(-job.target // size) - job.held for job in self._prefilling)
         while budget and self._waiting and len(self._running) < spec.max_running:
             job = self._waiting[0]
             hits = pool.match(job.hashes, (job.target - 1) // size)
             fresh = -(-job.target // size) - hits
-            if fresh + pool.unpinned(job.hashes[:hits]) + reserved > pool.available:
+            if fresh + pool.unpinned(job.hashes[:hits]) > pool.available:
                 self._is_short_of_blocks = True
                 return
             self._waiting.popleft()
             self._admit(job, hits)
             tokens = min(job.target - job.computed, budget)
             self._compute(job, tokens)
-            reserved += -(-job.target // size) - job.held
             budget -= tokens
             yield job, tokens
 

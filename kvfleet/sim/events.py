@@ -45,6 +45,7 @@ class Job:
         key: Whatever the caller wants to find in the events.
         stage: See `Stage`.
         cached_tokens: Prompt tokens found in the cache when it was first admitted.
+        arrived_s: When it was submitted.
         hashes: `blocks` and `answer_blocks` together.
     """
 
@@ -55,6 +56,7 @@ class Job:
     key: Any = None
     stage: Stage = attrs.field(init=False, default=Stage.WAITING)
     cached_tokens: int = attrs.field(init=False, default=0)
+    arrived_s: float = attrs.field(init=False, default=0.0)
     hashes: tuple[int, ...] = attrs.field(init=False, repr=False)
     # The engine's own: blocks held and how many of them are shared; tokens computed and generated, and the step they
     # were counted at, for a decoding request gets one token in each step; `order` tells its turns of decoding apart.

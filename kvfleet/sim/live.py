@@ -82,12 +82,14 @@ class LiveEngine:
         clock: What time it is.
         sleep: Sleeps for so many seconds of that clock.
         listener: Told of the engine's events as they happen.
+        on_cancel: Told of jobs that were cancelled before they were over.
     """
 
     engine: Engine
     clock: Clock
     sleep: Callable[[float], Awaitable[None]] = anyio.sleep
     listener: Callable[[Sequence[Event]], None] | None = None
+    on_cancel: Callable[[Sequence[Job]], None] | None = None
     _orders: dict[Job, Order] = attrs.field(init=False, factory=dict, repr=False)
     _now: float = attrs.field(init=False, default=0.0)
     _is_led: bool = attrs.field(init=False, default=False)
@@ -133,11 +135,13 @@ class LiveEngine:
     def cancel(self, order: Order) -> None:
         """Drop what is left of an order; safe if it is over."""
         now_s = self._time()
-        for job in order.jobs:
-            if self._orders.pop(job, None) is not None:
-                order.is_cancelled = True
-                self.engine.cancel(job, now_s)
-                order.end(job)
+        dropped = [job for job in order.jobs if self._orders.pop(job, None) is not None]
+        for job in dropped:
+            order.is_cancelled = True
+            self.engine.cancel(job, now_s)
+            order.end(job)
+        if dropped and self.on_cancel is not None:
+            self.on_cancel(dropped)
         order.ring()
         self._tell(self.engine.advance(now_s))
 
@@ -146,6 +150,12 @@ class LiveEngine:
         self._reach(self._time())
         self.engine.next_step_s()
         return self.engine.load()
+
+    def set_speed(self, speed: float) -> None:
+        """Go at another speed from the next step on."""
+        now_s = self._time()
+        self.engine.set_speed(speed, now_s)
+        self._tell(self.engine.advance(now_s))
 
     def clear_cache(self) -> bool:
         """Forget all blocks; False, and nothing happens, while any are held."""

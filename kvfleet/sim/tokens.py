@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import xxhash
 
 __all__ = ["TOKEN_BYTES", "block_hashes", "count_tokens", "token_ids"]
@@ -28,8 +30,8 @@ def token_ids(text: bytes) -> list[int]:
     >>> one == three, one == two
     (True, False)
     """
-    digest = xxhash.xxh32_intdigest
-    return [digest(text[start : start + TOKEN_BYTES]) % _VOCABULARY for start in range(0, len(text), TOKEN_BYTES)]
+    words = array("I", text + bytes(-len(text) % TOKEN_BYTES))
+    return [word % _VOCABULARY for word in words]
 
 
 def block_hashes(text: bytes, block_tokens: int, *, seed: int = 0) -> tuple[int, ...]:

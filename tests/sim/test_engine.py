@@ -464,7 +464,8 @@ def reference(capacity: int, jobs: list[Job]) -> list[int]:
                 memory.remove(each.hashes[index])
                 memory.insert(0, None)
             held.append(each.hashes[index] if is_full else None)
-        memory += reversed(held)
+        memory = [block for block in held if block is None] + memory
+        memory += reversed([block for block in held if block is not None])
     return found
 
 
