@@ -208,11 +208,13 @@ class MockAdapter(InferenceAdapter):
         self._calls += 1
         return Fault(self.fail) if self.fail != _NO_FAULT and self._calls % self.fail_every == 0 else None
 
-    def _failing(self, fault: Fault | None, call: Call) -> Callable[[int, bool], Awaitable[None]]:
+    def _failing(self, fault: Fault | None, call: Call) -> Callable[[int, bool], Awaitable[None]] | None:
         """What raises the fault amid an answer, when its token comes."""
+        if fault is None:
+            return None
 
         async def fail(tokens: int, received: bool) -> None:
-            if fault and tokens >= self.fail_after_tokens:
+            if tokens >= self.fail_after_tokens:
                 await self._fail(fault, call.limits, received=received)
 
         return fail

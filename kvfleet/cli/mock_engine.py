@@ -50,12 +50,12 @@ def _engine_options() -> Decorator:
     return _all(made)
 
 
-def _type(option: Option) -> click.ParamType:
+def _type(option: Option) -> Any:
     """What click makes of an option's type and range."""
     if option.type is str:
         return click.STRING
     low, is_open = (option.info.gt, True) if option.info.ge is None else (option.info.ge, False)
-    kind = click.FloatRange if option.type is float else click.IntRange
+    kind: Any = click.FloatRange if option.type is float else click.IntRange
     return kind(min=low, max=option.info.le, min_open=low is not None and is_open)
 
 

@@ -38,7 +38,7 @@ async def instead(exchange: HTTPExchange, rule: FaultRule) -> bool:
     elif rule.kind is FaultKind.EMPTY_BODY:
         await exchange.whole(200, b"", [_JSON])
     elif rule.kind is FaultKind.NOT_HTTP:
-        exchange.connection.write(b"\x16\x03\x01 SSH-2.0 nothing you know\r\n\r\n")
+        exchange.connection.write(b"SSH-2.0-nothing-you-know\r\n")
     elif rule.kind is FaultKind.RESET:
         exchange.connection.reset()
     elif rule.kind is FaultKind.SLOW_HEADERS:

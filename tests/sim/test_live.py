@@ -78,6 +78,40 @@ class TestLiveEngine:
             await time.pass_s(10)
         assert [times for index, times in enumerate(moments) if index != leaver] == [[1.0, 2.0, 3.0, 4.0]] * 2
 
+    async def test_one_who_waits_for_the_end_only_sleeps_once(self) -> None:
+        """Nobody is woken for tokens that nobody waits for."""
+        one, time = live()
+        naps: list[float] = []
+
+        async def sleep(seconds: float) -> None:
+            naps.append(seconds)
+            await time.sleep(seconds)
+
+        one.sleep = sleep
+        async with anyio.create_task_group() as group:
+            group.start_soon(one.finished, one.submit([job(50)]))
+            await time.pass_s(60)
+        assert naps == [1.0, 49.0]
+
+    async def test_a_long_sleeper_is_woken_for_others(self) -> None:
+        """While one waits for its end, another comes and gets each token, and a third is over before both."""
+        one, time = live()
+        moments: list[float] = []
+        ends: dict[str, float] = {}
+
+        async def end(name: str, output: int) -> None:
+            await one.finished(one.submit([job(output)]))
+            ends[name] = time.now_s() - 1000
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(end, "long", 50)
+            await time.pass_s(9.5)
+            group.start_soon(end, "short", 2)
+            await time.pass_s(5.0)
+            group.start_soon(follow, one, time, one.submit([job(3)]), 3, moments)
+            await time.pass_s(60)
+        assert (ends, moments) == ({"long": 50.0, "short": 12.0}, [16.0, 17.0, 18.0])
+
     async def test_what_nobody_waited_for_is_caught_up_with(self) -> None:
         """While nobody waits the clock goes on, and so has the engine when it is asked again."""
         one, time = live()
