@@ -89,8 +89,10 @@ async def test_a_gateway_routes_to_them_as_to_vllm() -> None:
             assert first.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
             again = await client.post(asked, json=HELLO)
             assert again.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 160}
-            await client.post(f"{urls[0]}/mock/faults", json={"kind": "reset"})
+            states = [(await client.get(f"{url}/mock")).json() for url in urls]
+            served = next(url for url, state in zip(urls, states, strict=True) if state["load"]["prefix_hits_tokens"])
+            await client.post(f"{served}/mock/faults", json={"kind": "reset"})
             statuses = [(await client.post(asked, json=HELLO)).status_code for _ in range(4)]
             assert statuses == [200] * 4
-            state = (await client.get(f"{urls[0]}/mock")).json()
+            state = (await client.get(f"{served}/mock")).json()
             assert state["faults"][0]["done"] >= 1  # the gateway tried, and went on to the other
