@@ -46,6 +46,7 @@ KINDS = {
     Kind.OBSERVE: "Learn how routes ended.",
     Kind.ADAPTER: "Speak to an engine; a model's `provider` names one, its `options` are set under `options:`.",
     Kind.ACTION: "What a policy rule does; its `action` names one.",
+    Kind.JUDGE: "Say how good an answer is; `execute.escalate` and `observe.judge` ask them.",
 }
 
 

@@ -101,6 +101,9 @@ class MockAdapter(InferenceAdapter):
         doc="Length of its answers, of words without a meaning and one token each; 0 for `reply`.",
     )
     echo: bool = flag(doc="Say the last message back. Off, so that no prompt shows up in logs of answers.")
+    token_probability: float = number(
+        0.9, gt=0, le=1, doc="How sure it is of each token; told where a request asks for `logprobs`."
+    )
     fail: str = choice(
         _NO_FAULT, of=(_NO_FAULT, *_INJECTABLE), doc="Fault it has, by the name traces show; `none` for a sound engine."
     )
@@ -151,7 +154,13 @@ class MockAdapter(InferenceAdapter):
         fault = self._fault_of_next()
         if fault and not self.fail_after_tokens:
             await self._fail(fault, call.limits)
-        work = plan(call.operation, call.body, self._words(call.body), self.embedding_dimensions)
+        work = plan(
+            call.operation,
+            call.body,
+            self._words(call.body),
+            self.embedding_dimensions,
+            self.token_probability,
+        )
         writer = Writer(
             operation=call.operation,
             id=self._response_id(call.operation),

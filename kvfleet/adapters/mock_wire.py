@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,7 @@ class Work:
         data: The finished payload, for embeddings and reranking.
         include_usage: True if the client asked for usage at the end of a stream.
         salt: What keeps the prompts' cache apart from others' (vLLM's ``cache_salt``).
+        probability: Of each token, if the client asked for probabilities and the engine tells them.
     """
 
     prompts: tuple[bytes, ...]
@@ -72,6 +74,7 @@ class Work:
     data: tuple[Mapping[str, Any], ...] = ()
     include_usage: bool = False
     salt: str = ""
+    probability: float | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -89,7 +92,9 @@ class Work:
         return max((len(choice.pieces) for choice in self.choices), default=0)
 
 
-def plan(operation: Operation, body: Mapping[str, Any], text: str, dimensions: int) -> Work:
+def plan(
+    operation: Operation, body: Mapping[str, Any], text: str, dimensions: int, probability: float | None = None
+) -> Work:
     """Read a body.
 
     Args:
@@ -97,11 +102,15 @@ def plan(operation: Operation, body: Mapping[str, Any], text: str, dimensions: i
         body: The OpenAI body; fields it does not know are ignored.
         text: What to say if the body asks for nothing special.
         dimensions: Length of embeddings, unless the body says.
+        probability: Of each token, told if the body asks for `logprobs`; None for an engine that never tells.
 
     Raises:
         BackendError: (`Fault.BAD_REQUEST`) for a body no engine would take.
     """
-    return _PLANS[operation](body, text, dimensions)
+    work = _PLANS[operation](body, text, dimensions)
+    if probability is None or body.get("logprobs") in (None, False):
+        return work
+    return attrs.evolve(work, probability=probability)
 
 
 def _plan_chat(body: Mapping[str, Any], text: str, _: int) -> Work:
@@ -281,10 +290,24 @@ class Writer:
 
     def _chat(self, usage: Usage) -> dict[str, Any]:
         choices = [
-            {"index": i, "message": self._message(said, i), "logprobs": None, "finish_reason": said.finish_reason}
+            {
+                "index": i,
+                "message": self._message(said, i),
+                "logprobs": self._logprobs(said.pieces),
+                "finish_reason": said.finish_reason,
+            }
             for i, said in enumerate(self.work.choices)
         ]
         return {**self._head("chat.completion"), "choices": choices, "usage": usage.to_openai()}
+
+    def _logprobs(self, pieces: Sequence[str]) -> dict[str, Any] | None:
+        """What is told of some tokens' probabilities; None if nobody asked."""
+        if self.work.probability is None or not pieces:
+            return None
+        value = math.log(self.work.probability)
+        if self.operation is Operation.COMPLETION:
+            return {"tokens": list(pieces), "token_logprobs": [value] * len(pieces)}
+        return {"content": [{"token": piece, "logprob": value, "bytes": None, "top_logprobs": []} for piece in pieces]}
 
     def _message(self, said: Said, index: int) -> dict[str, Any]:
         if not said.tool:
@@ -297,7 +320,12 @@ class Writer:
 
     def _completion(self, usage: Usage) -> dict[str, Any]:
         choices = [
-            {"index": i, "text": said.text, "logprobs": None, "finish_reason": said.finish_reason}
+            {
+                "index": i,
+                "text": said.text,
+                "logprobs": self._logprobs(said.pieces),
+                "finish_reason": said.finish_reason,
+            }
             for i, said in enumerate(self.work.choices)
         ]
         return {**self._head("text_completion"), "choices": choices, "usage": usage.to_openai()}
@@ -318,7 +346,9 @@ class Writer:
                 yield Part.OPENING, self._event(index, self._opening(choice, index))
         for step in range(self.work.steps):
             events = [
-                self._event(i, self._piece(c, c.pieces[step])) for i, c in enumerate(said) if step < len(c.pieces)
+                self._event(i, self._piece(c, c.pieces[step]), logprobs=self._logprobs(c.pieces[step : step + 1]))
+                for i, c in enumerate(said)
+                if step < len(c.pieces)
             ]
             yield Part.TOKEN, b"".join(events)
         for index, choice in enumerate(said):
@@ -341,9 +371,15 @@ class Writer:
             return {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}
         return {"content": piece}
 
-    def _event(self, index: int, said: dict[str, Any], finish_reason: str | None = None) -> bytes:
+    def _event(
+        self,
+        index: int,
+        said: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> bytes:
         inner = {"delta": said} if self.operation is Operation.CHAT else said
-        choice = {"index": index, **inner, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **inner, "logprobs": logprobs, "finish_reason": finish_reason}
         # OpenAI: with include_usage every chunk has the field, null in all but the last.
         return self._data({"choices": [choice], **({"usage": None} if self.work.include_usage else {})})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,9 @@ def _spent(model: ModelConfig, usage: Usage) -> Spending:
 class BudgetAdmission:
     """Let a request in if its budgets hold: reserve the most it may cost, and settle for what it did cost.
 
-    The most is an estimate: the prompt and an answer of `max_tokens`, at the price of the dearest candidate left. So
-    stand this after the filters. A refusal is a 429: `insufficient_quota` if the month's money is used up,
-    `rate_limit_exceeded` if waiting a moment helps.
+    The most is an estimate: the prompt and an answer of `max_tokens`, at the price of the dearest candidate left, or
+    of as many as the execute stage may have answer. So stand this after the filters. A refusal is a 429:
+    `insufficient_quota` if the month's money is used up, `rate_limit_exceeded` if waiting a moment helps.
     """
 
     budget: BudgetConfig | None = section(None, doc=_BUDGET_DOC)
@@ -113,6 +113,9 @@ class BudgetAdmission:
     _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
     _metrics: MetricsExporter = attrs.field(
         init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
+    )
+    _several: Callable[[Mapping[str, float]], float] | None = attrs.field(
+        init=False, default=None, repr=False, eq=False
     )
     _prices: tuple[Price | None, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
     _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
@@ -130,7 +133,7 @@ class BudgetAdmission:
         Raises:
             ConfigError: for models whose price nobody knows, if a budget refuses them.
         """
-        self._clock, self._metrics = services.clock, services.metrics
+        self._clock, self._metrics, self._several = services.clock, services.metrics, services.most_usd
         self._open_accounts()
         prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
         self._prices = tuple(dict.fromkeys(prices.values()))  # there are far fewer than replicas
@@ -183,7 +186,7 @@ class BudgetAdmission:
         if not accounts:
             return _Nothing()
         prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
-        amount = nano(self._dearest(ctx, prompt, answer))
+        amount = nano(self._most_usd(ctx, prompt, answer))
         if ctx.dry_run:
             denials = (account.check(amount, prompt + answer) for account in accounts)
             denial = next((one for one in denials if one is not None), None)
@@ -193,6 +196,17 @@ class BudgetAdmission:
             self._metrics.count("kvfleet_budget_refusals_total", held.account, held.code)
             return _refusal(held)
         return _Held(self, held, (prompt, answer))
+
+    def _most_usd(self, ctx: RoutingContext, prompt: int, answer: int) -> float:
+        """The most that the route may cost, in US dollars; unknown prices count as nothing."""
+        if self._several is None:
+            return self._dearest(ctx, prompt, answer)
+        prices = {model.name: self._price_of(model) for model in ctx.candidates}
+        return self._several({name: 0.0 if p is None else p.cost_usd(prompt, answer) for name, p in prices.items()})
+
+    def _price_of(self, model: ModelConfig) -> Price | None:
+        place = self._by_id.get(model.id)
+        return Price.of(model) if place is None else self._prices[place]
 
     def _dearest(self, ctx: RoutingContext, prompt: int, answer: int) -> float:
         """The most that any candidate left would cost, in US dollars; unknown prices count as nothing."""
@@ -257,17 +271,22 @@ class BudgetFilter:
         """Note the prices."""
         self._prices = {model.id: Price.of(with_known_prices(model)) for model in services.models}
 
-    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
-        """One drop for each candidate that is too dear."""
+    def limit_usd(self, ctx: RoutingContext) -> float | None:
+        """The most this request may cost; None for no limit."""
         limits = [
             budget.per_request_max_usd
             for budget in (self.budget, self.tenants.get(ctx.tenant))
             if budget is not None and budget.enabled and budget.per_request_max_usd is not None
         ]
-        if not limits:
+        return min(limits) if limits else None
+
+    def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
+        """One drop for each candidate that is too dear."""
+        limit_usd = self.limit_usd(ctx)
+        if limit_usd is None:
             return ()
         prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
-        return list(self._too_dear(ctx.candidates, prompt, answer, min(limits)))
+        return list(self._too_dear(ctx.candidates, prompt, answer, limit_usd))
 
     def _too_dear(self, models: Iterable[ModelConfig], prompt: int, answer: int, most: float) -> Iterator[Drop]:
         for model in models:

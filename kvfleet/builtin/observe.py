@@ -10,18 +10,24 @@ from typing import Any
 
 import attrs
 
+from kvfleet.adapters.call import Usage
 from kvfleet.config.fields import choice
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Kind, Outcome
 from kvfleet.plugin.spec import hookimpl
+from kvfleet.telemetry.cost import cost_usd
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.trace import names
+from kvfleet.trace.attributes import verdicts_of
 from kvfleet.trace.spans import AttributeValue, Span, Status
 
 __all__ = ["LogObserver", "MetricsObserver"]
 
 _log = logging.getLogger("kvfleet.routes")
+_ESCALATED = "low_confidence"
+_FOR_JUDGES = ("sample", "judge")
 _STATUSES = {"answered": "success", "cached": "success", "failed": "error"}
 _PLAIN = re.compile(r"[\w.:/@+-]+")
 
@@ -64,36 +70,58 @@ class MetricsObserver:
                 took_s = (span.end_ns - outcome.trace.route.start_ns) / 1e9
                 self._metrics.observe("kvfleet_decision_seconds", took_s, strategy)
         self._count_attempts(attempts)
+        self._observe_confidence(outcome, attempts)
 
     def _count_route(self, outcome: Outcome, strategy: str) -> None:
         metrics, attributes = self._metrics, outcome.trace.route.attributes
         word = str(attributes.get(names.OUTCOME, "failed"))
         chosen = str(attributes.get(names.MODEL_SELECTED, ""))
         metrics.record_route(strategy, chosen, outcome.duration_s, outcome.is_success, status=_STATUSES.get(word, word))
+        for one in outcome.unused:
+            self._count_use(one.model, one.usage, one.cost_usd)
         served, usage = outcome.served_by, outcome.usage
         if served is None:
             return
         if outcome.ttfb_s is not None:
             metrics.observe("kvfleet_time_to_first_byte_seconds", outcome.ttfb_s, served.name)
+        cost = outcome.cost_usd
+        if outcome.unused:
+            cost = None if usage is None else cost_usd(served, usage)
+        self._count_use(served, usage, cost)
+
+    def _count_use(self, model: ModelConfig, usage: Usage | None, cost: float | None) -> None:
+        """Tokens and money of one answer, as far as they are known."""
         if usage is not None:
-            metrics.record_tokens(served.name, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
-        if outcome.cost_usd is not None:
-            metrics.count("kvfleet_cost_usd_total", served.name, by=outcome.cost_usd)
+            self._metrics.record_tokens(model.name, usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens)
+        if cost is not None:
+            self._metrics.count("kvfleet_cost_usd_total", model.name, by=cost)
 
     def _count_attempts(self, attempts: Sequence[Span]) -> None:
         metrics = self._metrics
         before = None
         for span in attempts:
             attributes = span.attributes
-            model = str(attributes.get(names.MODEL, ""))
+            model, reason = str(attributes.get(names.MODEL, "")), attributes.get(names.ATTEMPT_REASON)
             outcome = str(attributes.get(names.ERROR_TYPE, "ok"))
             metrics.record_attempt(model, outcome)
             if outcome == Fault.RATE_LIMITED or (outcome == Fault.OVERLOADED and names.RETRY_AFTER_S in attributes):
                 endpoint = str(attributes.get(names.REPLICA, "")).partition("@")[2]
                 metrics.count("kvfleet_rate_limited_total", model, endpoint)
-            if before is not None:
+            if reason in _FOR_JUDGES:
+                continue
+            if before is not None and reason == _ESCALATED:
+                metrics.count("kvfleet_escalations_total", before, model)
+            elif before is not None:
                 metrics.record_fallback(before, model)
             before = model
+
+    def _observe_confidence(self, outcome: Outcome, attempts: Sequence[Span]) -> None:
+        """How far answers were trusted, by the models that gave them."""
+        verdicts = verdicts_of(outcome.trace)
+        for span in attempts if verdicts else ():
+            value, _ = verdicts.get(int(str(span.attributes[names.ATTEMPT])), (-1.0, ""))
+            if value >= 0:
+                self._metrics.observe("kvfleet_confidence", value, str(span.attributes.get(names.MODEL, "")))
 
     def _count_stage(self, span: Span) -> None:
         metrics, attributes = self._metrics, span.attributes

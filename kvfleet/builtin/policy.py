@@ -173,6 +173,11 @@ class TenantFilter:
             return drops
         return [*drops, *self._beyond_limits(tenant, ctx, [m for m in ctx.candidates if m.name not in out])]
 
+    def limit_usd(self, ctx: RoutingContext) -> float | None:
+        """The most that a request of this tenant may cost; None for no limit."""
+        tenant = self.tenants.get(ctx.tenant)
+        return None if tenant is None else tenant.max_cost_per_request
+
     def _beyond_limits(
         self, tenant: TenantConfig, ctx: RoutingContext, models: Sequence[ModelConfig]
     ) -> Iterator[Drop]:

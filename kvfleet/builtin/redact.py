@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import anyio.to_thread
 import attrs
 
+from kvfleet.adapters.call import Reply
 from kvfleet.builtin.execute import Fallback
 from kvfleet.config.fields import listing
 from kvfleet.config.schema import ModelConfig
@@ -17,7 +19,7 @@ from kvfleet.policy.pii import PIIDetector
 from kvfleet.policy.redaction import Redaction
 from kvfleet.router.scoring import Ranking
 
-__all__ = ["Redacting"]
+__all__ = ["Redacted", "Redacting"]
 
 _MOST_IN_LOOP_BYTES = 4096  # 64 KB of nothing but finds take 60 to 150 ms; a thread lets other requests go on meanwhile
 
@@ -48,18 +50,40 @@ class Redacting(Fallback):
         Raises:
             AttemptsExhaustedError: if there is none.
         """
-        return await Fallback.execute(self, ctx, ranking, _Redacted(ctx.request, attempt, self._detector))
+        return await Fallback.execute(self, ctx, ranking, Redacted(ctx.request, attempt, self._detector))
+
+
+@attrs.frozen
+class _Both:
+    """A redaction of what another rewrite sends; the answer goes back through both."""
+
+    redaction: Redaction
+    other: Rewrite
+
+    @property
+    def body(self) -> Mapping[str, Any]:
+        return self.redaction.body
+
+    @property
+    def types(self) -> Sequence[str]:
+        return (*self.redaction.types, *self.other.types)
+
+    def restore(self, reply: Reply) -> Reply:
+        return self.other.restore(self.redaction.restore(reply))
 
 
 @attrs.define
-class _Redacted:
-    """Makes attempts of one request; the redaction is made for the first backend that needs it, and kept."""
+class Redacted:
+    """Makes attempts of one request; models that are not private get it redacted.
+
+    The redaction is made for the first backend that needs it, and kept.
+    """
 
     request: RouteRequest
     attempt: Attempt
     detector: PIIDetector
-    redaction: Redaction | None = None
-    is_made: bool = False
+    _redaction: Redaction | None = attrs.field(init=False, default=None)
+    _is_made: bool = attrs.field(init=False, default=False)
 
     async def __call__(
         self,
@@ -71,18 +95,24 @@ class _Redacted:
     ) -> Answer:
         """See `kvfleet.plugin.contract.Attempt`."""
         if not candidate.is_private:
-            rewrite = await self._made()
+            rewrite = await self._own() if rewrite is None else await self._both(rewrite)
         return await self.attempt(candidate, timeout_s=timeout_s, reason=reason, rewrite=rewrite)
 
-    async def _made(self) -> Redaction | None:
-        if not self.is_made:
-            body, detector = self.request.body, self.detector
-            if 0 < len(self.request.raw) <= _MOST_IN_LOOP_BYTES:
-                self.redaction = Redaction.of(body, detector)
-            else:
-                self.redaction = await anyio.to_thread.run_sync(Redaction.of, body, detector)
-            self.is_made = True
-        return self.redaction
+    async def _own(self) -> Redaction | None:
+        if not self._is_made:
+            self._redaction = await self._redact(self.request.body, len(self.request.raw))
+            self._is_made = True
+        return self._redaction
+
+    async def _both(self, rewrite: Rewrite) -> Rewrite:
+        redaction = await self._redact(rewrite.body, 0)
+        return rewrite if redaction is None else _Both(redaction, rewrite)
+
+    async def _redact(self, body: Mapping[str, Any], size: int) -> Redaction | None:
+        """Redact a body of so many bytes; 0 if nobody counted them."""
+        if 0 < size <= _MOST_IN_LOOP_BYTES:
+            return Redaction.of(body, self.detector)
+        return await anyio.to_thread.run_sync(Redaction.of, body, self.detector)
 
 
 @hookimpl

@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import inspect
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ import anyio
 import attrs
 
 from kvfleet.adapters.call import Operation, Usage
+from kvfleet.builtin.beside import Crew, permitted
 from kvfleet.builtin.facts import prompt_of
 from kvfleet.builtin.mirror import mirror
 from kvfleet.config.fields import flag, listing, number, text
@@ -24,7 +24,7 @@ from kvfleet.eval.asking import Asked, similarity, text_of_answer
 from kvfleet.eval.shadow import is_sampled
 from kvfleet.eval.shadow_store import FILE_NAME, ShadowRow, ShadowStore
 from kvfleet.plugin.component import Component, Services
-from kvfleet.plugin.contract import Drop, Kind, Outcome, RouteRequest, RoutingContext
+from kvfleet.plugin.contract import Drop, Kind, Outcome, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.registry.models import serves
 from kvfleet.telemetry.cost import cost_usd
@@ -93,10 +93,13 @@ class ShadowObserver:
     _replicas: tuple[ModelConfig, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
     _store: ShadowStore | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _judge: Judge | None = attrs.field(init=False, default=None, repr=False, eq=False)
-    _queue: deque[_Job] = attrs.field(init=False, factory=deque, repr=False, eq=False)
-    _workers: set[asyncio.Task[None]] = attrs.field(init=False, factory=set, repr=False, eq=False)
+    _crew: Crew[_Job] = attrs.field(init=False, repr=False, eq=False)
     _counts: dict[str, int] = attrs.field(init=False, repr=False, eq=False)
     _has_warned: bool = attrs.field(init=False, default=False, repr=False, eq=False)
+
+    @_crew.default
+    def _make_crew(self) -> Crew[_Job]:
+        return Crew(self._do, "kvfleet-shadow", self.max_concurrent, self.max_queue)
 
     @_counts.default
     def _no_counts(self) -> dict[str, int]:
@@ -124,22 +127,17 @@ class ShadowObserver:
 
     async def aclose(self) -> None:
         """Cancel what is under way; twice is safe."""
-        self._queue.clear()
-        workers = list(self._workers)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await self._crew.aclose()
         if self._store is not None:
             await anyio.to_thread.run_sync(self._store.close)
 
     def state(self) -> Mapping[str, Any]:
         """What was mirrored, and what was not."""
-        return {**self._counts, "waiting": len(self._queue), "in_flight": len(self._workers)}
+        return {**self._counts, "waiting": self._crew.waiting, "in_flight": self._crew.at_work}
 
     async def settled(self) -> None:
         """Wait until nothing is under way."""
-        while self._workers:
-            await asyncio.wait(set(self._workers))
+        await self._crew.settled()
 
     # The choice, as the route ends
 
@@ -151,36 +149,12 @@ class ShadowObserver:
         if ctx.dry_run or not is_sampled(ctx.seed, self.sample_rate):
             return {}
         asked = [m for m in self._replicas if m.name != served.name and serves(m, ctx.request.operation)]
-        strangers, asked = _split(asked, ctx.request)
-        drops = [("request", Drop(model, "not on the request's list of allowed models")) for model in strangers]
-        drops += self._services.excluded(ctx, asked)
-        gone = {drop.candidate.id for _, drop in drops}
-        drops += self._limited([model for model in asked if model.id not in gone])
-        gone = {drop.candidate.id for _, drop in drops}
-        chosen = self._least_busy([model for model in asked if model.id not in gone])
-        if chosen and len(self._queue) + len(chosen) > self.max_queue + max(
-            self.max_concurrent - len(self._workers), 0
-        ):
+        chosen, drops = permitted(ctx, asked, self._services)
+        if chosen and not self._crew.has_room_for(len(chosen)):
             drops += [("observe.shadow", Drop(model, "too many requests wait already")) for model in chosen]
             self._skip("queue_full", len(chosen))
             chosen = []
         return self._marks(chosen, drops)
-
-    def _limited(self, models: Iterable[ModelConfig]) -> list[tuple[str, Drop]]:
-        """Those near a rate limit: what is left of it is for live requests."""
-        now_s = self._services.clock.now_s()
-        held = self._services.limits.held(models, now_s)
-        return [("rate limits", Drop(model, hold.reason(now_s), hold.rule)) for model, hold in held]
-
-    def _least_busy(self, models: Iterable[ModelConfig]) -> list[ModelConfig]:
-        """One replica of each model: the one with the fewest requests of ours."""
-        best: dict[str, ModelConfig] = {}
-        load = self._services.load
-        for model in models:
-            known = best.get(model.name)
-            if known is None or load.in_flight(model.id) < load.in_flight(known.id):
-                best[model.name] = model
-        return list(best.values())
 
     def _marks(self, chosen: list[ModelConfig], drops: list[tuple[str, Drop]]) -> Mapping[str, AttributeValue]:
         marks: dict[str, AttributeValue] = {}
@@ -206,25 +180,7 @@ class ShadowObserver:
         chosen = outcome.trace.route.attributes.get(names.SHADOW_REPLICAS)
         if not isinstance(chosen, tuple):
             return
-        self._queue.extend(_Job(outcome, model) for model in self._replicas if model.id in chosen)
-        while self._queue and len(self._workers) < min(self.max_concurrent, len(self._workers) + len(self._queue)):
-            self._start(self._queue.popleft())
-
-    def _start(self, job: _Job) -> None:
-        worker = asyncio.create_task(self._work(job), name="kvfleet-shadow")
-        self._workers.add(worker)
-        worker.add_done_callback(self._workers.discard)
-
-    async def _work(self, job: _Job) -> None:
-        """Do this job, and then others as long as there are any."""
-        while True:
-            try:
-                await self._do(job)
-            except Exception as error:  # noqa: BLE001 - a judge or a disk that fails must not end the mirroring
-                log.warning("shadow failed error=%s", type(error).__name__)
-            if not self._queue:
-                return
-            job = self._queue.popleft()
+        self._crew.take([_Job(outcome, model) for model in self._replicas if model.id in chosen])
 
     async def _do(self, job: _Job) -> None:
         asked = await self._ask(job)
@@ -322,17 +278,6 @@ def _find_judge(reference: str) -> Judge:
         raise ComponentError(f"there is no judge {reference!r}; it must be an importable function") from error
     if not callable(found):
         raise ComponentError(f"the judge {reference!r} is no function")
-    return found
-
-
-def _split(models: Iterable[ModelConfig], request: RouteRequest) -> tuple[list[ModelConfig], list[ModelConfig]]:
-    """Those that the caller's list of models does not allow, and those it does."""
-    allowed = request.allowlist
-    if allowed is None:
-        return [], list(models)
-    found: tuple[list[ModelConfig], list[ModelConfig]] = ([], [])
-    for model in models:
-        found[model.name in allowed].append(model)
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.plugin.contract import Answer
 from kvfleet.trace import names as n
-from kvfleet.trace.spans import Span, SpanKind, Trace
+from kvfleet.trace.spans import SpanKind, Trace
 
 __all__ = ["decision_headers"]
 
@@ -37,15 +37,13 @@ def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs
 def _timing(trace: Trace) -> bytes:
     """``Server-Timing``: the decision, and the time to the answering backend's first byte (W3C Server Timing)."""
     route = trace.route
-    first: Span | None = None
-    last: Span | None = None
-    for span in trace.spans:
-        if span.kind is SpanKind.CLIENT:
-            first, last = first or span, span
-    if first is None or last is None:
+    calls = [span for span in trace.spans if span.kind is SpanKind.CLIENT]
+    if not calls:
         return b"route;dur=%.3f" % ((trace.spans[-1].end_ns - route.start_ns) / 1e6)
-    decided_ms = (first.start_ns - route.start_ns) / 1e6
-    ttfb_s = last.attributes.get(n.TTFB_S)
+    decided_ms = (calls[0].start_ns - route.start_ns) / 1e6
+    number = route.attributes.get(n.ATTEMPT_SERVED)
+    served = next((span for span in calls if span.attributes.get(n.ATTEMPT) == number), calls[-1])
+    ttfb_s = served.attributes.get(n.TTFB_S)
     if not isinstance(ttfb_s, float):
         return b"route;dur=%.3f" % decided_ms
     return b"route;dur=%.3f, backend;dur=%.3f" % (decided_ms, ttfb_s * 1e3)

@@ -195,10 +195,10 @@ class Attempts:
         return tuple([one.unused for one in self._answered if not one.is_given])
 
     def _why_cancelled(self) -> BackendError:
-        """A cancelled attempt: the request's own deadline has passed, or the client has left."""
+        """A cancelled attempt: the request's own deadline has passed, or nobody waits for it any more."""
         if self.deadline_s is not None and self.clock.now_s() >= self.deadline_s:
             return BackendError(Fault.DEADLINE, "the request's own deadline passed")
-        return BackendError(Fault.CANCELLED, "the client left")
+        return BackendError(Fault.CANCELLED, "the call was given up")
 
     def _begin(self, candidate: ModelConfig, reason: str) -> tuple[Span, AttemptHandle]:
         operation = self.request.operation

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -20,7 +20,7 @@ from kvfleet.pipeline.guard import Guard
 from kvfleet.pipeline.order import check_facts, check_order
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Component, Services
-from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.contract import Kind, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 
 __all__ = ["Built", "build", "build_adapters", "check", "read"]
@@ -84,11 +84,24 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         hash=_hash(config),
     )
     services.execute = execute.run
+    services.most_usd = getattr(execute.component, "most_usd", None)
+    services.limit_usd = _limit(before)
     services.excluded = Guard(tuple(stage for stage in before if stage.kind is Kind.FILTER))
     findings = _provision(config, pipeline.components, services, _places(config, built))
     if findings:
         raise ConfigError(findings)
     return pipeline
+
+
+def _limit(stages: Sequence[BoundStage]) -> Callable[[RoutingContext], float | None]:
+    """What one request may cost: the least of what the stages allow that limit it."""
+    asked = [stage.component.limit_usd for stage in stages if callable(getattr(stage.component, "limit_usd", None))]
+
+    def limit_usd(ctx: RoutingContext) -> float | None:
+        found = [limit for limit in (ask(ctx) for ask in asked) if limit is not None]
+        return min(found) if found else None
+
+    return limit_usd
 
 
 def read(config: FleetConfig, table: ComponentTable) -> tuple[list[Built], list[Finding]]:

@@ -116,6 +116,9 @@ class Services:
             what it does to requests and answers (redaction) is done to these too.
         excluded: Who, of any models, the pipeline's filters keep from a request: each drop with its stage's name. It
             is for stages that call models beside the route, which must obey what the route obeys.
+        limit_usd: The most that this one request may cost, by the stages that limit it; None for no limit.
+        most_usd: From what one answer of each candidate's model may cost, the most a route may: that of the dearest,
+            unless the execute stage may pay for several.
     """
 
     clock: Clock = attrs.field(factory=SystemClock)
@@ -129,4 +132,6 @@ class Services:
     adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)
     execute: Callable[[RoutingContext, Ranking, Attempt], Awaitable[Answer]] | None = None
     excluded: Callable[[RoutingContext, Sequence[ModelConfig]], Sequence[tuple[str, Drop]]] = _everybody
+    limit_usd: Callable[[RoutingContext], float | None] = lambda _: None
+    most_usd: Callable[[Mapping[str, float]], float] | None = None
     state_dir: Path | None = None

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 
 class Kind(enum.StrEnum):
-    """The kinds of component: nine kinds of stage, and two that stages use."""
+    """The kinds of component: nine kinds of stage, and three that stages use."""
 
     CLASSIFY = "classify"
     ADMIT = "admit"
@@ -66,16 +66,17 @@ class Kind(enum.StrEnum):
     OBSERVE = "observe"
     ADAPTER = "adapter"
     ACTION = "action"
+    JUDGE = "judge"
 
     @property
     def is_stage(self) -> bool:
         """True for what may stand in ``pipeline:``."""
-        return self not in (Kind.ADAPTER, Kind.ACTION)
+        return self not in (Kind.ADAPTER, Kind.ACTION, Kind.JUDGE)
 
     @property
     def verb(self) -> str:
         """The method a component of this kind has; empty for an adapter, which has many."""
-        return {Kind.ADAPTER: "", Kind.ACTION: "apply"}.get(self, self.value)
+        return {Kind.ADAPTER: "", Kind.ACTION: "apply", Kind.JUDGE: "grade"}.get(self, self.value)
 
     @property
     def may_skip(self) -> bool:

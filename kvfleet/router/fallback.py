@@ -7,7 +7,7 @@ What is retried, in which order and for how long is decided by the rules of `exe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import attrs
 
@@ -16,13 +16,14 @@ from kvfleet.adapters.call import Operation, Tally
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import FallbackConfig, ModelConfig
 from kvfleet.errors import BackendError, Fault
-from kvfleet.router.attempts import FallbackRules
+from kvfleet.eval.confidence import confidence_of
+from kvfleet.router.attempts import FallbackRules, exhausted
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
-__all__ = ["FallbackChain"]
+__all__ = ["EscalationChain", "FallbackChain", "Scorer"]
 
 
 @attrs.define
@@ -68,6 +69,70 @@ class FallbackChain:
             return response
 
         return await FallbackRules.of(self.config).first_answer(models, attempt, is_stream=False)
+
+
+Scorer = Callable[[ChatResponse], float | Awaitable[float]]
+"""Says how far an answer can be trusted, 0..1; may be async."""
+
+
+@attrs.define
+class EscalationChain:
+    """Models asked in order until one gives an answer that can be trusted: the cheapest first, the best last.
+
+    Args:
+        chain: The models.
+        confidence_threshold: Confidence from which on an answer is given, 0..1.
+        clock: For the time each attempt takes.
+    """
+
+    chain: Sequence[str] = attrs.field(validator=attrs.validators.min_len(1))
+    confidence_threshold: float = attrs.field(default=0.7, validator=[attrs.validators.ge(0), attrs.validators.le(1)])
+    clock: Clock = attrs.field(factory=SystemClock, repr=False, eq=False)
+
+    async def execute_with_escalation(
+        self,
+        adapters: Mapping[str, InferenceAdapter],
+        request: ChatRequest,
+        confidence_scorer: Scorer | None = None,
+    ) -> tuple[ChatResponse, str]:
+        """The first answer that is trusted, or else the most trusted one (the later of equals), and who gave it.
+
+        Args:
+            adapters: By model name; a model that has none counts as a failed attempt.
+            request: What to ask; its ``model`` does not count. Ask for ``logprobs`` in its `extra`, and the default
+                scorer uses them.
+            confidence_scorer: Judges each answer; by default what it gives away about itself (empty, cut off, a
+                refusal) and its tokens' probabilities, if the engine tells them.
+
+        Raises:
+            AttemptsExhaustedError: if nobody answers.
+        """
+        rules = FallbackRules(max_attempts=len(self.chain))
+        queue = [_replica(name, adapters.get(name)) for name in dict.fromkeys(self.chain)]
+        calls = _Calls(adapters, request, None, self.clock)
+        faults: list[tuple[ModelConfig, BackendError]] = []
+        answers: list[tuple[float, ChatResponse, str]] = []
+        while queue:
+            model = queue.pop(0)
+            try:
+                response = await calls.make(model, None, "low_confidence" if answers else "first")
+            except BackendError as error:
+                faults.append((model, error))
+                queue = rules.worth_trying(queue, model, error)
+                continue
+            confidence = await _scored(confidence_scorer or confidence_of, response)
+            answers.append((confidence, response, model.name))
+            if confidence >= self.confidence_threshold:
+                break
+        if not answers:
+            raise exhausted(faults)
+        _, response, name = max(reversed(answers), key=lambda answer: answer[0])
+        return response, name
+
+
+async def _scored(scorer: Scorer, response: ChatResponse) -> float:
+    found = scorer(response)
+    return await found if isinstance(found, Awaitable) else found
 
 
 def _replica(name: str, adapter: InferenceAdapter | None) -> ModelConfig:

@@ -9,6 +9,7 @@ import attrs
 
 from kvfleet.errors import Fault
 from kvfleet.trace import names
+from kvfleet.trace.attributes import verdicts_of
 from kvfleet.trace.spans import Span, Status
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Result:
     """What a route says of the models.
 
     Attributes:
-        failed: Models whose calls failed, and who did not answer in the end.
+        failed: Models whose calls failed or whose answers did not suffice, and who did not answer in the end.
         served: The model that gave a whole answer; empty if none did.
         latency_ms: From the first call to that model to the end of its answer.
     """
@@ -41,11 +42,25 @@ def result_of(outcome: Outcome) -> Result:
     attempts = [span for span in outcome.trace.stages if names.REPLICA in span.attributes]
     whole = outcome.served_by is not None and outcome.error is None
     served = outcome.served_by.name if outcome.served_by is not None and whole else ""
-    failed = dict.fromkeys(_model(span) for span in attempts if _has_failed(span))
+    insufficient = _insufficient(outcome)
+    failed = dict.fromkeys(_model(span) for span in attempts if _has_failed(span) or _number(span) in insufficient)
     failed.pop(served, None)
     own = [span for span in attempts if _model(span) == served]
     latency_ms = (own[-1].end_ns - own[0].start_ns) / 1e6 if own else outcome.duration_s * 1000
     return Result(tuple(failed), served, latency_ms)
+
+
+def _insufficient(outcome: Outcome) -> frozenset[int]:
+    """The numbers of the attempts whose answers were not trusted."""
+    trace = outcome.trace
+    threshold = trace.route.attributes.get(names.CONFIDENCE_THRESHOLD)
+    if not isinstance(threshold, float):
+        return frozenset()
+    return frozenset(number for number, (value, _) in verdicts_of(trace).items() if 0 <= value < threshold)
+
+
+def _number(span: Span) -> int:
+    return int(str(span.attributes.get(names.ATTEMPT, 0)))
 
 
 def _model(span: Span) -> str:

@@ -68,6 +68,15 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_fallback_triggered_total", "counter", ("from_model", "to_model"), "Moves to the next candidate."
     ),
     MetricInfo(
+        "kvfleet_escalations_total",
+        "counter",
+        ("from_model", "to_model"),
+        "Moves on for an answer that was not trusted.",
+    ),
+    MetricInfo(
+        "kvfleet_confidence", "histogram", ("model",), "How far judges trusted a model's answers, 0..1.", _SHARES
+    ),
+    MetricInfo(
         "kvfleet_cache_affinity_hits_total", "counter", ("type",), "Requests sent where their prompt was known to be."
     ),
     MetricInfo(

@@ -132,7 +132,7 @@ async def _check(component: Component | type, facts: Mapping[Fact[Any], Any], sa
 # Declaration
 
 
-_ASYNC = frozenset({Kind.CLASSIFY, Kind.ADMIT, Kind.ANSWER, Kind.EXECUTE, Kind.OBSERVE})
+_ASYNC = frozenset({Kind.CLASSIFY, Kind.ADMIT, Kind.ANSWER, Kind.EXECUTE, Kind.OBSERVE, Kind.JUDGE})
 
 
 def _check_declaration(cls: type, kind: Kind) -> list[str]:

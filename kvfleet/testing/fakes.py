@@ -86,6 +86,7 @@ class FakeReply:
         cached_tokens: Prompt tokens reported as cached; not reported if None.
         usage: Tokens reported, if not those counted.
         answer: A whole OpenAI answer to give instead of one made from `text`.
+        token_probability: How sure it is of each token, told where `logprobs` are asked for; None if it never tells.
     """
 
     text: str = "This is a fake answer."
@@ -98,6 +99,7 @@ class FakeReply:
     cached_tokens: int | None = None
     usage: Usage | None = None
     answer: Mapping[str, Any] | None = None
+    token_probability: float | None = None
 
 
 Script = FakeReply | Callable[[Call], FakeReply] | Iterable[FakeReply]
@@ -146,7 +148,7 @@ class FakeAdapter(InferenceAdapter):
         self._let_pass(reply, call.limits.first_byte_s)
         if reply.fail is not None and not (call.stream and reply.fail_after):
             raise _fault(reply)
-        work = plan(call.operation, call.body, reply.text, dimensions=8)
+        work = plan(call.operation, call.body, reply.text, dimensions=8, probability=reply.token_probability)
         usage = reply.usage or _usage(work, reply.cached_tokens)
         tally = Tally(model=self.model_id, response_id=f"fake-{len(self.calls)}")
         writer = Writer(operation=call.operation, id=tally.response_id, created=0, model=self.model_id, work=work)

@@ -27,10 +27,12 @@ from kvfleet.plugin.contract import (
     Rewrite,
     RoutingContext,
 )
+from kvfleet.plugin.judging import Grade, Submission
 from kvfleet.policy.engine import PolicyContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.testing.adapters import check_adapter
 from kvfleet.testing.samples import sample_models, sample_outcome
+from kvfleet.testing.submissions import NOT_ASKED, submissions
 from kvfleet.testing.trial import FAILED, Breaches, Trial
 
 __all__ = ["CHECKS"]
@@ -377,6 +379,36 @@ def _wrong_exclusions(found: Sequence[Any], ctx: RoutingContext) -> Iterable[str
             yield "apply() excludes without a reason"
 
 
+async def check_judge(trial: Trial) -> list[str]:
+    """A grade with a reason that shows no content, also where it may not ask, or the answer is only a beginning."""
+    out = Breaches()
+    for ctx in await trial.contexts():
+        for submission in submissions(ctx):
+            stage = trial.fresh()
+            try:
+                grade = await stage.grade(submission)
+            except BackendError as error:
+                out.add(*([] if error.message == NOT_ASKED else [f"grade() fails: {error}"]))
+            except Exception as error:  # noqa: BLE001 - whatever a component raises is the breach
+                out.add(f"grade() fails: {type(error).__name__}: {error}")
+            else:
+                out.add(*_wrong_grade(grade, submission))
+    return out.all()
+
+
+def _wrong_grade(grade: Any, submission: Submission) -> Iterable[str]:
+    if not isinstance(grade, Grade):
+        yield f"grade() must give a Grade, not {type(grade).__name__}"
+        return
+    if grade.score is not None and not 0 <= grade.score <= 1:
+        yield "grade() gives a score that is not between 0 and 1; use None if it cannot tell"
+    if not grade.reason.strip():
+        yield "grade() gives no reason"
+    texts = [*_prompt_texts(submission.ctx), submission.response.content]
+    if any(len(text) > 8 and text in grade.reason for text in texts):
+        yield "the reason of grade() shows content; it goes into traces"
+
+
 def _also_observing(check: Callable[[Trial], Awaitable[list[str]]]) -> Callable[[Trial], Awaitable[list[str]]]:
     """A check that also tries `observe`, if the component has one."""
 
@@ -408,5 +440,6 @@ CHECKS: Mapping[Kind, Callable[[Trial], Awaitable[list[str]]]] = {
     },
     Kind.OBSERVE: check_observe,
     Kind.ACTION: check_action,
+    Kind.JUDGE: check_judge,
     Kind.ADAPTER: check_adapter,
 }

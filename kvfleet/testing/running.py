@@ -224,6 +224,7 @@ class _World:
             cached_tokens=given.cached_tokens,
             retry_after_s=given.retry_after_s,
             headers={name.lower(): value for name, value in given.headers.items()},
+            token_probability=given.token_probability,
         )
 
 

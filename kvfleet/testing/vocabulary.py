@@ -69,6 +69,12 @@ class BackendGiven:
     fail_after: int = number(0, ge=0, doc="Pieces of a stream that get through before the fault.")
     latency_ms: float = number(0, ge=0, unit="ms", doc="Time to its answer; beyond the limit in force it is a timeout.")
     cached_tokens: int | None = number(None, ge=0, unit="tokens", doc="Prompt tokens it reports as cached.")
+    token_probability: float | None = number(
+        None,
+        gt=0,
+        le=1,
+        doc="How sure it is of each token; told where `logprobs` are asked for. It never tells if absent.",
+    )
     retry_after_s: float | None = number(None, ge=0, unit="s", doc="Seconds that the fault asks to wait.")
     headers: Mapping[str, str] = mapping(
         doc="Headers of its answer or fault, as of a rate limit.", example={"x-ratelimit-remaining-requests": "0"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvfleet.trace import names
-from kvfleet.trace.spans import AttributeValue, Span
+from kvfleet.trace.spans import AttributeValue, Span, Trace
 
 __all__ = [
     "Attributes",
@@ -21,6 +21,7 @@ __all__ = [
     "numbers",
     "text",
     "texts",
+    "verdicts_of",
     "with_prefix",
 ]
 
@@ -41,6 +42,20 @@ def answering_attempts(spans: Sequence[Span]) -> list[Span]:
     """The attempts whose answer may be the one given: the one that the route names, else all; `spans` are a trace's."""
     number_ = count(spans[0].attributes, names.ATTEMPT_SERVED) if spans else None
     return [s for s in spans if is_attempt(s) and number_ in (None, s.attributes[names.ATTEMPT])]
+
+
+def verdicts_of(trace: Trace) -> dict[int, tuple[float, str]]:
+    """What judges said of the attempts' answers, by the attempts' numbers: the confidence (-1 if unknown), and why."""
+    route = trace.route.attributes
+    by_attempt = (names.CONFIDENCE_ATTEMPTS, names.CONFIDENCE_VALUES, names.CONFIDENCE_REASONS)
+    if not all(isinstance(route.get(name), tuple | list) for name in by_attempt):
+        return {}
+    numbers_, values, reasons = (
+        numbers(route, by_attempt[0]),
+        numbers(route, by_attempt[1]),
+        texts(route, by_attempt[2]),
+    )
+    return {int(n): (value, why) for n, value, why in zip(numbers_, values, reasons, strict=False)}
 
 
 def text(attributes: Attributes, name: str) -> str:

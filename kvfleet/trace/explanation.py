@@ -11,7 +11,7 @@ import attrs
 
 from kvfleet.adapters.call import Usage
 from kvfleet.trace import names
-from kvfleet.trace.attributes import count, flag, is_attempt, is_stage, number, text, texts
+from kvfleet.trace.attributes import count, flag, is_attempt, is_stage, number, text, texts, verdicts_of
 from kvfleet.trace.records import (
     AttemptRecord,
     CandidateScore,
@@ -28,6 +28,8 @@ __all__ = ["Explanation", "TraceSink"]
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_LINES = 10
+_FIRST, _ESCALATED = "first", "low_confidence"
+_FOR_JUDGES = ("sample", "judge")
 _WORSE = {"s": "Longer expected time", "usd": "Higher price"}
 
 
@@ -154,6 +156,9 @@ class Explanation:
         """The backend calls, in order."""
         start_ns = self.trace.route.start_ns
         found = [AttemptRecord.from_span(span, start_ns) for span in self.trace.stages if is_attempt(span)]
+        if names.CONFIDENCE_ATTEMPTS in self.trace.route.attributes:
+            verdicts = verdicts_of(self.trace)
+            found = [attempt.judged(verdicts) for attempt in found]
         return tuple(sorted(found, key=lambda attempt: attempt.number))
 
     @cached_property
@@ -221,6 +226,7 @@ class Explanation:
         """Why each candidate was not the one."""
         dropped = {drop.candidate: drop for drop in self.drops}
         failed = {attempt.replica: attempt.fault for attempt in self.attempts}
+        untrusted = {a.replica: _trust(a) for a in self.attempts if a.verdict and a.replica != self.served_replica}
         totals = self.choice.by_replica if self.choice else {}
         found = {}
         for replica in self.replicas:
@@ -230,6 +236,8 @@ class Explanation:
                 found[replica] = f"{drop.reason} [{drop.rule}]" if drop.rule else drop.reason
             elif fault := failed.get(replica):
                 found[replica] = f"failed: {fault}"
+            elif trust := untrusted.get(replica):
+                found[replica] = f"not trusted: {trust}"
             elif replica in totals:
                 found[replica] = self._behind(totals[replica], totals) if replica != self.selected_replica else ""
             else:
@@ -251,13 +259,24 @@ class Explanation:
 
     @property
     def fallback_triggered(self) -> bool:
-        """True if more than one replica was tried."""
-        return len(set(self.fallback_chain)) > 1
+        """True if more than one replica was tried, and not only because an answer was not trusted."""
+        went_wrong = any(attempt.reason not in (_FIRST, _ESCALATED) for attempt in self._tries)
+        return len(set(self.fallback_chain)) > 1 and went_wrong
+
+    @property
+    def escalated(self) -> bool:
+        """True if another model was asked because an answer was not trusted."""
+        return any(attempt.reason == _ESCALATED for attempt in self.attempts)
+
+    @property
+    def _tries(self) -> Sequence[AttemptRecord]:
+        """The attempts that were made for the answer itself, not for a judge."""
+        return [attempt for attempt in self.attempts if attempt.reason not in _FOR_JUDGES]
 
     @cached_property
     def fallback_chain(self) -> tuple[str, ...]:
         """The replicas tried, in order, each once in a row."""
-        tried = [attempt.replica for attempt in self.attempts]
+        tried = [attempt.replica for attempt in self._tries]
         return tuple(replica for i, replica in enumerate(tried) if i == 0 or replica != tried[i - 1])
 
     @property
@@ -292,6 +311,9 @@ class Explanation:
             yield f"Cache affinity: {'HIT' if self.cache_hit else 'MISS'}"
         if self.fallback_triggered:
             yield f"Fallback chain: {' → '.join(self.labels[replica] for replica in self.fallback_chain)}"
+        if self.escalated:
+            judged = [a for a in self.attempts if a.verdict]
+            yield f"Escalated: {' → '.join(f'{self.labels[a.replica]} ({_trust(a)})' for a in judged)}"
         yield from self._candidate_lines()
         if self.policy_decisions:
             yield "Policy gates:"
@@ -340,6 +362,7 @@ class Explanation:
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "policy_decisions": [decision.to_dict() for decision in self.policy_decisions],
             "fallback_triggered": self.fallback_triggered,
+            "escalated": self.escalated,
             "fallback_chain": [self.labels[replica] for replica in self.fallback_chain],
             "cache_affinity_used": self.cache_affinity_used,
             "cache_hit": self.cache_hit,
@@ -352,6 +375,10 @@ class Explanation:
             "attempts": [attempt.to_dict() for attempt in self.attempts],
             "stages": [stage.to_dict() for stage in self.stages],
         }
+
+
+def _trust(attempt: AttemptRecord) -> str:
+    return "unknown" if attempt.confidence is None else f"{attempt.confidence:.2f}"
 
 
 def _decisions(stage: StageRecord) -> Sequence[PolicyDecision]:

@@ -177,7 +177,30 @@ RETRY_AFTER_S = _name(
 # Attempts
 ATTEMPT = _name("kvfleet.attempt", "attempt", "int", "1 for the first attempt.")
 ATTEMPT_REASON = _name(
-    "kvfleet.attempt.reason", "attempt", "string", "Why this attempt was made: first, or the fault of the one before."
+    "kvfleet.attempt.reason",
+    "attempt",
+    "string",
+    "Why this attempt was made: first, the fault of the one before, low_confidence in its answer, or for a judge: "
+    "sample, judge.",
+)
+CONFIDENCE_THRESHOLD = _name(
+    "kvfleet.confidence.threshold",
+    "route",
+    "double",
+    "Confidence from which on an answer is given (`execute.escalate`).",
+)
+CONFIDENCE_ATTEMPTS = _name("kvfleet.confidence.attempts", "route", "int[]", "Attempts whose answers were judged.")
+CONFIDENCE_VALUES = _name(
+    "kvfleet.confidence.values", "route", "double[]", "How far each was trusted, 0 to 1; -1 if no judge could tell."
+)
+CONFIDENCE_REASONS = _name(
+    "kvfleet.confidence.reasons", "route", "string[]", "Which judge decided on each, and why; never content."
+)
+ESCALATION_STOPPED = _name(
+    "kvfleet.escalation.stopped",
+    "route",
+    "string",
+    "Why nobody else was asked: confident, unknown, nobody_left, max_attempts, deadline or cost_limit.",
 )
 ATTEMPT_SERVED = _name(
     "kvfleet.attempt.served_by", "route", "int", "The attempt whose answer was given; only where several made one."

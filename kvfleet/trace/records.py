@@ -175,7 +175,8 @@ class AttemptRecord:
 
     Attributes:
         number: 1 for the first.
-        reason: Why it was made: ``first``, or the fault of the one before.
+        reason: Why it was made: ``first``, the fault of the one before, ``low_confidence`` in its answer, or for a
+            judge's sake: ``sample``, ``judge``.
         replica, model: Who was called.
         start_ms: Milliseconds after the start of the route.
         duration_ms: Until the end of the answer.
@@ -187,6 +188,9 @@ class AttemptRecord:
         provider, engine_model: The adapter's name, and the model by the engine's name.
         response_id: The engine's id of the answer.
         repeats: Times the call was repeated on a fresh connection.
+        is_discarded: True for a stream that began and was not read on.
+        confidence: How far its answer was trusted, 0..1; None if nobody judged it, or could tell.
+        verdict: Which judge decided, and why; empty if nobody judged it.
     """
 
     number: int
@@ -205,6 +209,9 @@ class AttemptRecord:
     engine_model: str = ""
     response_id: str = ""
     repeats: int = 0
+    is_discarded: bool = False
+    confidence: float | None = None
+    verdict: str = ""
 
     @classmethod
     def from_span(cls, span: Span, route_start_ns: int) -> AttemptRecord:
@@ -229,7 +236,15 @@ class AttemptRecord:
             engine_model=text(a, names.GEN_AI_REQUEST_MODEL),
             response_id=text(a, names.GEN_AI_RESPONSE_ID),
             repeats=count(a, names.ATTEMPT_RECONNECTED) or 0,
+            is_discarded=flag(a, names.ATTEMPT_DISCARDED),
         )
+
+    def judged(self, verdicts: Mapping[int, tuple[float, str]]) -> AttemptRecord:
+        """The same with what the judges said of its answer, by the attempts' numbers."""
+        found = verdicts.get(self.number)
+        if found is None:
+            return self
+        return attrs.evolve(self, confidence=None if found[0] < 0 else found[0], verdict=found[1])
 
     @property
     def is_success(self) -> bool:

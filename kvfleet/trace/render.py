@@ -18,6 +18,7 @@ _Pieces = list[tuple[str, Style]]
 _Step = StageRecord | AttemptRecord
 _MOST_NAMES = 4
 _TIME_WIDTH = 9
+_WHY = {"low_confidence": "escalated", "sample": "for a judge, again", "judge": "as a judge"}
 
 
 def _bare(word: str) -> str:
@@ -220,6 +221,8 @@ def _attempt(explanation: Explanation, attempt: AttemptRecord, paint: Paint) -> 
         pieces: _Pieces = [(f"✗ {who}", paint.bad), (f"{attempt.fault}{status}: {attempt.message}", _bare)]
     else:
         pieces = [(f"✓ {who}", paint.good)]
+    if attempt.reason in _WHY:
+        pieces.append((_WHY[attempt.reason], paint.dim))
     return pieces + [(piece, _bare) for piece in _answer(attempt)]
 
 
@@ -232,6 +235,11 @@ def _answer(attempt: AttemptRecord) -> Iterator[str]:
         yield f"{usage.prompt_tokens:,}{cached} in / {usage.completion_tokens:,} out tokens"
     if attempt.finish_reasons:
         yield ", ".join(attempt.finish_reasons)
+    if attempt.is_discarded:
+        yield "not read on"
+    if attempt.verdict:
+        trust = "unknown" if attempt.confidence is None else f"{attempt.confidence:.2f}"
+        yield f"confidence {trust} ({attempt.verdict})"
     if attempt.repeats:
         yield f"repeated {plural(attempt.repeats, 'time')}"
 

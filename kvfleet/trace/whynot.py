@@ -99,7 +99,8 @@ def _stranger(explanation: Explanation, name: str) -> str:
 def _verdict(explanation: Explanation, candidate: CandidateScore) -> Verdict:
     replica = candidate.id
     drop = next((drop for drop in explanation.drops if drop.candidate == replica), None)
-    attempt = next((a for a in reversed(explanation.attempts) if a.replica == replica), None)
+    attempts = [a for a in explanation.attempts if a.replica == replica]
+    attempt = next((a for a in reversed(attempts) if a.verdict), attempts[-1] if attempts else None)
     if attempt is not None:
         return _tried(explanation, candidate, attempt)
     if drop is not None:
@@ -122,6 +123,8 @@ def _verdict(explanation: Explanation, candidate: CandidateScore) -> Verdict:
 
 def _tried(explanation: Explanation, candidate: CandidateScore, attempt: AttemptRecord) -> Verdict:
     who = explanation.labels[candidate.id]
+    if attempt.is_success and explanation.served_replica not in ("", candidate.id):
+        return _answered_in_vain(explanation, candidate, attempt)
     if attempt.is_success:
         said = f"{who} did answer, in {duration(attempt.duration_ms)}, as attempt {attempt.number}."
         return Verdict(replica=candidate.id, verdict="served", text=said)
@@ -132,6 +135,23 @@ def _tried(explanation: Explanation, candidate: CandidateScore, attempt: Attempt
         said += f" {explanation.labels.get(explanation.served_replica, explanation.served_by)} answered instead."
     remedy = _FAULT_REMEDIES.get(attempt.fault, "Look at its engine's log.")
     return Verdict(replica=candidate.id, verdict="failed", text=said, remedy=remedy)
+
+
+def _answered_in_vain(explanation: Explanation, candidate: CandidateScore, attempt: AttemptRecord) -> Verdict:
+    """It answered, and another's answer was given."""
+    who = explanation.labels[candidate.id]
+    served = explanation.labels.get(explanation.served_replica, explanation.served_by)
+    if not attempt.verdict:
+        said = f"{who} was asked for a judge's sake, as attempt {attempt.number}; {served} gave the answer."
+        return Verdict(replica=candidate.id, verdict="judge", text=said)
+    trust = "unknown" if attempt.confidence is None else f"{attempt.confidence:.2f}"
+    said = f"{who} answered as attempt {attempt.number}, and {served}'s answer was given: confidence in the first was"
+    return Verdict(
+        replica=candidate.id,
+        verdict="not_trusted",
+        text=f"{said} {trust} ({attempt.verdict}).",
+        remedy="Lower the `threshold` of execute.escalate, or change its `judges`.",
+    )
 
 
 def _dropped(explanation: Explanation, drop: Dropped) -> Verdict:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvfleet.adapters.base import ChatMessage, ChatRequest, InferenceAdapter
+from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse, InferenceAdapter
 from kvfleet.adapters.call import Reply
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.builtin.execute import Fallback
@@ -15,7 +15,7 @@ from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FallbackConfig, FleetConfig, ModelConfig
 from kvfleet.errors import AttemptsExhaustedError, Fault
 from kvfleet.plugin.contract import Answer, RouteRequest, RoutingContext
-from kvfleet.router.fallback import FallbackChain
+from kvfleet.router.fallback import EscalationChain, FallbackChain
 from kvfleet.router.scoring import Ranking
 from kvfleet.runtime import Router
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
@@ -170,3 +170,50 @@ async def _by_pipeline(fleet: Mapping[str, FakeAdapter], *, promote: bool) -> tu
     except AttemptsExhaustedError as error:
         return (error.status, error.code), tried
     return "answered", tried
+
+
+class TestEscalation:
+    """The page's example, and what a scorer makes of answers."""
+
+    async def test_the_first_answer_that_is_trusted_is_given(self) -> None:
+        """A model that does not know is passed over; nobody after the one that does is asked."""
+        fleet = adapters(small=FakeReply(text="I don't know."), large=FakeReply(text="Paris."), cloud=FakeReply())
+        escalation = EscalationChain(chain=["small", "large", "cloud"], confidence_threshold=0.7)
+        response, used_model = await escalation.execute_with_escalation(adapters=fleet, request=ASK)
+        assert (response.content, used_model) == ("Paris.", "large")
+        assert not fleet["cloud"].calls
+
+    async def test_token_probabilities_count_where_they_were_asked_for(self) -> None:
+        """An answer whose words are fine, and whose model was not sure of them."""
+        unsure, sure = FakeReply(text="Rome.", token_probability=0.4), FakeReply(text="Paris.", token_probability=0.9)
+        chain = EscalationChain(["small", "large"])
+        ask = ChatRequest(ASK.messages, extra={"logprobs": True})
+        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ask))[1] == "large"
+        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ASK))[1] == "small"
+
+    @pytest.mark.parametrize(("scores", "given"), [((0.5, 0.6), "b"), ((0.6, 0.5), "a"), ((0.5, 0.5), "b")])
+    async def test_if_none_is_trusted_the_best_is_given(self, scores: tuple[float, float], given: str) -> None:
+        """Of equals the later one, whom the chain holds to be the better model; the scorer may be async."""
+        by_model = dict(zip(("a", "b"), scores, strict=True))
+
+        async def scorer(response: ChatResponse) -> float:
+            return by_model[response.model]
+
+        chain = EscalationChain(["a", "b"])
+        fleet = adapters(a=FakeReply(), b=FakeReply())
+        assert (await chain.execute_with_escalation(fleet, ASK, scorer))[1] == given
+
+    async def test_a_failure_moves_on_and_costs_no_answer(self) -> None:
+        """Whoever answered before is given if those after it fail."""
+        fleet = adapters(a=FakeReply(fail=Fault.CONNECT), b=FakeReply(text=""), c=FakeReply(fail=Fault.OVERLOADED))
+        response, name = await EscalationChain(["a", "b", "c"]).execute_with_escalation(fleet, ASK)
+        assert (response.content, name) == ("", "b")
+        with pytest.raises(AttemptsExhaustedError, match="c did not answer after 2 attempts"):
+            await EscalationChain(["a", "c"]).execute_with_escalation(fleet, ASK)
+
+    def test_a_chain_of_nobody_is_refused(self) -> None:
+        """And a threshold that is none."""
+        with pytest.raises(ValueError, match="chain"):
+            EscalationChain([])
+        with pytest.raises(ValueError, match="confidence_threshold"):
+            EscalationChain(["a"], 1.5)
