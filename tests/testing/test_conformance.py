@@ -12,6 +12,7 @@ from kvfleet.adapters.mock import MockAdapter
 from kvfleet.config.fields import mapping, number, secret, text
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Fact, Kind, Outcome, RoutingContext
+from kvfleet.plugin.judging import Grade, Submission
 from kvfleet.plugin.manager import discover
 from kvfleet.router.scoring import Column, Unit
 from kvfleet.testing.conformance import ConformanceError, check_component, kind_of
@@ -22,7 +23,7 @@ TEXT: Fact[str] = Fact("text")
 
 
 BUILT_IN = [component for kind in Kind for component in discover().of_kind(kind) if component.distribution == "kvfleet"]
-SAMPLES = {"select.canary": {"canary": "new"}}  # options that have no default
+SAMPLES = {"select.canary": {"canary": "new"}, "judge.model": {"model": "cloud"}}  # options that have no default
 
 
 @attrs.frozen(kw_only=True)
@@ -87,6 +88,8 @@ class TestSound:
     @pytest.mark.parametrize("component", BUILT_IN, ids=lambda component: component.key)
     def test_every_built_in_component_is_sound(self, component: Component) -> None:
         """What is asked of a third party holds for what comes with kvfleet."""
+        if component.key == "judge.json_schema":
+            pytest.importorskip("jsonschema")
         check_component(component, **SAMPLES.get(component.key, {}))
 
     async def test_it_may_be_called_in_an_async_test(self) -> None:
@@ -269,3 +272,31 @@ class TestLife:
                 return state
 
         assert breaches(Stateful) == (breach,)
+
+
+@attrs.frozen
+class TellingJudge:
+    """Trust everything, and say why with the answer itself."""
+
+    async def grade(self, submission: Submission) -> Grade:
+        """All of it."""
+        return Grade(1.0, f"it says {submission.response.content}")
+
+
+@attrs.frozen
+class WrongJudge:
+    """Give any number."""
+
+    async def grade(self, submission: Submission) -> Any:
+        """Ten."""
+        return Grade(10.0, "")
+
+
+def test_a_judge_that_tells_is_caught() -> None:
+    """Reasons go into traces; scores are shares."""
+    with pytest.raises(ConformanceError, match="shows content"):
+        check_component(TellingJudge)
+    with pytest.raises(ConformanceError) as caught:
+        check_component(WrongJudge)
+    assert "grade() gives a score that is not between 0 and 1; use None if it cannot tell" in str(caught.value)
+    assert "grade() gives no reason" in str(caught.value)
