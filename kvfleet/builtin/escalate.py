@@ -12,7 +12,6 @@ from kvfleet.builtin.escalation import Escalation, EscalationRules
 from kvfleet.builtin.panel import Panel
 from kvfleet.builtin.redact import Redacted
 from kvfleet.config.fields import flag, listing
-from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Answer, Attempt, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
@@ -56,6 +55,7 @@ class Escalating(EscalationRules):
         Raises:
             ConfigError: for judges there are not, and their options.
         """
+        EscalationRules.provision(self, services)
         self._services = services
         self._panel = Panel.read(self.judges, services)
 
@@ -74,7 +74,7 @@ class Escalating(EscalationRules):
         models = list(self.order(ranking.models))
         if ctx.request.operation not in _JUDGED or len({model.name for model in models}) < 2:
             # Nobody could answer instead, so there is nothing to judge for.
-            return await self.first_answer(ranking.models, _plainly(calls), is_stream=ctx.request.stream)
+            return await EscalationRules.execute(self, ctx, ranking, calls)
         escalation = Escalation(
             rules=self,
             panel=self._panel,
@@ -96,13 +96,6 @@ class Escalating(EscalationRules):
     def state(self) -> Mapping[str, int]:
         """Answers judged, those of which nobody could tell, and those after which another model answered too."""
         return dict(self._counts)
-
-
-def _plainly(attempt: Attempt) -> Any:
-    async def one(candidate: ModelConfig, timeout_s: float | None, reason: str) -> Answer:
-        return await attempt(candidate, timeout_s=timeout_s, reason=reason)
-
-    return one
 
 
 @hookimpl

@@ -11,6 +11,7 @@ import attrs
 from kvfleet.adapters.base import ChatResponse
 from kvfleet.adapters.call import Operation, Reply, Tally
 from kvfleet.builtin.beside import permitted
+from kvfleet.builtin.execute import Fallback
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.builtin.held import Held, response_of
 from kvfleet.builtin.logprobs import Logprobs
@@ -21,7 +22,7 @@ from kvfleet.errors import BackendError, Fault, NoCandidatesError
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Attempt, RoutingContext
 from kvfleet.plugin.judging import Grade, Submission
-from kvfleet.router.attempts import FallbackRules, exhausted
+from kvfleet.router.attempts import exhausted
 from kvfleet.telemetry.cost import Price, cost_usd
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue
@@ -36,7 +37,7 @@ _MARGIN_S = 0.25
 
 
 @attrs.define(kw_only=True)
-class EscalationRules(FallbackRules):
+class EscalationRules(Fallback):
     """When an answer is trusted, and how much of a stream is read to tell."""
 
     threshold: float = number(0.7, ge=0, le=1, doc="Confidence from which on an answer is given.")
