@@ -1,0 +1,217 @@
+"""What is known of a fleet's caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+
+pytest.importorskip("msgspec")
+
+from kvfleet.adapters.base import EngineLoad
+from kvfleet.cache.block_chain import token_hashes
+from kvfleet.cache.knowledge import CacheKnowledge, Held, TokenChain, address_of
+from kvfleet.cache.kv_events import BlockStored
+from kvfleet.cache.kv_sequence import EventStream
+from kvfleet.cache.kv_state import KVMode
+from kvfleet.clock import FrozenClock
+from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
+from kvfleet.config.schema import ModelConfig
+from tests.cache.made import stored, words
+from tests.cache.publisher import Publisher, pump
+
+PROMPT = list(range(1, 13))
+BLOCKS = PromptBlocksConfig(mode="engine", block_tokens=4)
+
+
+def model(name: str = "m", endpoint: str = "http://a", **events: Any) -> ModelConfig:
+    """A replica whose engine tells."""
+    settings = KVEventsConfig(replay="tcp://{host}:5558", **events)
+    return ModelConfig(name=name, endpoint=endpoint, kv_events=settings, prompt_blocks=BLOCKS)
+
+
+def chain(tokens: list[int], size: int = 4) -> TokenChain:
+    """A prompt's chain."""
+    return TokenChain(token_hashes(words(tokens), size), size, len(tokens))
+
+
+class Scene:
+    """A fleet's knowledge, and engines that tell."""
+
+    def __init__(self, *models: ModelConfig) -> None:
+        self.clock = FrozenClock()
+        self.caches = CacheKnowledge(self.clock)
+        self.caches.register(models)
+
+    def connect(self, at: int = 0, rank: int = 0) -> Publisher:
+        """Connect an engine."""
+        engine = Publisher(self.clock)
+        self.stream(at, rank).connected()
+        pump(engine, self.stream(at, rank))
+        return engine
+
+    def stream(self, at: int = 0, rank: int = 0) -> EventStream:
+        """A source's state."""
+        state = self.caches.sources[at].states[rank]
+        assert isinstance(state, EventStream)
+        return state
+
+    def tell(self, event: BlockStored, *, at: int = 0, of: int = 0, rank: int = 0) -> None:
+        """An event of a data-parallel rank, as one of the source's publishers has it."""
+        self.stream(at, of).take_in(rank, [event], 0.0)
+
+    def held(self, tokens: list[int], name: str = "m") -> dict[str, Held]:
+        """What is held of a prompt, now."""
+        self.clock.advance(1)
+        return dict(self.caches.held(name, chain(tokens), self.clock.now_s()))
+
+
+def exact(tokens: float, other: float = 0.0, mode: KVMode = KVMode.EXACT) -> Held:
+    """What is held."""
+    return Held(tokens, other, mode)
+
+
+def test_each_replica_by_itself() -> None:
+    """Of an engine that was not heard of, nothing is said at all; of others also that they hold nothing."""
+    a, b, c = model(), model(endpoint="http://b"), model(endpoint="http://c")
+    scene = Scene(a, b, c)
+    scene.connect(0)
+    scene.connect(1)
+    scene.tell(stored([1, 2], PROMPT[:8]))
+    assert scene.held(PROMPT) == {a.id: exact(8), b.id: exact(0)}
+    assert scene.caches.mode(c.id) == (KVMode.APPROXIMATE, "not connected")
+    assert scene.caches.mode("x") is None
+    assert scene.held(PROMPT, "other") == {}
+
+
+def test_the_last_token_is_always_computed() -> None:
+    """So a prompt of whole blocks that is all there counts without its last block."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1, 2, 3], PROMPT))
+    assert scene.held(PROMPT) == {a.id: exact(8)}
+    assert scene.held([*PROMPT, 99]) == {a.id: exact(12)}
+
+
+def test_an_engine_finds_blocks_of_its_own_size() -> None:
+    """If ours are smaller, what goes beyond its last whole block does not count."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1], PROMPT[:8], size=8))
+    assert scene.held([*PROMPT[:7], 0, 0, 0]) == {a.id: exact(0)}
+    assert scene.held(PROMPT) == {a.id: exact(8)}
+
+
+def test_other_tiers() -> None:
+    """Are told apart."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1], PROMPT[:4]))
+    scene.tell(stored([1], PROMPT[:4], tier="cpu"))
+    scene.tell(stored([2], PROMPT[4:8], parent=1, tier="cpu"))
+    assert scene.held(PROMPT) == {a.id: exact(4, 4)}
+
+
+def test_ranks_on_one_port() -> None:
+    """Any of them may be the one, so it is their mean that is expected."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1, 2], PROMPT[:8]), rank=0)
+    scene.tell(stored([9], [5, 5, 5, 5]), rank=1)
+    assert scene.held(PROMPT) == {a.id: exact(4, mode=KVMode.DEGRADED)}
+
+
+def test_ranks_on_ports_of_their_own() -> None:
+    """The same."""
+    a = model(data_parallel_ranks=2)
+    scene = Scene(a)
+    scene.connect(0, 0)
+    scene.connect(0, 1)
+    scene.tell(stored([1, 2], PROMPT[:8]), of=0, rank=0)
+    scene.tell(stored([1], PROMPT[:4]), of=1, rank=1)
+    assert scene.held(PROMPT) == {a.id: exact(6, mode=KVMode.DEGRADED)}
+    assert "2 data-parallel ranks" in scene.caches.mode(a.id)[1]  # type: ignore[index]
+
+
+def test_a_single_rank_with_another_number() -> None:
+    """As with an engine that is one rank of many, each with an endpoint of its own."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1, 2], PROMPT[:8]), rank=3)
+    assert scene.held(PROMPT) == {a.id: exact(8)}
+
+
+def test_an_adapter_beside_its_base() -> None:
+    """One engine, two models: one source, and each model's blocks are its own."""
+    base, tuned = model("m"), model("t", lora="tune")
+    scene = Scene(base, tuned)
+    assert len(scene.caches.sources) == 1
+    scene.connect()
+    scene.tell(stored([1], PROMPT[:4]))
+    scene.tell(stored([2, 3], PROMPT[:8], lora="tune"))
+    assert scene.held(PROMPT) == {base.id: exact(4)}
+    assert scene.held(PROMPT, "t") == {tuned.id: exact(8)}
+
+
+def test_a_restart_is_forgotten_at_once() -> None:
+    """And what comes then is known."""
+    a = model()
+    scene = Scene(a)
+    engine = scene.connect()
+    for prompt in (PROMPT[:8], [7, 7, 7, 7]):
+        scene.stream().live(*engine.store(prompt))
+    assert scene.held(PROMPT) == {a.id: exact(8)}
+    engine.restart()
+    scene.stream().live(*engine.store(PROMPT[:4]))
+    assert scene.held(PROMPT) == {a.id: exact(4)}
+
+
+def test_answers_that_disappoint() -> None:
+    """End an engine's credit."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1, 2, 3], PROMPT))
+    for _ in range(8):
+        scene.caches.answered(a.id, 12, 0)
+    scene.caches.answered("x", 12, 0)
+    assert scene.held(PROMPT) == {}
+    assert scene.caches.mode(a.id) == (KVMode.APPROXIMATE, "answers had less cached than the events say")
+
+
+def test_disabled_models_are_left_alone() -> None:
+    """Nobody listens for them."""
+    scene = Scene(attrs.evolve(model(), enabled=False), ModelConfig(name="n", endpoint="http://n"))
+    assert (scene.caches.sources, scene.caches.tells("m"), scene.caches.tells("n")) == ([], False, False)
+
+
+def test_bounds_are_held() -> None:
+    """What is beyond them degrades the replica, and takes no memory."""
+    a = model(max_blocks=2)
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1, 2, 3], PROMPT))
+    assert scene.held([*PROMPT, 0]) == {a.id: exact(8, mode=KVMode.DEGRADED)}
+    assert scene.caches.state() == {"m": {"entries": 2, "refused": 0}}
+    scene.stream().told(EngineLoad(cache_blocks=100))
+    assert scene.held(PROMPT)[a.id].mode is KVMode.DEGRADED
+
+
+@pytest.mark.parametrize(
+    ("pattern", "endpoint", "above", "expected"),
+    [
+        ("tcp://{host}:5557", "https://gpu-1.internal/v1", 0, "tcp://gpu-1.internal:5557"),
+        ("tcp://{host}:5557", "http://[fe80::1]:8000", 1, "tcp://[fe80::1]:5558"),
+        ("tcp://*:5557", "http://gpu-1:8000", 2, "tcp://*:5559"),
+        ("ipc:///run/kv", "http://gpu-1:8000", 2, "ipc:///run/kv"),
+    ],
+)
+def test_addresses(pattern: str, endpoint: str, above: int, expected: str) -> None:
+    """The host from the endpoint, and a port for each rank."""
+    assert address_of(pattern, endpoint, above) == expected
