@@ -135,10 +135,10 @@ class PrefixAffinity:
             replica: Which.
             held: The tokens that were sent there.
             told: What its engine says.
-            least: Fewer tokens count as none.
+            least: Fewer tokens count as none, unless its engine says so.
         """
         if told is not None and told.mode is not CacheMode.DEGRADED:
-            return (told.tokens if told.tokens >= least else 0.0), told.mode
+            return told.tokens, told.mode
         known = self._trust.get(replica)
         routed = held * known.share if known is not None and held >= least else 0.0
         if told is not None:  # a part of what is there

@@ -170,7 +170,7 @@ class TokensClassifier:
     def state(self) -> Mapping[str, Any]:
         """How much had to be tokenised."""
         local = {name: maker.local for name, maker in self._makers.items() if maker.local is not None}
-        return {name: {"cut": one.cuts, "tokenised_bytes": one.tokenised} for name, one in local.items()}
+        return {name: {"cut": one.cuts, "tokenised_characters": one.tokenised} for name, one in local.items()}
 
     # Making
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import attrs
 
@@ -17,7 +16,7 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.caching import KVEventsConfig
 from kvfleet.config.schema import ModelConfig
 
-__all__ = ["CacheKnowledge", "Held", "Source", "TokenChain", "address_of"]
+__all__ = ["CacheKnowledge", "Held", "Source", "TokenChain"]
 
 _FRESH_S = 0.05
 _BEST_FIRST = (KVMode.EXACT, KVMode.DEGRADED, KVMode.APPROXIMATE, KVMode.LOAD_ONLY)
@@ -227,19 +226,3 @@ def _held(chain: TokenChain, of_ranks: Sequence[Matched], known: _Judged) -> Hel
     in_all = [usable(matched.blocks) for matched in of_ranks]
     count = len(of_ranks)
     return Held(sum(device) / count, (sum(in_all) - sum(device)) / count, known.mode)
-
-
-def address_of(pattern: str, endpoint: str, above: int = 0) -> str:
-    """A ZMQ address for one engine: its host filled in, and the port so much higher.
-
-    >>> address_of("tcp://{host}:5557", "http://gpu-1:8000/v1", 2)
-    'tcp://gpu-1:5559'
-    >>> address_of("tcp://*:5557", "http://gpu-1:8000")
-    'tcp://*:5557'
-    """
-    host = urlsplit(endpoint).hostname or ""
-    address = pattern.replace("{host}", f"[{host}]" if ":" in host else host)
-    if not above or not address.startswith("tcp://"):
-        return address
-    place, _, port = address.rpartition(":")
-    return f"{place}:{int(port) + above}"

@@ -106,7 +106,7 @@ class LocalTokenizer:
 
     Attributes:
         cuts: True if prompts are tokenised piece by piece.
-        tokenised: Bytes of text that had to be tokenised so far.
+        tokenised: Characters of text that had to be tokenised so far.
     """
 
     _tokenizer: Any = attrs.field(repr=False)

@@ -6,11 +6,13 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path as FilePath
 
+from kvfleet.config.caching import address_of
 from kvfleet.config.findings import Finding, Path
 from kvfleet.config.schema import FleetConfig, ModelConfig
 
 __all__ = ["check_caches"]
 
+_HIGHEST_PORT = 65_535
 _TOKENS, _AFFINITY = "classify.tokens", "affinity.prefix"
 
 
@@ -19,6 +21,7 @@ def check_caches(config: FleetConfig) -> Iterator[Finding]:
     for index, model in enumerate(config.models):
         path: Path = ("models", index)
         yield from _check_events(config, model, (*path, "kv_events"))
+        yield from _check_addresses(config, model, (*path, "kv_events", "endpoint"))
         yield from _check_blocks(config, model, (*path, "prompt_blocks"))
     yield from _check_order(config)
 
@@ -40,6 +43,24 @@ def _check_events(config: FleetConfig, model: ModelConfig, path: Path) -> Iterat
     if not events.bind and "*" in events.endpoint:
         what, remedy = "there is no engine at `*`", "write `tcp://{host}:5557`, or `bind: true` to listen there"
         yield config.origin.finding((*path, "endpoint"), what, remedy, code="address")
+
+
+def _check_addresses(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:
+    """Each engine's address is a possible one, and its alone."""
+    events, taken = model.kv_events, dict[str, str]()
+    if events is None or events.source != "zmq" or events.bind:
+        return
+    for endpoint in model.all_endpoints():
+        for rank in range(events.data_parallel_ranks):
+            address = address_of(events.endpoint, endpoint, rank)
+            port = address.rpartition(":")[2]
+            if address.startswith("tcp://") and int(port) > _HIGHEST_PORT:
+                yield config.origin.finding(path, f"there is no port {port}", "use lower ports", code="address")
+            if address in taken:
+                what = f"{endpoint} and {taken[address]} would both publish at {address}"
+                remedy = "on one machine each engine needs ports of its own: write {port+1000} for the port, say"
+                yield config.origin.finding(path, what, remedy, code="duplicate-address")
+            taken[address] = endpoint
 
 
 def _check_blocks(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:

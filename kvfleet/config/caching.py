@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import re
+from urllib.parse import urlsplit
+
 import attrs
 
 from kvfleet.config.fields import choice, flag, number, text
 
-__all__ = ["KVEventsConfig", "PromptBlocksConfig"]
+__all__ = ["KVEventsConfig", "PromptBlocksConfig", "address_of"]
 
-_ADDRESS = r"(tcp://(\{host\}|\*|\[[0-9A-Fa-f:*]+\]|[^\s/:\[\]{}*]+):\d{1,5}|ipc://\S+)"
-_ADDRESS_DOC = "tcp://HOST:PORT or ipc://PATH; {host} stands for the host of the replica's endpoint"
+_HOST = r"(?:\{host\}|\*|\[[0-9A-Fa-f:*]+\]|[^\s/:\[\]{}*]+)"
+_PORT = r"(?:\d{1,5}|\{port(?:\+\d{1,5})?\})"
+_ADDRESS = rf"tcp://{_HOST}:{_PORT}|ipc://\S+"
+_ADDRESS_DOC = (
+    "tcp://HOST:PORT or ipc://PATH; {host} and {port} stand for those of the replica's endpoint, {port+1000} for more"
+)
+_PLACE = re.compile(r"\{port(?:\+(\d+))?\}")
+
+
+def address_of(pattern: str, endpoint: str, above: int = 0) -> str:
+    """A ZMQ address for one engine: its endpoint's host and port filled in, and the port so much higher.
+
+    >>> address_of("tcp://{host}:5557", "http://gpu-1:8000/v1", 2)
+    'tcp://gpu-1:5559'
+    >>> address_of("tcp://{host}:{port+1000}", "http://gpu-1:8001")
+    'tcp://gpu-1:9001'
+    """
+    url = urlsplit(endpoint)
+    host = url.hostname or ""
+    own = url.port or (443 if url.scheme == "https" else 80)
+    address = pattern.replace("{host}", f"[{host}]" if ":" in host else host)
+    address = _PLACE.sub(lambda match: str(own + int(match[1] or 0)), address)
+    if not above or not address.startswith("tcp://"):
+        return address
+    place, _, port = address.rpartition(":")
+    return f"{place}:{int(port) + above}"
 
 
 @attrs.frozen(kw_only=True)

@@ -10,10 +10,11 @@ import anyio
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.cache.knowledge import CacheKnowledge, Source, address_of
+from kvfleet.cache.knowledge import CacheKnowledge, Source
 from kvfleet.cache.kv_drain import EventDrain
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import CacheState
+from kvfleet.config.caching import address_of
 from kvfleet.errors import BackendError
 from kvfleet.telemetry.kv_stream import EventReader, zmq_context
 from kvfleet.telemetry.load import FleetLoad

@@ -11,7 +11,7 @@ pytest.importorskip("msgspec")
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.cache.block_chain import token_hashes
-from kvfleet.cache.knowledge import CacheKnowledge, Held, TokenChain, address_of
+from kvfleet.cache.knowledge import CacheKnowledge, Held, TokenChain
 from kvfleet.cache.kv_events import BlockStored
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import KVMode
@@ -201,17 +201,3 @@ def test_bounds_are_held() -> None:
     assert scene.caches.state() == {"m": {"entries": 2, "refused": 0}}
     scene.stream().told(EngineLoad(cache_blocks=100))
     assert scene.held(PROMPT)[a.id].mode is KVMode.DEGRADED
-
-
-@pytest.mark.parametrize(
-    ("pattern", "endpoint", "above", "expected"),
-    [
-        ("tcp://{host}:5557", "https://gpu-1.internal/v1", 0, "tcp://gpu-1.internal:5557"),
-        ("tcp://{host}:5557", "http://[fe80::1]:8000", 1, "tcp://[fe80::1]:5558"),
-        ("tcp://*:5557", "http://gpu-1:8000", 2, "tcp://*:5559"),
-        ("ipc:///run/kv", "http://gpu-1:8000", 2, "ipc:///run/kv"),
-    ],
-)
-def test_addresses(pattern: str, endpoint: str, above: int, expected: str) -> None:
-    """The host from the endpoint, and a port for each rank."""
-    assert address_of(pattern, endpoint, above) == expected

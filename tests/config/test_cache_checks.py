@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from kvfleet.config.caching import address_of
 from kvfleet.config.findings import path_text
 from kvfleet.config.loader import check_text
 
@@ -77,3 +78,37 @@ def test_stages_that_are_missing_or_late() -> None:
     assert found(model, pipeline=["classify.prompt", "classify.tokens", *stages[1:]]) == []
     late = [*stages[:2], "classify.tokens", *stages[2:]]
     assert [code for _, code in found(model, pipeline=late)] == ["order"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "endpoint", "above", "expected"),
+    [
+        ("tcp://{host}:5557", "https://gpu-1.internal/v1", 0, "tcp://gpu-1.internal:5557"),
+        ("tcp://{host}:5557", "http://[fe80::1]:8000", 1, "tcp://[fe80::1]:5558"),
+        ("tcp://*:5557", "http://gpu-1:8000", 2, "tcp://*:5559"),
+        ("tcp://{host}:{port+1000}", "http://gpu-1:8003", 1, "tcp://gpu-1:9004"),
+        ("tcp://{host}:{port}", "https://gpu-1", 0, "tcp://gpu-1:443"),
+        ("ipc:///run/kv", "http://gpu-1:8000", 2, "ipc:///run/kv"),
+    ],
+)
+def test_addresses_of_engines(pattern: str, endpoint: str, above: int, expected: str) -> None:
+    """Host and port from the endpoint, and a port for each rank."""
+    assert address_of(pattern, endpoint, above) == expected
+
+
+@pytest.mark.parametrize(
+    ("events", "code"),
+    [
+        ({"endpoint": "tcp://{host}:5557"}, "duplicate-address"),
+        ({"endpoint": "tcp://{host}:{port+1}", "data_parallel_ranks": 2}, "duplicate-address"),
+        ({"endpoint": "tcp://{host}:{port+60000}"}, "address"),
+    ],
+)
+def test_engines_on_one_machine(events: dict[str, Any], code: str) -> None:
+    """Need ports of their own, and such as there are."""
+    installed("zmq", "msgspec")
+    model = {"replicas": ["http://gpu-1:8001"], "kv_events": events, "prompt_blocks": {"mode": "engine"}}
+    assert {code for _, code in found(model)} == {code}
+    fine = {"endpoint": "tcp://{host}:{port+1000}"}
+    assert found({**model, "kv_events": fine}) == []
+    assert found({**model, "kv_events": {"endpoint": "tcp://*:5557", "bind": True}}) == []

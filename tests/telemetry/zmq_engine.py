@@ -44,11 +44,12 @@ class ZmqEngine:
     connects_to: str = ""
     requests: list[int] = attrs.field(factory=list)
     _pub: Any = None
+    _context: Any = None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[ZmqEngine]:
         """Serve for as long as the block lasts."""
-        context = zmq.asyncio.Context()
+        context = self._context = zmq.asyncio.Context()
         self._pub, router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         self._pub.setsockopt(zmq.LINGER, 0)
@@ -79,6 +80,17 @@ class ZmqEngine:
                     await router.send_multipart([client, b"", seq.to_bytes(8, "big"), payload])
                 left = None if left is None else left - 1
             await router.send_multipart([client, b"", END, b""])
+
+    def restart(self) -> None:
+        """Close the door to subscribers, as an engine that goes down does."""
+        self._pub.unbind(f"tcp://127.0.0.1:{self.port}")
+        self._pub.close(linger=0)
+
+    def resume(self) -> None:
+        """Open it again."""
+        self._pub = self._context.socket(zmq.PUB)
+        self._pub.setsockopt(zmq.LINGER, 0)
+        self.port = _bind(self._pub, self.port)
 
     async def send(self, message: tuple[int, bytes]) -> None:
         """Publish."""

@@ -1,0 +1,147 @@
+"""An engine with a prefix cache that tells of it: vLLM's HTTP and ZMQ, as far as a router needs them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import orjson
+
+from kvfleet.adapters.call import Operation
+from kvfleet.cache.tokens import LocalTokenizer
+from kvfleet.clock import SystemClock
+from tests.cache.publisher import SIZE, Publisher
+from tests.gateway.upstream import whole
+from tests.telemetry.zmq_engine import ZmqEngine
+
+__all__ = ["KVEngine"]
+
+
+class Ticking(SystemClock):
+    """The machine's clock, for a publisher that would advance a frozen one."""
+
+    def advance(self, seconds: float) -> None:
+        """Time passes by itself."""
+
+
+@attrs.define(eq=False)
+class KVEngine:
+    """Answers chats, counts what of a prompt it had cached, and publishes what it stores and removes.
+
+    Attributes:
+        tokenizer: The model's.
+        name: What it answers, to tell engines apart.
+        port: Where it is; any free one if 0. It publishes on the next, and replays on the one after.
+        asked: How many tokens of each prompt it was asked, and how many it had.
+        is_silent: True to publish nothing.
+    """
+
+    tokenizer: LocalTokenizer
+    name: str = "engine"
+    port: int = 0
+    asked: list[tuple[int, int]] = attrs.field(factory=list)
+    is_silent: bool = False
+    publisher: Publisher = attrs.field(factory=lambda: Publisher(Ticking()))  # type: ignore[arg-type]
+    wire: ZmqEngine = attrs.field(init=False)
+    _queried: int = 0
+    _hits: int = 0
+
+    @wire.default
+    def _make_wire(self) -> ZmqEngine:
+        return ZmqEngine(self.publisher)
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[KVEngine]:
+        """Serve for as long as the block lasts."""
+        writers: list[asyncio.StreamWriter] = []
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while True:
+                    head = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+                    length = next((int(line[15:]) for line in head if line.startswith(b"content-length:")), 0)
+                    body = await reader.readexactly(length)
+                    writer.write(await self._answer(head[0].split(b" ")[1].decode(), body))
+                    await writer.drain()
+            writer.close()
+
+        if not self.port:
+            self.port = _free_ports()
+        self.wire.port, self.wire.replay_port = self.port + 1, self.port + 2
+        server = await asyncio.start_server(serve, "127.0.0.1", self.port)
+        async with server, self.wire.running():
+            try:
+                yield self
+            finally:
+                for writer in writers:
+                    writer.close()
+
+    async def _answer(self, path: str, body: bytes) -> bytes:
+        if path == "/metrics":
+            return whole(self._metrics())
+        if path == "/tokenize":
+            ids = self.tokenizer.tokenise(Operation.CHAT, orjson.loads(body))
+            tokens = [int.from_bytes(ids[at : at + 4], "little") for at in range(0, len(ids), 4)]
+            return whole(orjson.dumps({"tokens": tokens, "count": len(tokens)}))
+        if path.endswith("/chat/completions"):
+            return whole(orjson.dumps(await self._chat(orjson.loads(body))))
+        return whole(b"{}")
+
+    async def _chat(self, body: Any) -> Any:
+        ids = self.tokenizer.tokenise(Operation.CHAT, body)
+        tokens = [int.from_bytes(ids[at : at + 4], "little") for at in range(0, len(ids), 4)]
+        cache, blocks = self.publisher.cache, 0
+        while (end := (blocks + 1) * SIZE) < len(tokens) and tuple(tokens[:end]) in cache:
+            blocks += 1
+        self.asked.append((len(tokens), blocks * SIZE))
+        self._queried += len(tokens)
+        self._hits += blocks * SIZE
+        message = self.publisher.store(tokens)
+        if not self.is_silent:
+            await self.wire.send(message)
+        usage = {
+            "prompt_tokens": len(tokens),
+            "completion_tokens": 1,
+            "total_tokens": len(tokens) + 1,
+            "prompt_tokens_details": {"cached_tokens": blocks * SIZE},
+        }
+        choice = {"index": 0, "message": {"role": "assistant", "content": self.name}, "finish_reason": "stop"}
+        return {"id": "1", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+
+    async def evict(self, count: int, rng: random.Random) -> None:
+        """Forget some blocks, from the ends of prompts."""
+        for _ in range(count):
+            await self.wire.send(self.publisher.evict(rng))
+
+    def _metrics(self) -> bytes:
+        lines = {
+            "vllm:num_requests_running": 0,
+            "vllm:num_requests_waiting": 0,
+            "vllm:kv_cache_usage_perc": 0,
+            "vllm:prefix_cache_queries_total": self._queried,
+            "vllm:prefix_cache_hits_total": self._hits,
+        }
+        return "".join(f'{key}{{model_name="m"}} {value}\n' for key, value in lines.items()).encode()
+
+
+def _free_ports() -> int:
+    """The first of three ports in a row that are free."""
+    while True:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.socket())
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            for above in (1, 2):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + above))
+            return port
