@@ -80,6 +80,11 @@ _COLUMNS = (
     help="Whether turns wait for the answer before; by default where the trace has sessions.",
 )
 @click.option(
+    "--events/--no-events",
+    default=None,
+    help="Whether engines tell exactly what their caches hold; by default those of models with `kv_events`.",
+)
+@click.option(
     "--slo",
     default="ttft < 2s",
     show_default=True,
@@ -104,6 +109,7 @@ def replay(
     speed: float,
     limit: int | None,
     loop: str | None,
+    events: bool | None,
     slo: str,
     expected: Sequence[str],
     seed: int,
@@ -135,6 +141,7 @@ def replay(
             seed=seed,
             speed=speed,
             is_closed_loop=None if loop is None else loop == "closed",
+            tells=events,
         )
         for label, config in variants.items()
     }

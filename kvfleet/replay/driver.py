@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 
 from kvfleet.builtin.facts import PROMPT, PromptFacts
+from kvfleet.builtin.tokens import TOKENS, PromptTokens
 from kvfleet.config.findings import NOWHERE
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
@@ -26,6 +27,7 @@ from kvfleet.pipeline.stage import BoundStage
 from kvfleet.plugin.contract import RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.registry.models import ModelRegistry
+from kvfleet.replay.caches import PromptTeller, telling, watch
 from kvfleet.replay.fleet import check_names, specs_of
 from kvfleet.replay.hosts import EngineHost, SimulatedAdapter, engine_loads
 from kvfleet.replay.measures import Served
@@ -36,6 +38,8 @@ from kvfleet.replay.virtual import START_S, VirtualClock, VirtualLoop
 from kvfleet.runtime import Dispatch, Router
 from kvfleet.sim.engine import Engine
 from kvfleet.telemetry.cost import cost_usd
+
+_NO_TOKENS = PromptTokens()
 
 __all__ = ["Replay", "ReplayResult", "ReplayRouter"]
 
@@ -69,13 +73,15 @@ class ReplayRouter(Router):
     """The live router, told the prompts' facts by whoever replays."""
 
     facts: Mapping[str, PromptFacts] = {}  # by request id
+    tokens: Callable[[str], PromptTokens] = staticmethod(lambda _: _NO_TOKENS)
 
     def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """As live, with what is known of the prompt."""
         ctx, select = super().prepare(request, dry_run=dry_run)
         found = self.facts.get(request.request_id)
         if found is not None:
-            ctx.facts[PROMPT] = found  # type: ignore[index]  # a fresh mapping, which grows in place
+            facts: dict[Any, Any] = ctx.facts  # type: ignore[assignment]  # a fresh mapping, which grows in place
+            facts[PROMPT], facts[TOKENS] = found, self.tokens(request.request_id)
         return ctx, select
 
 
@@ -92,6 +98,8 @@ class Replay:
         speed: How many times faster requests come than in the trace; think times shrink alike.
         is_closed_loop: True to let turns of a session wait for the answer before them; False to send everything at its
             time; None to wait if the trace says for whom.
+        tells: True to let every engine tell exactly what its cache holds, False to let none; None to let those whose
+            model has `kv_events`.
         names_sessions: True to tell the pipeline which conversation a request belongs to, as clients that send a
             session header do.
         progress: Told after each request how many are done.
@@ -104,6 +112,7 @@ class Replay:
     seed: int = 0
     speed: float = attrs.field(default=1.0, validator=attrs.validators.gt(0))
     is_closed_loop: bool | None = None
+    tells: bool | None = None
     names_sessions: bool = True
     progress: Callable[[int], None] | None = None
     clock: VirtualClock = attrs.field(init=False, factory=VirtualClock)
@@ -125,7 +134,7 @@ class Replay:
         Raises:
             ConfigError: with every finding of the pipeline.
         """
-        config, self.left_out = for_replay(self.config, self.table)
+        config, self.left_out = for_replay(telling(self.config, self.tells), self.table)
         self.router = ReplayRouter(
             config,
             table=told_prompts(self.table),
@@ -135,6 +144,12 @@ class Replay:
             adapters=self._adapters(),
         )
         self.router.facts = self._facts
+        for model in self.router.models:
+            self.hosts[model.id].told = watch(self.router.services.caches, model.id)
+        names = {model.name for model in self.router.models if self.hosts[model.id].told is not None}
+        if names:
+            teller = PromptTeller(sorted(names), self.trace.block_tokens)
+            self.router.tokens = lambda key: teller.tokens(self._under_way[key])
         self._prompts = traced_prompts(self.trace, names_sessions=self.names_sessions)
 
     def run(self, label: str = "") -> ReplayResult:

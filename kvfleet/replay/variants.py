@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 
 from kvfleet.builtin.facts import PROMPT
+from kvfleet.builtin.tokens import TOKENS
 from kvfleet.config.expand import expand
 from kvfleet.config.schema import FleetConfig, StageConfig
 from kvfleet.errors import ComponentError
@@ -17,7 +18,7 @@ from kvfleet.plugin.manager import ComponentTable
 
 __all__ = ["for_replay", "told_prompts", "with_strategy"]
 
-_PROMPT_STAGE = (Kind.CLASSIFY, "prompt")
+_TOLD: Mapping[str, Fact[Any]] = {"prompt": PROMPT, "tokens": TOKENS}
 _RECORDS = frozenset({"observe.metrics", "observe.log", "observe.record"})
 """Observers that keep records, and change nothing."""
 
@@ -49,14 +50,22 @@ def with_strategy(config: FleetConfig, name: str) -> FleetConfig:
 
 
 def told_prompts(table: ComponentTable) -> ComponentTable:
-    """The components, of which `classify.prompt` leaves the prompt's facts as the replay has put them."""
-
-    async def classify(_: Any, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
-        return {PROMPT: ctx.fact(PROMPT)}
-
+    """The components, of which those that would read a prompt leave its facts as the replay has put them."""
     found: dict[tuple[Kind, str], tuple[Component, ...]] = {(c.kind, c.name): (c,) for c in table.components}
     found |= {(one[0].kind, one[0].name): one for one in table.conflicts}
-    for component in found.get(_PROMPT_STAGE, ()):
-        told = type(component.cls.__name__, (component.cls,), {"classify": classify})
-        found[_PROMPT_STAGE] = (attrs.evolve(component, cls=told),)
+    for name, fact in _TOLD.items():
+        for component in found.get((Kind.CLASSIFY, name), ()):
+            found[Kind.CLASSIFY, name] = (attrs.evolve(component, cls=_told(component.cls, fact)),)
     return attrs.evolve(table, by_key=found)
+
+
+def _told(cls: type[Any], fact: Fact[Any]) -> type[Any]:
+    """A classifier with the same options that opens nothing and finds what is there."""
+
+    async def classify(_: Any, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
+        return {fact: ctx.fact(fact)}
+
+    async def aopen(_: Any) -> None:
+        """Open nothing."""
+
+    return type(cls.__name__, (cls,), {"classify": classify, "aopen": aopen})
