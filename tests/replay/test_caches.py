@@ -55,7 +55,8 @@ def config() -> FleetConfig:
 def test_what_engines_tell_is_what_they_then_find_in_their_caches(config: FleetConfig) -> None:
     """Small caches forget all the time, and every expectation is right but those that time overtakes."""
     modes, errors = expectations(config, tells=True)
-    assert set(modes) == {"exact", "none"}  # where nobody holds a beginning, its home is named without knowledge
+    assert modes["exact"] > 200  # the others: prompts under way, and homes of beginnings that nobody holds
+    assert not modes["observed"]
     assert sum(abs(error) <= 1 for error in errors) >= 295
 
 
