@@ -72,8 +72,12 @@ class ToldCaches:
             known = self.caches.held(model, chain, ctx.now_s)
             if known:
                 coming = self._under_way.depths(chain.hashes, ctx.now_s)
+                nothing = {mode: self._told(chain, Held(0.0, 0.0, mode), 0) for mode in _MODES}
                 for replica, held in known.items():
-                    found[replica] = self._told(chain, held, coming.get(replica, 0))
+                    if held.device_tokens or held.other_tokens or replica in coming:
+                        found[replica] = self._told(chain, held, coming.get(replica, 0))
+                    else:
+                        found[replica] = nothing[held.mode]
         return found
 
     def _told(self, chain: TokenChain, held: Held, coming: int) -> Told:

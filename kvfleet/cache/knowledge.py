@@ -86,13 +86,20 @@ class Source:
 
 
 @attrs.frozen
-class _Judged:
-    """A replica's mode as it was a moment ago, with what reading the index needs."""
+class _Readable:
+    """A replica whose cache may be read now, as it was a moment ago.
 
-    mode: KVMode
-    why: str
-    ranks: Sequence[int]
+    Attributes:
+        replica: Its id.
+        holders: The names under which the index has it: one for each rank.
+        block_tokens: Tokens in a block of its engine's.
+        nothing: What it holds if it holds nothing.
+    """
+
+    replica: str
+    holders: Sequence[str]
     block_tokens: int
+    nothing: Held
 
 
 @attrs.define(eq=False)
@@ -108,13 +115,13 @@ class CacheKnowledge:
     _indexes: dict[str, PrefixIndex] = attrs.field(init=False, factory=dict, repr=False)
     _of_replica: dict[str, Source] = attrs.field(init=False, factory=dict, repr=False)
     _models: dict[str, list[ModelConfig]] = attrs.field(init=False, factory=dict, repr=False)
-    _judged: dict[str, _Judged] = attrs.field(init=False, factory=dict, repr=False)
+    _readable: dict[str, list[_Readable]] = attrs.field(init=False, factory=dict, repr=False)
     _judged_s: float = attrs.field(init=False, default=float("-inf"), repr=False)
 
     def register(self, models: Sequence[ModelConfig]) -> None:
         """Know the replicas whose engines tell of their caches, instead of any known before."""
-        self.sources, self._indexes, self._of_replica, self._judged = [], {}, {}, {}
-        self._models = {}
+        self.sources, self._indexes, self._of_replica, self._models = [], {}, {}, {}
+        self._readable, self._judged_s = {}, float("-inf")
         telling: dict[tuple[str, KVEventsConfig], Source] = {}
         for model in models:
             settings = model.kv_events
@@ -182,24 +189,30 @@ class CacheKnowledge:
         index, found = self._indexes.get(model), dict[str, Held]()
         if index is None:
             return found
-        judged, matched = self._judge(now_s), index.match(chain.hashes)
-        for replica in self._models[model]:
-            known = judged[replica.id]
-            if known.mode in (KVMode.EXACT, KVMode.DEGRADED):
-                ranks = known.ranks or (0,)
-                of_ranks = [matched.get(holder_of(replica.id, rank), _NOTHING) for rank in ranks]
-                found[replica.id] = _held(chain, of_ranks, known)
+        readable, matched = self._judge(now_s).get(model, ()), index.match(chain.hashes)
+        for one in readable:
+            if len(one.holders) > 1:
+                found[one.replica] = _mean_held(chain, one, matched)
+            else:
+                at = matched.get(one.holders[0])
+                found[one.replica] = one.nothing if at is None else _held(chain, one, at)
         return found
 
-    def _judge(self, now_s: float) -> Mapping[str, _Judged]:
-        """Every replica's mode, at most a twentieth of a second old."""
+    def _judge(self, now_s: float) -> Mapping[str, Sequence[_Readable]]:
+        """By model: whose caches may be read; at most a twentieth of a second old."""
         if now_s - self._judged_s >= _FRESH_S or now_s < self._judged_s:
             self._judged_s = now_s
-            for source in self.sources:
-                judged = _Judged(*source.judge(), source.ranks(), source.block_tokens())
-                for replica in source.replicas:
-                    self._judged[replica] = judged
-        return self._judged
+            modes = {id(source): (source.judge()[0], source) for source in self.sources}
+            self._readable = {
+                model: [
+                    _readable(replica.id, mode, source)
+                    for replica in replicas
+                    for mode, source in (modes[id(self._of_replica[replica.id])],)
+                    if mode in (KVMode.EXACT, KVMode.DEGRADED)
+                ]
+                for model, replicas in self._models.items()
+            }
+        return self._readable
 
     def answered(self, replica: str, expected_tokens: float, cached_tokens: int) -> None:
         """An answer's own account of the cache, against what was held to be there."""
@@ -215,14 +228,22 @@ class CacheKnowledge:
 _NOTHING = Matched(0, 0)
 
 
-def _held(chain: TokenChain, of_ranks: Sequence[Matched], known: _Judged) -> Held:
+def _readable(replica: str, mode: KVMode, source: Source) -> _Readable:
+    holders = [holder_of(replica, rank) for rank in source.ranks() or (0,)]
+    return _Readable(replica, holders, max(source.block_tokens(), 1), Held(0.0, 0.0, mode))
+
+
+def _held(chain: TokenChain, one: _Readable, matched: Matched) -> Held:
+    """What is matched, in whole blocks of the engine's."""
+    size, most = one.block_tokens, chain.tokens - 1
+    device = min(matched.device_blocks * chain.block_tokens, most) // size * size
+    if matched.blocks == matched.device_blocks:
+        return Held(device, 0.0, one.nothing.mode)
+    return Held(device, min(matched.blocks * chain.block_tokens, most) // size * size - device, one.nothing.mode)
+
+
+def _mean_held(chain: TokenChain, one: _Readable, matched: Mapping[str, Matched]) -> Held:
     """What is found in the cache of one of the ranks, on average, as any of them may be the one."""
-    size, most = max(known.block_tokens, 1), max(chain.tokens - 1, 0)
-
-    def usable(blocks: int) -> int:
-        return min(blocks * chain.block_tokens, most) // size * size
-
-    device = [usable(matched.device_blocks) for matched in of_ranks]
-    in_all = [usable(matched.blocks) for matched in of_ranks]
-    count = len(of_ranks)
-    return Held(sum(device) / count, (sum(in_all) - sum(device)) / count, known.mode)
+    found = [_held(chain, one, matched.get(holder, _NOTHING)) for holder in one.holders]
+    device, other = sum(held.device_tokens for held in found), sum(held.other_tokens for held in found)
+    return Held(device / len(found), other / len(found), one.nothing.mode)

@@ -8,6 +8,7 @@ They run nicely (one thread, low priority) and log into `.real/logs/`; one that 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -138,8 +139,13 @@ def llama_cpp(*, embeddings: bool = False) -> Engine:
     return Engine(name="llama_cpp", command=command, port=port, start_s=60)
 
 
-def vllm() -> Engine:
-    """A vLLM on the CPU, with prefix caching, tool calls and JSON mode."""
+def vllm(*, events: tuple[int, int] | None = None, blocks: int = 512) -> Engine:
+    """A vLLM on the CPU, with prefix caching, tool calls and JSON mode.
+
+    Args:
+        events: The ports on which it publishes its KV events, and replays them; None to publish none.
+        blocks: How many blocks its KV cache has.
+    """
     folder = model()
     python, port = environment("vllm"), free_port()
     options = {
@@ -150,11 +156,15 @@ def vllm() -> Engine:
         "max-model-len": "4096",
         "block-size": "32",
         "max-num-seqs": "8",
-        "num-gpu-blocks-override": "512",
+        "num-gpu-blocks-override": str(blocks),
         "distributed-executor-backend": "uni",
         "tool-call-parser": "hermes",
         "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }
+    if events is not None:
+        told = {"enable_kv_cache_events": True, "publisher": "zmq", "topic": "kv"}
+        ports = {"endpoint": f"tcp://*:{events[0]}", "replay_endpoint": f"tcp://*:{events[1]}"}
+        options["kv-events-config"] = json.dumps({**told, **ports})
     flags = ("enforce-eager", "enable-prefix-caching", "enable-prompt-tokens-details", "enable-auto-tool-choice")
     command = [python.with_name("vllm"), "serve", folder / "hf", *(f"--{flag}" for flag in flags)]
     command += [word for key, value in options.items() for word in (f"--{key}", value)]
@@ -166,7 +176,8 @@ def vllm() -> Engine:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",
     }
-    return Engine(name="vllm", command=command, port=port, env=env, start_s=420)
+    name = "vllm" if events is None else "vllm-events"
+    return Engine(name=name, command=command, port=port, env=env, start_s=420)
 
 
 def triton() -> Engine:
