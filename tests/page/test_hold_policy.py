@@ -28,6 +28,7 @@ from kvfleet.plugin.contract import Kind
 from kvfleet.policy.pii import PIIDetector
 from kvfleet.testing.fakes import FakeReply
 from tests.page.living import live, question
+from tests.page.printed import fleet
 from tests.page.timing import a_millisecond_s, fastest_s
 
 ROOT = Path(__file__).parent.parent.parent
@@ -47,6 +48,22 @@ async def test_a_fallback_passes_the_same_filters(strategy: str) -> None:
         assert answer.status_code == 502
         assert {attempt.model for attempt in gateway.last.attempts} == {"home"}
         assert gateway.asked_of("cloud") == 0
+
+
+ESCALATING = """\
+models:
+  - {name: home, endpoint: "http://gpu-1:8000", provider: vllm}
+  - {name: cloud, endpoint: "https://cloud", allowed_data_classes: [public]}
+pipeline: [classify.prompt, filter.policy, select.cheap_cascade, execute.escalate]
+"""
+
+
+async def test_an_escalation_passes_the_same_filters() -> None:
+    """However little the answer can be trusted, nobody is asked for a better one who may not see the request."""
+    async with live(fleet(ESCALATING), scripts={"home": FakeReply(text="")}) as gateway:
+        assert await gateway.served(X_KVFleet_Data_Class="public") == "cloud"
+        assert await gateway.served(X_KVFleet_Data_Class="confidential") == "home"
+        assert gateway.asked_of("cloud") == 1
 
 
 async def test_an_allowlist_passes_the_same_filters() -> None:

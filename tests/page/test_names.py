@@ -53,6 +53,7 @@ DOCUMENTED = {
     "kvfleet.policy.residency": "ResidencyEngine ResidencyRule",
     "kvfleet.policy.tenant": "TenantManager",
     "kvfleet.registry.models": "ModelRegistry",
+    "kvfleet.router.fallback": "EscalationChain FallbackChain",
     "kvfleet.router.learned": "EpsilonGreedyStrategy Exp3Strategy ThompsonSamplingStrategy UCB1Strategy compute_reward",
     "kvfleet.router.multimodal": "detect_modality filter_vision_capable",
     "kvfleet.router.scoring": "ScoringContext ScoringEngine",
