@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from typing import Any
 
 import attrs
@@ -20,8 +20,8 @@ from tests.replay.fleets import fleet, replayed, shared_prefix
 SMALL = SimulatedFleet(default=EngineOptions(cache_tokens=40_000))
 
 
-def expectations(config: FleetConfig, tells: bool | None) -> tuple[Counter[str], list[float]]:
-    """How the served replica's cache was known for each request, and by how many tokens the expectation was wrong."""
+def expectations(config: FleetConfig, tells: bool | None) -> dict[str, list[float]]:
+    """By how many tokens the expectation for the served replica was wrong, by how its cache was known."""
     run = replayed(shared_prefix(300, prompts=40, rate_per_s=4.0), config, fleet=SMALL, tells=tells)
     traces: dict[str, Trace] = {}
     dispatch = run.router.dispatch
@@ -32,8 +32,7 @@ def expectations(config: FleetConfig, tells: bool | None) -> tuple[Counter[str],
         return dispatched
 
     run.router.dispatch = listening  # type: ignore[method-assign]
-    modes: Counter[str] = Counter()
-    errors: list[float] = []
+    errors: dict[str, list[float]] = defaultdict(list)
     for one in run.run().served:
         span = next(span for span in traces[str(one.number)].stages if span.name == "kvfleet.affinity.prefix")
         ids, tokens, known = (span.attributes[key] for key in (names.SCORED, names.SCORE_VALUES, names.SCORE_MODES))
@@ -41,9 +40,13 @@ def expectations(config: FleetConfig, tells: bool | None) -> tuple[Counter[str],
         assert isinstance(tokens, tuple)
         assert isinstance(known, tuple)
         place = ids.index(one.replica)
-        modes[str(known[place])] += 1
-        errors.append(float(tokens[place]) - one.cached_tokens)
-    return modes, errors
+        errors[str(known[place])].append(float(tokens[place]) - one.cached_tokens)
+    return errors
+
+
+def right(errors: list[float]) -> float:
+    """Share of expectations that were right to the token."""
+    return sum(abs(error) < 1 for error in errors) / len(errors)
 
 
 @pytest.fixture
@@ -53,23 +56,23 @@ def config() -> FleetConfig:
 
 
 def test_what_engines_tell_is_what_they_then_find_in_their_caches(config: FleetConfig) -> None:
-    """Small caches forget all the time, and every expectation is right but those that time overtakes."""
-    modes, errors = expectations(config, tells=True)
-    assert modes["exact"] > 200  # the others: prompts under way, and homes of beginnings that nobody holds
-    assert not modes["observed"]
-    assert sum(abs(error) <= 1 for error in errors) >= 295
+    """Small caches forget all the time, and the expectations are right but for the few that time overtakes."""
+    errors = expectations(config, tells=True)
+    assert len(errors["exact"]) > 200  # the others: prompts under way, and homes of beginnings that nobody holds
+    assert "observed" not in errors
+    assert right(errors["exact"]) > 0.95
 
 
 def test_without_their_word_expectations_are_learned(config: FleetConfig) -> None:
-    """And sometimes wrong."""
-    modes, errors = expectations(config, tells=None)
-    assert modes["exact"] == 0
-    assert sum(abs(error) <= 1 for error in errors) < 285
+    """And less often right."""
+    errors = expectations(config, tells=None)
+    assert "exact" not in errors
+    assert right(errors["observed"]) < 0.95
 
 
 def test_a_model_with_kv_events_tells_unless_it_is_kept_from_it(config: FleetConfig) -> None:
     """As the fleet file says, by default."""
     models = tuple(attrs.evolve(model, kv_events=KVEventsConfig()) for model in config.models)
     config = attrs.evolve(config, models=models)
-    assert expectations(config, tells=None)[0]["exact"] > 200
-    assert expectations(config, tells=False)[0]["exact"] == 0
+    assert len(expectations(config, tells=None)["exact"]) > 200
+    assert "exact" not in expectations(config, tells=False)
