@@ -23,6 +23,7 @@ _DROP_REMEDIES = {
     "residency": "Change the residency rule, the model's `region`, or send the request from another region.",
     "tenant": "Change the tenant's `preferred_models`, `blocked_models` or `allowed_data_classes`.",
     "capabilities": "Declare what it can do under the model's `capabilities`, or send a request that needs less.",
+    "rate_limits": "It comes back by itself when that is over; ask its provider for more, or add a replica.",
     "health": "It comes back by itself once it answers again; `kvfleet health` asks it now.",
 }
 _FAULT_REMEDIES: Mapping[str, str] = {

@@ -49,6 +49,18 @@ def test_dropped() -> None:
     )
 
 
+def test_dropped_for_its_rate_limit() -> None:
+    """The reason says for how long; what helps is patience, or more of it."""
+    reason = "its limit of requests is used up, for another 12 s"
+    dropped = stage(
+        "filter", "rate_limits", 1, 1, DROPPED=(A1,), DROPPED_REASONS=(reason,), DROPPED_RULES=("requests",)
+    )
+    trace = route(dropped, took_us=9, outcome="no_candidates", error="x", CANDIDATES=(A1,))
+    (verdict,) = why_not(Explanation(trace), A1)
+    assert verdict.text.endswith(f"was dropped by filter.rate_limits under the rule requests: {reason}.")
+    assert verdict.remedy == "It comes back by itself when that is over; ask its provider for more, or add a replica."
+
+
 def test_dropped_by_a_stage_of_somebody_elses() -> None:
     """A third party's filter is named as it stands in the pipeline; without a rule none is mentioned."""
     trace = route(
