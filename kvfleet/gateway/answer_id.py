@@ -33,6 +33,7 @@ class AnswerId:
 
     own: str
     _old: bytes = attrs.field(init=False, default=b"")
+    _start: bytes = attrs.field(init=False, default=b"")
     _new: bytes = attrs.field(init=False)
 
     @_new.default
@@ -52,7 +53,9 @@ class AnswerId:
 
     def in_events(self, piece: bytes) -> bytes:
         """A piece of whole server-sent events with it."""
-        old = self._old
+        old, start = self._old, self._start
+        if old and piece.startswith(start) and piece.count(b"\n") == 2:  # one event, as most are; 0.6 µs
+            return b"data: {" + self._new + piece[len(start) :]
         if old and piece.count(old) == piece.count(b"\n\n"):
             return piece.replace(old, self._new)
         ends = [match.end() for match in _END.finditer(piece)]
@@ -80,6 +83,6 @@ class AnswerId:
         name = orjson.dumps(old)
         for token in (b'"id":' + name, b'"id": ' + name):
             if body.count(token) == 1:
-                self._old = token
+                self._old, self._start = token, b"data: {" + token
                 return body.replace(token, self._new)
         return b""

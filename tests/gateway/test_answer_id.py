@@ -24,6 +24,8 @@ ANSWERS = st.builds(
     st.just({}) | st.builds(lambda name: {"id": name}, JSON),
     st.dictionaries(st.text(max_size=8), JSON, max_size=3),
 )
+LATE = {"object": "chat.completion.chunk", "choices": [], "id": "chatcmpl-1"}
+"""As llama.cpp writes it, whose keys are sorted."""
 CHUNK = {
     "id": "chatcmpl-1",
     "object": "chat.completion.chunk",
@@ -67,6 +69,12 @@ def test_every_other_byte_stays(separators: tuple[str, str]) -> None:
     given_id = AnswerId("mine")
     assert [given_id.in_events(written) for _ in range(3)] == [wanted] * 3
     assert given_id.in_events(written * 4) == wanted * 4
+
+
+def test_the_id_may_stand_anywhere() -> None:
+    """Also where it does not come first."""
+    given_id = AnswerId("mine")
+    assert [read(given_id.in_events(event(LATE))) for _ in range(3)] == [[{**LATE, "id": "mine"}]] * 3
 
 
 def test_other_line_ends_are_kept() -> None:
