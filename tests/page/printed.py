@@ -25,7 +25,7 @@ from kvfleet.config.schema import FleetConfig
 from kvfleet.pipeline.build import check
 from kvfleet.plugin.manager import discover
 
-__all__ = ["TABLE", "Answered", "Ran", "curl", "findings", "fleet", "run", "run_apart", "shell"]
+__all__ = ["TABLE", "Answered", "Ran", "curl", "findings", "fleet", "run", "run_apart", "shell", "upto"]
 
 TABLE = discover(environ={})
 Addresses = Mapping[str, str]
@@ -62,6 +62,13 @@ async def run(code: str, *, at: Addresses | None = None, **given: Any) -> Ran:
         if inspect.iscoroutine(waiting):
             await waiting
     return Ran(names, out.getvalue())
+
+
+def upto(code: str, beginning: str) -> str:
+    """An example up to the end of the paragraph that has a line beginning so, to see what is there at that point."""
+    before, found, after = code.partition(f"\n{beginning}")
+    assert found, f"no line begins with {beginning!r}"
+    return before + found + after.partition("\n\n")[0] + "\n"
 
 
 async def run_apart(code: str, *, at: Addresses | None = None, **given: Any) -> Ran:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.page.models import MODELS
-from tests.page.printed import run
+from tests.page.printed import run, upto
 
 EXAMPLE = """
 from kvfleet.router.learned import (
@@ -27,37 +27,40 @@ reward = compute_reward(
 )
 strategy.update(selected.model_name, reward)
 # Strategy automatically converges to best model over time
-greedy = strategy
 
 # UCB1: Mathematically optimal exploration-exploitation
 strategy = UCB1Strategy(exploration_constant=1.41)
-ucb = strategy
 
 # Thompson Sampling: Bayesian approach, excellent convergence
 strategy = ThompsonSamplingStrategy()
-thompson = strategy
 
 # Exp3: Works in adversarial/non-stationary environments
 strategy = Exp3Strategy(gamma=0.1)
-exp3 = strategy
 """
-"""As printed, but for names under which each strategy is kept."""
+
+STRATEGIES = {
+    "epsilon_greedy": "# After each request",
+    "ucb1": "# UCB1",
+    "thompson_sampling": "# Thompson Sampling",
+    "exp3": "# Exp3",
+}
+"""The paragraph after which `strategy` is which."""
 
 
 async def test_the_example_selects_and_learns() -> None:
     """One model is selected, and the reward is booked to it."""
-    ran = await run(MODELS + EXAMPLE)
+    ran = await run(MODELS + upto(EXAMPLE, "# After each request"))
     assert 0 < ran["reward"] <= 1
-    arms = ran["greedy"].stats()["arms"]
+    arms = ran["strategy"].stats()["arms"]
     assert arms[ran["selected"].model_name]["pulls"] == 1
     assert sum(arm["pulls"] for arm in arms.values()) == 1
 
 
-@pytest.mark.parametrize("name", ["greedy", "ucb", "thompson", "exp3"])
+@pytest.mark.parametrize("name", STRATEGIES)
 async def test_each_converges_to_the_best_model(name: str) -> None:
     """After a while most of its choices are the model that earns most, though it is declared the worst."""
-    ran = await run(MODELS + EXAMPLE)
-    strategy, models, context = ran[name], ran["models"], ran["ScoringContext"]
+    ran = await run(MODELS + upto(EXAMPLE, STRATEGIES[name]))
+    strategy, models, context = ran["strategy"], ran["models"], ran["ScoringContext"]
     earns = {"cheap-fast": 0.9, "balanced": 0.5, "premium": 0.1}
     chosen = []
     for seed in range(1500):
