@@ -36,6 +36,7 @@ _ANSWER = 1024
 _ANSWER_DOC = "Length taken for an answer where the request sets no `max_tokens`."
 _BUDGET_DOC = "What the whole fleet may spend, all tenants together."
 _TENANTS_DOC = "What each tenant may spend, by the identifier requests carry."
+_KEYS_DOC = "What may be spent with each of the gateway's keys, by its name."
 
 
 class _Nothing:
@@ -107,6 +108,7 @@ class BudgetAdmission:
 
     budget: BudgetConfig | None = section(None, doc=_BUDGET_DOC)
     tenants: Mapping[str, BudgetConfig] = mapping(doc=_TENANTS_DOC)
+    keys: Mapping[str, BudgetConfig] = mapping(doc=_KEYS_DOC)
     answer_tokens: int = number(_ANSWER, ge=0, unit="tokens", doc=_ANSWER_DOC)
     path: str = text("", doc="The SQLite file of what was spent; in the user's state directory if empty.")
     fleet: str = text("default", doc="The fleet's name, which tells its ledger from another fleet's.")
@@ -121,6 +123,7 @@ class BudgetAdmission:
     _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _shared: tuple[Account, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
     _accounts: dict[str, tuple[Account, ...]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _of_keys: dict[str, Account] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _ledger: Ledger | None = attrs.field(init=False, default=None, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
@@ -157,11 +160,15 @@ class BudgetAdmission:
             for name, budget in self.tenants.items()
             if budget.enabled
         }
+        self._of_keys = {
+            name: Account(f"key/{name}", budget, self._clock) for name, budget in self.keys.items() if budget.enabled
+        }
 
     def _budgets(self) -> Iterator[tuple[str, BudgetConfig]]:
         if self.budget is not None:
             yield "fleet", self.budget
         yield from ((f"tenant/{name}", budget) for name, budget in self.tenants.items())
+        yield from ((f"key/{name}", budget) for name, budget in self.keys.items())
 
     async def aopen(self) -> None:
         """Read what this month came to so far."""
@@ -183,6 +190,8 @@ class BudgetAdmission:
     async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
         """A reservation, or a refusal."""
         accounts = self._accounts.get(ctx.tenant, self._shared)
+        if (own := self._of_keys.get(ctx.request.key)) is not None:
+            accounts = (*accounts, own)
         if not accounts:
             return _Nothing()
         prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
@@ -231,7 +240,7 @@ class BudgetAdmission:
                 log.warning("budget_alert account=%s month=%s spent_pct=%s", account.name, account.month, share)
 
     def statements(self) -> list[dict[str, object]]:
-        """What each account came to this month: the fleet's, then the tenants' by name."""
+        """What each account came to this month: the fleet's, then the tenants' and the keys' by name."""
         return [account.statement() for account in self._every()]
 
     def statements_of(self, spent: Mapping[str, Spending]) -> list[dict[str, object]]:
@@ -245,7 +254,8 @@ class BudgetAdmission:
         return {"accounts": self.statements(), "ledger_failures": failed}
 
     def _every(self) -> list[Account]:
-        return [*self._shared, *(self._accounts[name][-1] for name in sorted(self._accounts))]
+        tenants = [self._accounts[name][-1] for name in sorted(self._accounts)]
+        return [*self._shared, *tenants, *(self._of_keys[name] for name in sorted(self._of_keys))]
 
 
 def _refusal(denial: Denial) -> Refusal:
@@ -264,6 +274,7 @@ class BudgetFilter:
 
     budget: BudgetConfig | None = section(None, doc=_BUDGET_DOC)
     tenants: Mapping[str, BudgetConfig] = mapping(doc=_TENANTS_DOC)
+    keys: Mapping[str, BudgetConfig] = mapping(doc=_KEYS_DOC)
     answer_tokens: int = number(_ANSWER, ge=0, unit="tokens", doc=_ANSWER_DOC)
     _prices: dict[str, Price | None] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
@@ -275,7 +286,7 @@ class BudgetFilter:
         """The most this request may cost; None for no limit."""
         limits = [
             budget.per_request_max_usd
-            for budget in (self.budget, self.tenants.get(ctx.tenant))
+            for budget in (self.budget, self.tenants.get(ctx.tenant), self.keys.get(ctx.request.key))
             if budget is not None and budget.enabled and budget.per_request_max_usd is not None
         ]
         return min(limits) if limits else None

@@ -180,6 +180,7 @@ def _facts(outcome: Outcome) -> Mapping[str, Any]:
         "request_id": attributes.get(names.REQUEST_ID),
         "trace_id": outcome.trace.trace_id,
         "tenant": outcome.context.tenant,
+        "key": outcome.context.request.key,
         "outcome": attributes.get(names.OUTCOME),
         "error": outcome.error.code if outcome.error is not None else None,
         "strategy": attributes.get(names.STRATEGY),

@@ -15,6 +15,7 @@ from kvfleet.adapters.base import EndpointHealth
 from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.config.schema import FleetConfig, ModelConfig
+from kvfleet.gateway.auth import admin_key
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.money import money
 from kvfleet.plugin.manager import ComponentTable, discover
@@ -190,7 +191,8 @@ def ask_gateway(url: str, config: FleetConfig) -> tuple[Mapping[str, Any] | None
         url: Where it listens.
         config: Names the fleet that is meant, and holds the key.
     """
-    headers = {"Authorization": f"Bearer {config.gateway.api_key}"} if config.gateway.api_key else {}
+    key = admin_key(config)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/health", headers=headers, timeout=_GATEWAY_TIMEOUT_S, trust_env=False)
         body = answer.json()

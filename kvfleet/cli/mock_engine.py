@@ -130,7 +130,7 @@ def mock_engine(
     to try a fleet file, to test a client, or to measure a router. SIGTERM and Ctrl-C stop them.
     """
     set_up_logging(as_json=False, level=log_level.upper())
-    keys = Keys.of(GatewayConfig(), api_key)
+    keys = Keys.of(GatewayConfig(), api_key, tenants=())
     check_exposure(host, keys, allowed=allow_unauthenticated)
     publishing = _Publishing(
         host=host, **{name: given.pop(name) for name in attrs.fields_dict(_Publishing) if name in given}

@@ -14,6 +14,7 @@ from kvfleet.cli.options import CONFIG_VARIABLE, Decorator, config_argument, jso
 from kvfleet.cli.skeleton import template
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig
 from kvfleet.config.secrets import Problem, SecretReader
+from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.server import Serving
 from kvfleet.gateway.server import serve as serve_fleet
 from kvfleet.pipeline.graph import as_text, describe
@@ -94,7 +95,7 @@ def _start(
 ) -> None:
     config = read_quickstart() if path is None else read_fleet(path, discover())
     what = "three mock engines inside this process, no GPU needed" if path is None else str(path)
-    needs_key = bool(api_key or config.gateway.api_key or config.gateway.api_keys)
+    needs_key = bool(Keys.of(config.gateway, api_key, tenants=config.tenants))
 
     def ready(serving: Serving) -> None:
         render.echo(_welcome(serving, config, what, needs_key=needs_key))

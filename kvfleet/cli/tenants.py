@@ -16,6 +16,7 @@ from kvfleet.cli.fleet import gateway_url
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.clock import SystemClock
 from kvfleet.config.schema import FleetConfig
+from kvfleet.gateway.auth import admin_key
 from kvfleet.money import money
 from kvfleet.pipeline.build import read
 from kvfleet.plugin.manager import ComponentTable, discover
@@ -74,7 +75,8 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 def _ask(url: str, config: FleetConfig) -> list[dict[str, Any]] | None:
     """What a running gateway of this fleet says; None if there is none."""
-    headers = {"Authorization": f"Bearer {config.gateway.api_key}"} if config.gateway.api_key else {}
+    key = admin_key(config)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/v1/tenants", headers=headers, timeout=_TIMEOUT_S, trust_env=False)
         body = answer.json()

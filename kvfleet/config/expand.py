@@ -37,7 +37,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("classify.modality", True),
         ("classify.pii", _looks_for_pii(config)),
         ("classify.domain", config.strategy in ("semantic", "domain")),
-        ("admit.concurrency", config.gateway.max_concurrent > 0),
+        ("admit.concurrency", bool(_concurrency(config))),
         ("filter.policy", _has_policy(config)),
         ("filter.tenant", bool(config.tenants)),
         ("filter.budget", _has_budget(config)),
@@ -76,7 +76,9 @@ def _has_tokens(config: FleetConfig) -> bool:
 
 
 def _has_budget(config: FleetConfig) -> bool:
-    return config.budget.enabled or any(tenant.budget.enabled for tenant in config.tenants.values())
+    budgets = [tenant.budget for tenant in config.tenants.values()]
+    budgets += [key.budget for key in config.gateway.keys.values()]
+    return config.budget.enabled or any(budget.enabled for budget in budgets)
 
 
 def _looks_for_pii(config: FleetConfig) -> bool:
@@ -134,8 +136,9 @@ def _tenants(config: FleetConfig) -> Options:
 
 def _budget(config: FleetConfig) -> Options:
     tenants = {name: unstructure(tenant.budget) for name, tenant in config.tenants.items() if tenant.budget.enabled}
+    keys = {name: unstructure(key.budget) for name, key in config.gateway.keys.items() if key.budget.enabled}
     options: Options = {"budget": unstructure(config.budget)} if config.budget.enabled else {}
-    return {**options, "tenants": tenants} if tenants else options
+    return {**options, **({"tenants": tenants} if tenants else {}), **({"keys": keys} if keys else {})}
 
 
 def _ledger(config: FleetConfig) -> Options:
@@ -207,7 +210,10 @@ def _domain_models(config: FleetConfig) -> Options:
 
 
 def _concurrency(config: FleetConfig) -> Options:
-    return {"max_concurrent": config.gateway.max_concurrent}
+    gateway = config.gateway
+    keys = {name: key.max_concurrent for name, key in gateway.keys.items() if key.max_concurrent}
+    options: Options = {"max_concurrent": gateway.max_concurrent} if gateway.max_concurrent else {}
+    return {**options, "keys": keys} if keys else options
 
 
 _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {

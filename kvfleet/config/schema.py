@@ -28,6 +28,7 @@ __all__ = [
     "FallbackConfig",
     "FleetConfig",
     "GatewayConfig",
+    "KeyConfig",
     "LongContextPrices",
     "ModelCapabilities",
     "ModelConfig",
@@ -439,6 +440,31 @@ class AliasConfig:
 
 
 @attrs.frozen(kw_only=True)
+class KeyConfig:
+    """One of the gateway's keys: whose it is, what it opens, and what may be spent with it.
+
+    Give either `key` or `sha256`.
+    """
+
+    key: str = secret(doc="The key that clients send as a bearer token.")
+    sha256: str = text(
+        "",
+        doc="The key's SHA-256 instead, so that the file holds no key; the key must be long and random.",
+        pattern=r"|[0-9A-Fa-f]{64}",
+        pattern_doc="64 hexadecimal digits",
+    )
+    tenant: str = text("", doc="The tenant whose requests it makes; if empty, those of none.")
+    role: str = choice(
+        "client",
+        of=("client", "admin"),
+        doc="`client` asks, for its tenant alone, and sees its own statements; `admin` asks for any tenant and sees "
+        "everything.",
+    )
+    budget: BudgetConfig = section(BudgetConfig, doc="What may be spent with it.")
+    max_concurrent: int = number(0, ge=0, unit="requests", doc="Most of its requests in flight; no limit if 0.")
+
+
+@attrs.frozen(kw_only=True)
 class GatewayConfig:
     """The HTTP face."""
 
@@ -449,6 +475,10 @@ class GatewayConfig:
         doc="Further keys, by a name that logs may show; a key named as a tenant is that tenant's. Values are secrets.",
         example={"team-a": "env:TEAM_A_KEY"},
         is_secret=True,
+    )
+    keys: Mapping[str, KeyConfig] = mapping(
+        doc="Keys with a tenant, a role, a budget or limits of their own, by a name that logs and statements show.",
+        example={"ml-ci": {"key": "env:ML_CI_KEY", "tenant": "team-ml", "max_concurrent": 4}},
     )
     cors_origins: tuple[str, ...] = listing((), doc="Origins allowed to call from a browser; none by default.")
     passthrough_headers: tuple[str, ...] = listing(

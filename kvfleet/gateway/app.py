@@ -20,7 +20,7 @@ from kvfleet.adapters.call import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
 from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.asgi import ASGIExchange, Message, Receive, Send, live
-from kvfleet.gateway.auth import Keys
+from kvfleet.gateway.auth import Caller, Keys
 from kvfleet.gateway.board import PATH, Board
 from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.cors import Cors
@@ -53,6 +53,7 @@ class Access(enum.StrEnum):
 
     OPEN = "open"  # anybody: it tells nothing but that the gateway is there
     KEY = "key"  # whoever has one of the gateway's keys, if it has any
+    ADMIN = "admin"  # whoever has an admin's, because it tells of all tenants
 
 
 @attrs.frozen
@@ -98,7 +99,7 @@ class Gateway:
     ) -> None:
         config = router.config
         self.router = router
-        self.keys = Keys.of(config.gateway) if keys is None else keys
+        self.keys = Keys.of(config.gateway, tenants=config.tenants) if keys is None else keys
         self.cors = Cors.of(config.gateway.cors_origins) if cors is None else cors
         self.replicas = ReplicaNames.of(router.models)
         self.meters = Meters()
@@ -131,11 +132,11 @@ class Gateway:
             Route("GET", "/v1/models/{id}", Access.KEY, self._model),
             Route("GET", "/v1/tenants", Access.KEY, self._tenants),
             Route("GET", "/health", Access.KEY, self._health),
-            Route("GET", "/metrics", Access.KEY, self._metrics),
+            Route("GET", "/metrics", Access.ADMIN, self._metrics),
             Route("GET", PATH, Access.OPEN, self.board.page),
-            Route("GET", f"{PATH}/api/state", Access.KEY, self.board.state),
-            Route("GET", f"{PATH}/api/route/{{id}}", Access.KEY, self.board.route),
-            Route("GET", f"{PATH}/events", Access.KEY, self.board.events),
+            Route("GET", f"{PATH}/api/state", Access.ADMIN, self.board.state),
+            Route("GET", f"{PATH}/api/route/{{id}}", Access.ADMIN, self.board.route),
+            Route("GET", f"{PATH}/events", Access.ADMIN, self.board.events),
             Route("GET", "/livez", Access.OPEN, self._livez),
             Route("GET", "/readyz", Access.OPEN, self._readyz),
         )
@@ -217,8 +218,9 @@ class Gateway:
         if method == "OPTIONS" and methods and b"origin" in exchange.headers:
             return None
         route = methods.get("GET" if method == "HEAD" else method)
-        if route is None or route.access is Access.KEY:
+        if route is None or route.access is not Access.OPEN:
             exchange.caller = self.keys.caller(exchange.headers.get(b"authorization"))
+            self._admit(exchange.caller, route)
         if route is not None:
             return route
         if methods:
@@ -226,6 +228,14 @@ class Gateway:
             exchange.common.append((b"allow", allowed.encode()))
             raise RouteError(f"{exchange.path} takes {allowed}", status=405, code="method_not_allowed")
         raise RouteError(f"there is no {exchange.path}{self._hint(exchange.path)}", status=404, code="unknown_url")
+
+    def _admit(self, caller: Caller, route: Route | None) -> None:
+        if route is not None and route.access is Access.ADMIN and not caller.is_admin:
+            raise RouteError(
+                f"{route.path} tells of all tenants, and this is a client's key; GET /v1/tenants tells of its budgets",
+                status=403,
+                code="operators_only",
+            )
 
     def _methods(self, path: str) -> Mapping[str, Route]:
         found = self._by_path.get(path)
@@ -262,8 +272,9 @@ class Gateway:
 
     async def _infer(self, operation: Operation, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)
-        asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id)
-        request = bind(asked, exchange.caller, self.router.config.tenants)
+        caller = exchange.caller
+        asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id, key=caller.name)
+        request = bind(asked, caller)
         exchange.watch()
         try:
             await self._answer(exchange, request)
@@ -294,8 +305,9 @@ class Gateway:
 
     async def _explain(self, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)
-        asked = self._reader.read_any(raw, exchange.headers, exchange.request_id)
-        request = bind(asked, exchange.caller, self.router.config.tenants)
+        caller = exchange.caller
+        asked = self._reader.read_any(raw, exchange.headers, exchange.request_id, key=caller.name)
+        request = bind(asked, caller)
         explanation = await self.router.simulate_request(request)
         await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
 
@@ -317,8 +329,7 @@ class Gateway:
         await exchange.json(200, found)
 
     async def _tenants(self, exchange: Exchange) -> None:
-        config = self.router.config
-        await exchange.json(200, statements(self.router.state(), exchange.caller, config.tenants))
+        await exchange.json(200, statements(self.router.state(), exchange.caller))
 
     async def _health(self, exchange: Exchange) -> None:
         status, report = fleet_report(self.router.state(), self.replicas, self.phase)

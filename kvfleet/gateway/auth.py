@@ -1,38 +1,57 @@
-"""The gateway's own keys. Only their digests are kept."""
+"""The gateway's own keys: whose each is, and what it opens. Only their digests are kept."""
 
 from __future__ import annotations
 
 import hmac
+from collections.abc import Collection, Iterator
 from hashlib import sha256
 
 import attrs
 
-from kvfleet.config.schema import GatewayConfig
+from kvfleet.config.schema import FleetConfig, GatewayConfig
 from kvfleet.errors import AuthenticationError
 
-__all__ = ["ANYBODY", "Keys"]
+__all__ = ["ANYBODY", "Caller", "Keys", "admin_key"]
 
-ANYBODY = ""
-"""The name of a caller where no key is asked for."""
+
+@attrs.frozen
+class Caller:
+    """Who calls, by the key that came with the request.
+
+    Attributes:
+        name: The key's name; empty where no key is asked for.
+        tenant: The tenant whose requests it makes; empty for none.
+        is_admin: True if it may ask for any tenant, and see everything.
+    """
+
+    name: str = ""
+    tenant: str = ""
+    is_admin: bool = False
+
+
+ANYBODY = Caller(is_admin=True)
+"""Whoever calls where no key is asked for."""
 
 
 @attrs.frozen
 class Keys:
     """The keys clients may send as bearer tokens; none is asked for if there are none."""
 
-    _digests: tuple[tuple[str, bytes], ...] = attrs.field(default=(), repr=False, alias="digests")
+    _digests: tuple[tuple[Caller, bytes], ...] = attrs.field(default=(), repr=False, alias="digests")
 
     @classmethod
-    def of(cls, config: GatewayConfig, api_key: str = "") -> Keys:
-        """The configured keys, and one more given on the command line; each under its name."""
-        found = {"default": config.api_key, "command line": api_key, **config.api_keys}
-        return cls(tuple((name, sha256(key.encode()).digest()) for name, key in found.items() if key))
+    def of(cls, config: GatewayConfig, api_key: str = "", *, tenants: Collection[str]) -> Keys:
+        """The configured keys, and one more given on the command line; each under its name.
+
+        A key of `api_keys` that is named as a tenant is that tenant's client; all others of these are admins'.
+        """
+        return cls((*_plain(config, api_key, tenants), *_own(config)))
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def caller(self, authorization: bytes | None) -> str:
-        """The name of the key in an ``Authorization`` header.
+    def caller(self, authorization: bytes | None) -> Caller:
+        """Whose key stands in an ``Authorization`` header.
 
         Every key is compared, as a digest and in constant time, so that neither a key's length nor its beginning can
         be found by measuring.
@@ -46,7 +65,29 @@ class Keys:
         if scheme.lower() != b"bearer" or not token.strip():
             raise AuthenticationError("no API key; send it as 'Authorization: Bearer KEY'", code="missing_api_key")
         sent = sha256(token.strip()).digest()
-        matches = [name for name, digest in self._digests if hmac.compare_digest(sent, digest)]
+        matches = [caller for caller, digest in self._digests if hmac.compare_digest(sent, digest)]
         if not matches:
             raise AuthenticationError("the API key is not one of this gateway's")
         return matches[0]
+
+
+def admin_key(config: FleetConfig) -> str:
+    """A key with which the fleet's operator may ask its gateway; empty if the file holds none."""
+    gateway = config.gateway
+    others = [key for name, key in gateway.api_keys.items() if name not in config.tenants]
+    admins = [one.key for one in gateway.keys.values() if one.role == "admin"]
+    return next((key for key in (gateway.api_key, *others, *admins) if key), "")
+
+
+def _plain(config: GatewayConfig, api_key: str, tenants: Collection[str]) -> Iterator[tuple[Caller, bytes]]:
+    for name, key in {"default": config.api_key, "command line": api_key, **config.api_keys}.items():
+        if key:
+            is_tenants = name in tenants
+            yield Caller(name, name if is_tenants else "", not is_tenants), sha256(key.encode()).digest()
+
+
+def _own(config: GatewayConfig) -> Iterator[tuple[Caller, bytes]]:
+    for name, one in config.keys.items():
+        digest = bytes.fromhex(one.sha256) if one.sha256 else sha256(one.key.encode()).digest()
+        if one.sha256 or one.key:
+            yield Caller(name, one.tenant, one.role == "admin"), digest

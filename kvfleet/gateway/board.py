@@ -75,12 +75,7 @@ class Board:
         await exchange.whole(200, page.body, list(page.headers))
 
     async def state(self, exchange: Exchange) -> None:
-        """What the page shows, as JSON.
-
-        Raises:
-            RouteError: 403 for a tenant's key.
-        """
-        self._admit(exchange)
+        """What the page shows, as JSON."""
         no_store = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
         await exchange.whole(200, self._gather(), no_store)
 
@@ -88,9 +83,8 @@ class Board:
         """One of the last decisions, whole.
 
         Raises:
-            RouteError: 403 for a tenant's key, 404 if it is not kept.
+            RouteError: 404 if it is not kept.
         """
-        self._admit(exchange)
         trace = self.recent.find(exchange.path.removeprefix(f"{PATH}/api/route/"))
         if trace is None:
             raise RouteError(
@@ -104,9 +98,8 @@ class Board:
         """The same as `state` every second, until the watcher leaves or the gateway stops.
 
         Raises:
-            RouteError: 403 for a tenant's key, 503 if too many watch.
+            RouteError: 503 if too many watch.
         """
-        self._admit(exchange)
         if self.watchers >= self._most_watchers:
             raise RouteError(
                 f"{self.watchers} dashboards are open, and no more may be", status=503, code="too_many_watchers"
@@ -122,15 +115,6 @@ class Board:
         finally:
             self.watchers -= 1
             exchange.unwatch()
-
-    def _admit(self, exchange: Exchange) -> None:
-        """The dashboard shows everybody's requests, so it is the operator's: a tenant's key does not open it."""
-        if exchange.caller and exchange.caller in self._router.config.tenants:
-            raise RouteError(
-                "the dashboard shows all tenants, and this key is one tenant's; GET /v1/tenants tells of that tenant",
-                status=403,
-                code="operators_only",
-            )
 
     async def _push(self, exchange: Exchange) -> None:
         await exchange.start(200, _STREAM)

@@ -287,7 +287,7 @@ def start_dashboard(
         OSError: if the address cannot be listened on.
     """
     local = is_loopback(host)
-    keys = Keys.of(GatewayConfig(), api_key)
+    keys = Keys.of(GatewayConfig(), api_key, tenants=())
     attributes = {"state": state, "keys": keys, "hosts": (*_LOCAL, host) if local else ()}
     handler: Callable[..., DashboardHandler] = type("BoundHandler", (DashboardHandler,), attributes)
     server = ThreadingHTTPServer((host, port), handler)

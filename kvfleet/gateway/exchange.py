@@ -10,6 +10,7 @@ import attrs
 import orjson
 
 from kvfleet.errors import BadRequestError
+from kvfleet.gateway.auth import ANYBODY, Caller
 from kvfleet.gateway.headers import Headers
 
 __all__ = ["ClientLeftError", "Exchange", "Pairs", "check_announced", "too_large"]
@@ -34,7 +35,7 @@ class Exchange(abc.ABC):
         headers: The headers that are looked at.
         request_id: The request's identifier; it stands on every answer.
         common: Headers of every answer to this request.
-        caller: The name of the key the request came with.
+        caller: Whose key the request came with.
         status: Of the answer, once it has begun; 0 before.
         closes: True if the connection is not to be used for another request.
         has_left: True once the client has left, if it was watched.
@@ -46,7 +47,7 @@ class Exchange(abc.ABC):
     headers: Headers = attrs.field(init=False, factory=dict)
     request_id: str = attrs.field(init=False, default="")
     common: Pairs = attrs.field(init=False, factory=list)
-    caller: str = attrs.field(init=False, default="")
+    caller: Caller = attrs.field(init=False, default=ANYBODY)
     status: int = attrs.field(init=False, default=0)
     closes: bool = attrs.field(init=False, default=False)
     has_left: bool = attrs.field(init=False, default=False)

@@ -46,7 +46,9 @@ def create_gateway_app(router: Router, api_key: str = "", cors_origins: Sequence
     config = router.config.gateway
     cors = Cors.of(config.cors_origins if cors_origins is None else cors_origins)
     conditions = read_by_conditions(stage.component for stage in router.pipeline.all_stages)
-    return Gateway(router, keys=Keys.of(config, api_key), cors=cors, condition_headers=conditions)
+    return Gateway(
+        router, keys=Keys.of(config, api_key, tenants=router.config.tenants), cors=cors, condition_headers=conditions
+    )
 
 
 @attrs.frozen
@@ -160,7 +162,7 @@ async def _serve(
     on_ready: Callable[[Serving], None] | None,
     stop: Stop,
 ) -> None:
-    check_exposure(host, Keys.of(config.gateway, api_key), allowed=allow_unauthenticated)
+    check_exposure(host, Keys.of(config.gateway, api_key, tenants=config.tenants), allowed=allow_unauthenticated)
     async with contextlib.AsyncExitStack() as stack:
         router = await _open_router(config, host, stack)
         gateway = create_gateway_app(router, api_key)

@@ -1,38 +1,41 @@
-"""Tenants over HTTP: whose key it is, and the statements of budgets.
+"""Tenants over HTTP: for whom a key asks, and the statements it may see.
 
-A key that is named as a tenant is that tenant's: its requests are the tenant's, whatever a header says, and it sees the
-tenant's own statement. Every other key is the operator's, who sees all of them.
+A client's key asks for its own tenant, whatever a header says, and sees that tenant's statement and its own. An
+admin's key asks for any tenant and sees all statements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
 
 from kvfleet.errors import RouteError
+from kvfleet.gateway.auth import Caller
 from kvfleet.plugin.contract import RouteRequest
 
 __all__ = ["bind", "statements"]
 
 
-def bind(request: RouteRequest, caller: str, tenants: Collection[str]) -> RouteRequest:
-    """The request as its caller may make it: for the tenant whose key it came with, if it is a tenant's.
+def bind(request: RouteRequest, caller: Caller) -> RouteRequest:
+    """The request as its caller may make it: for the tenant whose key it came with.
 
     Raises:
-        RouteError: 403 if a tenant's key asks in another tenant's name.
+        RouteError: 403 if a client's key asks in the name of a tenant that is not its own.
     """
-    if not caller or caller not in tenants:
+    own, named = caller.tenant, request.tenant
+    if named == own:
         return request
-    if request.tenant not in ("", caller):
-        raise RouteError(
-            "this key belongs to another tenant than the one the request names", status=403, code="wrong_tenant"
-        )
-    return attrs.evolve(request, tenant=caller)
+    if not named:
+        return attrs.evolve(request, tenant=own)
+    if caller.is_admin:
+        return request
+    whose = "belongs to another tenant than the one the request names" if own else "may not ask in a tenant's name"
+    raise RouteError(f"this key {whose}", status=403, code="wrong_tenant")
 
 
-def statements(state: Mapping[str, Any], caller: str, tenants: Collection[str]) -> dict[str, Any]:
+def statements(state: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
     """What each budget came to this month, as far as the caller may see it."""
     accounts = [
         account
@@ -40,6 +43,13 @@ def statements(state: Mapping[str, Any], caller: str, tenants: Collection[str]) 
         if key.startswith("admit.")
         for account in stage.get("accounts", ())
     ]
-    if caller and caller in tenants:
-        accounts = [account for account in accounts if account["tenant"] == caller]
+    if not caller.is_admin:
+        accounts = [account for account in accounts if _is_theirs(account, caller)]
     return {"object": "list", "fleet": state["fleet"], "data": accounts}
+
+
+def _is_theirs(account: Mapping[str, Any], caller: Caller) -> bool:
+    """True for the account of the key itself and for its tenant's, but not for another key's of the same tenant."""
+    if account["key"] is not None:
+        return bool(account["key"] == caller.name)
+    return bool(caller.tenant) and account["tenant"] == caller.tenant

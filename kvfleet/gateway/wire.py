@@ -59,7 +59,9 @@ class RequestReader:
 
     names: HeaderNames
 
-    def read(self, operation: Operation, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+    def read(
+        self, operation: Operation, raw: bytes, headers: Headers, request_id: str, *, key: str = ""
+    ) -> RouteRequest:
         """The request of one call.
 
         Raises:
@@ -67,9 +69,9 @@ class RequestReader:
         """
         body = parse(raw)
         _CHECKS[operation](body)
-        return self._request(operation, body, raw, headers, request_id)
+        return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)
 
-    def read_any(self, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+    def read_any(self, raw: bytes, headers: Headers, request_id: str, *, key: str = "") -> RouteRequest:
         """The request of a dry run, whose operation is the one its fields belong to.
 
         Raises:
@@ -78,9 +80,11 @@ class RequestReader:
         body = parse(raw)
         operation = next((op for field, op in _FIELD_OF.items() if field in body), Operation.CHAT)
         _CHECKS[operation](body)
-        return self._request(operation, body, raw, headers, request_id)
+        return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)
 
-    def _request(self, operation: Operation, body: Body, raw: bytes, headers: Headers, request_id: str) -> RouteRequest:
+    def _request(
+        self, operation: Operation, body: Body, raw: bytes, *, headers: Headers, request_id: str, key: str
+    ) -> RouteRequest:
         names = self.names
         strategy = text_of(headers, names.strategy)
         return RouteRequest(
@@ -93,6 +97,7 @@ class RequestReader:
             is_override=bool(strategy),
             stream=_stream(body, operation),
             request_id=request_id,
+            key=key,
             tenant=text_of(headers, names.tenant),
             data_class=data_class_of(headers, names.data_class),
             region=text_of(headers, names.region),

@@ -281,6 +281,8 @@ def route_attributes(
         names.STRATEGY: select.name,
         names.STRATEGY_OVERRIDDEN: request.is_override,
     }
+    if request.key:
+        attributes[names.KEY] = request.key
     if ctx.tenant:
         attributes[names.TENANT] = ctx.tenant
     if ctx.region:

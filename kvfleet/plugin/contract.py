@@ -118,6 +118,7 @@ class RouteRequest:
         strategy: The strategy asked for; empty for the pipeline's own.
         is_override: True if that strategy came from the request itself, not from an alias.
         request_id: The caller's, or one of ours.
+        key: The name of the gateway's key it came with; empty if it came with none.
         tenant, data_class, region, tags, session: Who asks, and what of; `data_class` is empty if nobody said.
         headers: Headers to pass on to the backend.
         condition_headers: Request headers that policy conditions may read, lower-case.
@@ -136,6 +137,7 @@ class RouteRequest:
     is_override: bool = False
     stream: bool = False
     request_id: str = ""
+    key: str = ""
     tenant: str = ""
     data_class: str = ""
     region: str = ""

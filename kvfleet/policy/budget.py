@@ -102,7 +102,7 @@ class Account:
     """One budget, and what has been spent and reserved of it this month.
 
     Attributes:
-        name: ``fleet``, or ``tenant/NAME``.
+        name: ``fleet``, ``tenant/NAME`` or ``key/NAME``.
         config: The limits.
         clock: The time; months are in UTC.
         spent: What the month came to so far.
@@ -194,13 +194,19 @@ class Account:
         self.is_alerted = True
         return True
 
+    def _named(self, kind: str) -> str | None:
+        """The name of whose account it is, if it is of that kind."""
+        found, _, name = self.name.partition("/")
+        return name if name and found == kind else None
+
     def statement(self) -> dict[str, object]:
         """What a person reads of it."""
         self.roll()
         spent = self.spent
         return {
             "account": self.name,
-            "tenant": self.name.removeprefix("tenant/") if self.name.startswith("tenant/") else None,
+            "tenant": self._named("tenant"),
+            "key": self._named("key"),
             "month": self.month,
             "limit_usd": self.config.monthly_budget_usd,
             "spent_usd": spent.nano_usd / NANO,

@@ -138,6 +138,7 @@ def request_of(asked: CaseRequest) -> RouteRequest:
         is_override=bool(asked.strategy),
         stream=bool(body.get("stream")),
         tenant=asked.tenant,
+        key=asked.key,
         data_class=asked.data_class,
         region=asked.region,
         session=asked.session,

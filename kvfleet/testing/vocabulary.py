@@ -49,6 +49,7 @@ class CaseRequest:
     models: tuple[str, ...] = listing((), doc="The only models allowed; all if empty.")
     strategy: str = text("", doc="The strategy this request asks for.")
     tenant: str = text("", doc="Who asks.")
+    key: str = text("", doc="The name of the gateway's key it comes with.")
     data_class: str = choice("", of=DATA_CLASSES, doc="The request's data class; the policy's default if absent.")
     region: str = text("", doc="The request's source region.")
     session: str = text("", doc="The conversation's key.")

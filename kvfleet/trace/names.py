@@ -64,6 +64,7 @@ MODEL_REQUESTED = _name(
 )
 STREAM = _name("kvfleet.stream", "route", "bool", "True if a stream was asked for.")
 TENANT = _name("kvfleet.tenant", "route", "string", "The tenant, if known.")
+KEY = _name("kvfleet.key", "route", "string", "The name of the gateway's key the request came with; never the key.")
 DATA_CLASS = _name("kvfleet.data_class", "route", "string", "The request's data class.")
 REGION = _name("kvfleet.region", "route", "string", "The request's source region, if known.")
 FLEET = _name("kvfleet.fleet", "route", "string", "The fleet's name.")

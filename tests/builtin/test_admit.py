@@ -98,7 +98,7 @@ async def test_the_queue_is_forgotten_with_the_load() -> None:
     assert (await refused(admission, "a")).retry_after_s == 4.0
     lease.release(ended(4.0))
     assert admission._turned_away == {}
-    assert admission._tenants == {}
+    assert admission._in_flight == {}
 
 
 async def test_a_dry_run_takes_no_place() -> None:
@@ -132,4 +132,17 @@ async def test_places_are_conserved(steps: list[tuple[bool, str]]) -> None:
     for lease in [lease for leases in held.values() for lease in leases]:
         lease.release(ended(1.0))
     assert admission.state()["in_flight"] == 0
-    assert admission._tenants == {}
+    assert admission._in_flight == {}
+
+
+async def test_a_key_has_a_limit_of_its_own() -> None:
+    """Those named are held to theirs, together with everybody's; others are not."""
+    admission = ConcurrencyAdmission(max_concurrent=3, keys={"ci": 1})
+    (first,) = [await admission.admit(context(key="ci"))]
+    assert not isinstance(first, Refusal)
+    assert (await refused(admission, key="ci")).reason == "the key is at its limit of requests in flight (1)"
+    await let_in(admission)
+    await admission.admit(context(key="people"))
+    assert (await refused(admission, key="people")).reason == "the gateway is at its limit of requests in flight (3)"
+    first.release(ended(1.0))
+    assert not isinstance(await admission.admit(context(key="ci")), Refusal)

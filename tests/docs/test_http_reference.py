@@ -18,7 +18,7 @@ from kvfleet.runtime import Router
 from tests.docs.pages import ROOT
 
 PAGE = ROOT / "docs" / "reference" / "http.md"
-RAISING = ("gateway", "pipeline", "builtin")
+RAISING = ("router", "gateway", "pipeline", "builtin")
 
 
 def rows(heading: str) -> list[list[str]]:
@@ -60,12 +60,15 @@ def _text(node: ast.AST | None) -> str:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
+_KEY = {Access.OPEN: "no", Access.KEY: "yes", Access.ADMIN: "admin's"}
+
+
 def test_every_route_is_told_with_who_may_call_it() -> None:
     """Method, path, and whether a key is asked for."""
     router = Router(FleetConfig(models=(ModelConfig(name="m", provider="mock", endpoint="mock://m"),)))
     told = [(method, path, key) for method, path, key, *_ in rows("Endpoints")]
     routes = Gateway(router).routes
-    assert sorted(told) == sorted((r.method, r.path, "yes" if r.access is Access.KEY else "no") for r in routes)
+    assert sorted(told) == sorted((r.method, r.path, _KEY[r.access]) for r in routes)
 
 
 def test_every_configurable_header_is_told() -> None:

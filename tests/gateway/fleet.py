@@ -138,6 +138,8 @@ def trace_of(replica: ModelConfig) -> Trace:
 
 async def gateway(router: FakeRouter, *, key: str = "") -> Gateway:
     """A gateway that has started."""
-    app = Gateway(router, keys=Keys.of(router.config.gateway, key), new_id=lambda: "req-new")  # type: ignore[arg-type]
+    app = Gateway(
+        router, keys=Keys.of(router.config.gateway, key, tenants=router.config.tenants), new_id=lambda: "req-new"
+    )  # type: ignore[arg-type]
     await app.start()
     return app

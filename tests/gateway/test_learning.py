@@ -109,7 +109,7 @@ async def live(
     router = Router(
         fleet, table=TABLE, clock=clock, adapters=adapters, sinks=[found], polls=False, seed=1, state_dir=state_dir
     )
-    found.app = Gateway(router, keys=Keys.of(fleet.gateway, key))
+    found.app = Gateway(router, keys=Keys.of(fleet.gateway, key, tenants=fleet.tenants))
     await found.app.start()
     try:
         yield found

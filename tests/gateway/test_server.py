@@ -51,7 +51,7 @@ class TestExposure:
 
     def test_a_key_or_a_word_allows_it(self) -> None:
         """With a key, or said explicitly, any address may be listened on."""
-        check_exposure("0.0.0.0", Keys.of(GatewayConfig(api_key="k")), allowed=False)
+        check_exposure("0.0.0.0", Keys.of(GatewayConfig(api_key="k"), tenants=()), allowed=False)
         check_exposure("0.0.0.0", Keys(), allowed=True)
 
     def test_serving_refuses_before_anything_starts(self) -> None:
@@ -115,7 +115,7 @@ class TestRunning:
     async def test_an_own_key_guards_an_app(self) -> None:
         """`create_gateway_app` takes a key and origins beside the configured ones."""
         app = create_gateway_app(Router(FLEET, polls=False), api_key="k", cors_origins=["https://app.example"])
-        assert app.keys.caller(b"Bearer k") == "command line"
+        assert app.keys.caller(b"Bearer k").name == "command line"
         assert app.cors.headers_for(b"https://app.example")
 
     async def test_readiness_is_known_from_the_first_moment(self) -> None:

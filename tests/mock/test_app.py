@@ -100,7 +100,7 @@ class TestInference:
 
     async def test_a_key_is_asked_for(self) -> None:
         """With a key, calls under /v1 need it; health does not."""
-        async with served(keys=Keys.of(GatewayConfig(), "secret")) as server:
+        async with served(keys=Keys.of(GatewayConfig(), "secret", tenants=())) as server:
             refused, healthy = await ask(server, body=HELLO), await ask(server, "/health")
             answered = await ask(server, body=HELLO, headers="authorization: Bearer secret\r\n")
         assert (refused.status, healthy.status, answered.status) == (401, 200, 200)

@@ -1,0 +1,42 @@
+"""What must hold of the gateway's keys: each is one, has a name of its own, and belongs to a tenant that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvfleet.config.findings import Finding, Path, did_you_mean
+from kvfleet.config.schema import FleetConfig
+
+__all__ = ["check_keys"]
+
+_TAKEN = ("default", "command line")
+"""What `gateway.api_key` and ``--api-key`` are called."""
+
+
+def check_keys(config: FleetConfig) -> Iterator[Finding]:
+    """The findings."""
+    gateway, place = config.gateway, config.origin.finding
+    for name, one in gateway.keys.items():
+        path: Path = ("gateway", "keys", name)
+        if bool(one.key) == bool(one.sha256):
+            what = "has both `key` and `sha256`" if one.key else "has neither `key` nor `sha256`"
+            yield place(path, what, "give one of them", code="key")
+        if one.tenant and one.tenant not in config.tenants:
+            remedy = did_you_mean(one.tenant, config.tenants)
+            yield place((*path, "tenant"), f"there is no tenant {one.tenant!r}", remedy, code="unknown-tenant")
+        if name in gateway.api_keys or name in _TAKEN:
+            yield place(path, "another key has this name", "rename one of them", code="duplicate-key")
+        yield from _check_limits(config, name)
+
+
+def _check_limits(config: FleetConfig, name: str) -> Iterator[Finding]:
+    """Limits that no stage of a written pipeline holds the key to."""
+    one, used = config.gateway.keys[name], {stage.use for stage in config.pipeline}
+    wanted = (
+        ("admit.budget", "budget", one.budget.enabled),
+        ("admit.concurrency", "max_concurrent", one.max_concurrent),
+    )
+    for use, field, is_on in wanted:
+        if config.pipeline and is_on and use not in used:
+            what, remedy = "no stage of `pipeline:` holds the key to this", f"add `- {use}`, or remove it"
+            yield config.origin.finding(("gateway", "keys", name, field), what, remedy, code="unused-section")
