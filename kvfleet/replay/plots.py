@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -67,7 +68,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     scale = 10 ** math.floor(math.log10(rough))
     step = next(scale * nice for nice in (1, 2, 5, 10) if scale * nice >= rough)
     first, last = math.ceil(low / step), math.floor(high / step + 1e-9)
-    return [round(place * step, 12) for place in range(first, last + 1)]
+    return [round(float(place * step), 12) for place in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -109,11 +110,12 @@ def shades(rows: Sequence[tuple[str, Sequence[float]]], x: Axis, most: float, ti
     left = _LEFT + 40
     wide, high = _WIDE - left - _RIGHT, step * len(rows)
     parts = []
+    labels = _short_names([name for name, _ in rows])
     for place, (name, values) in enumerate(rows):
         top = _TOP + place * step
         if step >= 10:
             parts.append(
-                f'<text x="{left - 6}" y="{top + step / 2 + 4:.1f}" text-anchor="end">{escape(_short(name))}</text>'
+                f'<text x="{left - 6}" y="{top + step / 2 + 4:.1f}" text-anchor="end">{escape(labels[place])}</text>'
             )
         cell = wide / max(len(values), 1)
         parts += [
@@ -154,8 +156,24 @@ def _svg(parts: Sequence[str], title: str, high: float) -> str:
     return f'<svg viewBox="0 0 {_WIDE} {high:.0f}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
-def _short(name: str, most: int = 15) -> str:
-    return name if len(name) <= most else "…" + name[-most + 1 :]
+def _short_names(names: Sequence[str], most: int = 15) -> list[str]:
+    """Names without what all of them begin and end with, up to a separator, and cut if they are still long.
+
+    >>> _short_names(["m@http://gpu-1.internal:8000", "m@http://gpu-12.internal:8000"])
+    ['gpu-1', 'gpu-12']
+    """
+    first = _shared(names)
+    last = _shared([name[first:][::-1] for name in names])
+    kept = [name[first : len(name) - last] for name in names]
+    return [name if len(name) <= most else "…" + name[-most + 1 :] for name in kept]
+
+
+def _shared(names: Sequence[str]) -> int:
+    """How many characters all names have in common at their beginning, up to the last separator among them."""
+    if len(set(names)) < 2:
+        return 0
+    common = itertools.takewhile(lambda signs: len(set(signs)) == 1, zip(*names, strict=False))
+    return max((place + 1 for place, signs in enumerate(common) if signs[0] in "@/.:"), default=0)
 
 
 def _thinned(points: Sequence[tuple[float, float]]) -> Sequence[tuple[float, float]]:

@@ -233,7 +233,7 @@ def _over_time(
         lines.append(Curve(standing.label, place % _COLOURS, points))
     highest = max((y for line in lines for _, y in line.points), default=1.0)
     y = (
-        Axis("share", 0.0, 1.0, label="{:.0%}".format)
+        Axis("share", 0.0, min(highest * 1.1, 1.0) or 1.0, label="{:.0%}".format)
         if unit == "share"
         else Axis("seconds", 0.0, highest * 1.05 or 1.0, label="{:g} s".format)
     )
