@@ -69,6 +69,8 @@ class ChatTemplate:
         Raises:
             UnrenderableError: if it has more than text in it, or the template refuses it.
         """
+        if body.get("continue_final_message") or body.get("chat_template"):
+            raise UnrenderableError("the request brings a way of its own to lay it out")
         messages = [self._message(message) for message in body.get("messages") or ()]
         more = body.get("chat_template_kwargs")
         words = {
@@ -76,6 +78,7 @@ class ChatTemplate:
             "messages": messages,
             "tools": body.get("tools") or None,
             "documents": body.get("documents"),
+            **({"reasoning_effort": body["reasoning_effort"]} if body.get("reasoning_effort") else {}),
             "add_generation_prompt": body.get("add_generation_prompt", True),
             **(more if isinstance(more, Mapping) else {}),
         }

@@ -136,6 +136,8 @@ class TestPrompts:
             (Operation.EMBEDDING, {"input": "text"}),
             (Operation.CHAT, chat({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]})),
             (Operation.CHAT, chat("text")),
+            (Operation.CHAT, chat(USER, continue_final_message=True)),
+            (Operation.CHAT, chat(USER, chat_template="{{ messages }}")),
         ],
     )
     def test_what_cannot_be_made_here(self, tokenizer: LocalTokenizer, operation: Operation, body: Any) -> None:

@@ -74,6 +74,24 @@ async def test_a_replica_near_its_rate_limit_says_so(fleet: Path) -> None:
     assert out.splitlines()[-1].rstrip().endswith(("limited for 30 s", "limited for 29 s"))
 
 
+async def test_how_each_cache_is_known(write: Callable[..., Path]) -> None:
+    """By the engine's own word, by what was sent there, or not at all; and why it is not known better."""
+    told = "kv_events: {source: trtllm}, prompt_blocks: {mode: engine}"
+    text = f"models:\n  - {{name: a, provider: mock, {told}}}\n  - {{name: b, provider: mock}}\n"
+    async with running(load_config(write(text, "told.yaml"))) as serving:
+        _, out, _ = await anyio.to_thread.run_sync(run, "fleet", write(text, "told.yaml"), "--url", serving.url)
+        _, told, _ = await anyio.to_thread.run_sync(
+            run, "fleet", write(text, "told.yaml"), "--url", serving.url, "--json"
+        )
+    assert "  CACHE  " in out.splitlines()[2]
+    assert ["approximate: not connected" in line for line in out.splitlines()[3:]] == [True, False]
+    assert [one["cache_mode"] for one in json.loads(told)["replicas"]] == ["approximate", "approximate"]
+    unused = text + "cache_affinity: {enabled: false}\n"
+    async with running(load_config(write(unused, "unused.yaml"))) as serving:
+        _, out, _ = await anyio.to_thread.run_sync(run, "fleet", write(unused, "unused.yaml"), "--url", serving.url)
+    assert "load only" in out.splitlines()[-1]
+
+
 async def test_another_fleets_gateway_is_not_taken_for_ours(write: Callable[..., Path], gateway: str) -> None:
     """A gateway that happens to listen there does not colour our view."""
     mine = write("fleet_name: mine\nmodels:\n  - {name: a, provider: mock}\n", "mine.yaml")

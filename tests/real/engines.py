@@ -177,7 +177,7 @@ def vllm(*, events: tuple[int, int] | None = None, blocks: int = 512) -> Engine:
         "VLLM_HOST_IP": "127.0.0.1",
     }
     name = "vllm" if events is None else "vllm-events"
-    return Engine(name=name, command=command, port=port, env=env, start_s=420)
+    return Engine(name=name, command=command, port=port, env=env, start_s=900)
 
 
 def triton() -> Engine:
