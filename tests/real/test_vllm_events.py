@@ -27,7 +27,7 @@ from tests.real.gateways import gateway as gateway_of
 from tests.real.gateways import model
 
 BLOCK = 32
-BLOCKS = 128
+BLOCKS = 160
 WORDS = [
     "one",
     "two",
