@@ -59,8 +59,8 @@ __all__ = ["Page", "free_ports"]
 LANGUAGES = ("console", "json", "python", "text", "toml", "yaml")
 DIRECTIVES = ("background", "output", "plain", "skip", "status")
 
-_PORTS = (8000, 4318)
-_PORT = r"(?P<before>127\.0\.0\.1:|127\.0\.0\.1\", |localhost:|0\.0\.0\.0:|--port |port: )%s\b"
+_PORTS = (8000, 4318, 9001, 5557, 5558)
+_PORT = r"(?P<before>127\.0\.0\.1:|127\.0\.0\.1\", |localhost:|0\.0\.0\.0:|\{host\}:|-port |port: )%s\b"
 _INSTALLS = re.compile(
     r"python3 -m venv \.venv && \.venv/bin/pip install [^&]+ && |(?:\.venv/bin/)?pip install -e (\S+)$"
 )
