@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 
 from kvfleet.adapters.call import Operation
-from kvfleet.builtin.facts import DOMAIN, MODALITY, PII, PROMPT, PromptFacts, messages_of, prompt_of, prompt_texts
-from kvfleet.config.fields import listing
-from kvfleet.plugin.component import Component, Stability
+from kvfleet.builtin.facts import (
+    DOMAIN,
+    EMBEDDING,
+    MODALITY,
+    PII,
+    PROMPT,
+    PromptFacts,
+    messages_of,
+    prompt_of,
+    prompt_texts,
+)
+from kvfleet.config.fields import choice, listing, text
+from kvfleet.errors import ComponentError
+from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.policy.pii import PIIDetector
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
-from kvfleet.router.semantic import describe_prompt
+from kvfleet.router.prototypes import Prototypes, keyword_weights, shipped_prototypes
+from kvfleet.router.semantic import (
+    COMBINED,
+    EMBEDDINGS,
+    KEYWORDS,
+    PromptDomain,
+    describe_prompt,
+    estimate_complexity,
+)
 
 __all__ = ["DomainClassifier", "ModalityClassifier", "PIIClassifier", "PromptClassifier"]
 
@@ -40,13 +60,57 @@ class ModalityClassifier:
         return {MODALITY: detect_modality(messages_of(ctx.request.body))}
 
 
-@attrs.frozen
+@attrs.define
 class DomainClassifier:
-    """See what the user's last message is about, by its words and phrases, and how much it asks for."""
+    """See what the user's last message is about, by words and phrases or by embeddings, and how much it asks for.
+
+    Where a vector was wanted and there is none, words and phrases decide, and the trace says why.
+    """
+
+    method: str = choice(
+        KEYWORDS,
+        of=(KEYWORDS, EMBEDDINGS, COMBINED),
+        doc="What is looked at: words and phrases, the vector of `classify.embedding`, or both.",
+    )
+    prototypes: str = text(
+        "",
+        doc="A file of prototypes trained by `benchmarks/domain_prototypes.py` for another embedder than `minilm`.",
+        example="prototypes.json",
+    )
+    _prototypes: Prototypes | None = attrs.field(init=False, default=None, repr=False, eq=False)
+
+    def required_facts(self) -> tuple[Fact[Any], ...]:
+        """The vector, unless words and phrases suffice."""
+        return () if self.method == KEYWORDS else (EMBEDDING,)
+
+    def provision(self, services: Services) -> None:
+        """Read the prototypes.
+
+        Raises:
+            ComponentError: if they cannot be read, or speak of another embedder's vectors.
+        """
+        if self.method == KEYWORDS:
+            return
+        path = Path(self.prototypes).expanduser() if self.prototypes else None
+        self._prototypes = shipped_prototypes() if path is None else Prototypes.load(path)
+        made = services.embeddings
+        if made is not None and made.name != self._prototypes.embedder:
+            what = f"the prototypes are those of {self._prototypes.embedder}, and vectors come from {made.name}"
+            raise ComponentError(
+                f"{what}; train some with benchmarks/domain_prototypes.py and name them: `prototypes:`"
+            )
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `DOMAIN`."""
-        return {DOMAIN: describe_prompt(prompt_of(ctx).question)}
+        asked = prompt_of(ctx).question
+        if self._prototypes is None:
+            return {DOMAIN: describe_prompt(asked)}
+        embedding = ctx.fact(EMBEDDING)
+        if embedding.vector is None:
+            return {DOMAIN: attrs.evolve(describe_prompt(asked), degraded=embedding.reason)}
+        words = keyword_weights(asked) if self.method == COMBINED else None
+        domain, confidence = self._prototypes.classify(embedding.vector, words)
+        return {DOMAIN: PromptDomain(domain, confidence, estimate_complexity(asked), self.method)}
 
 
 @attrs.define

@@ -13,15 +13,20 @@ from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, e
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
+from kvfleet.router.embedding import PromptEmbedding
 from kvfleet.router.multimodal import ModalityDetection
-from kvfleet.router.semantic import PromptDomain
+from kvfleet.router.routes import RouteMatch
+from kvfleet.router.semantic import KEYWORDS, PromptDomain
 from kvfleet.telemetry.load import Work
+from kvfleet.trace.spans import AttributeValue
 
 __all__ = [
     "DOMAIN",
+    "EMBEDDING",
     "MODALITY",
     "PII",
     "PROMPT",
+    "ROUTE",
     "PromptFacts",
     "estimate_prompt",
     "messages_of",
@@ -218,10 +223,32 @@ def _describe_domain(found: PromptDomain) -> str:
     return found.domain
 
 
+def _domain_details(found: PromptDomain) -> Mapping[str, AttributeValue]:
+    if found.method == KEYWORDS and not found.degraded:  # nothing but what the usual classifier does
+        return {}
+    told: dict[str, AttributeValue] = {"method": found.method, "confidence": found.confidence}
+    return {**told, "degraded": found.degraded} if found.degraded else told
+
+
+def _describe_embedding(found: PromptEmbedding) -> str:
+    return found.embedder if found.vector is not None else f"none: {found.reason}"
+
+
+def _describe_route(found: RouteMatch) -> str:
+    return found.name
+
+
+def _route_details(found: RouteMatch) -> Mapping[str, AttributeValue]:
+    told: dict[str, AttributeValue] = {"similarity": found.similarity, "nearest": found.nearest, "method": found.method}
+    return {**told, "degraded": found.degraded} if found.degraded else told
+
+
 PROMPT: Fact[PromptFacts] = Fact("prompt", _describe_prompt)
 MODALITY: Fact[ModalityDetection] = Fact("modality", _describe_modality)
 PII: Fact[PIIDetectionResult] = Fact("pii", _describe_pii)
-DOMAIN: Fact[PromptDomain] = Fact("domain", _describe_domain)
+DOMAIN: Fact[PromptDomain] = Fact("domain", _describe_domain, _domain_details)
+EMBEDDING: Fact[PromptEmbedding] = Fact("embedding", _describe_embedding)
+ROUTE: Fact[RouteMatch] = Fact("route", _describe_route, _route_details)
 
 
 def prompt_of(ctx: RoutingContext) -> PromptFacts:

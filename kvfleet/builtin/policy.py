@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.builtin.facts import PII, PROMPT, answer_tokens, prompt_tokens
+from kvfleet.builtin.facts import DOMAIN, PII, PROMPT, ROUTE, answer_tokens, prompt_tokens
 from kvfleet.config.fields import choice, flag, listing, mapping, number
 from kvfleet.config.findings import Finding, Path
 from kvfleet.config.schema import DATA_CLASSES, ModelConfig, PolicyConfig, PolicyRule, TenantConfig
@@ -94,8 +94,9 @@ class PolicyFilter:
     def required_facts(self) -> tuple[Fact[Any], ...]:
         """What the rules read beyond the request itself."""
         names = frozenset().union(*(parse(rule.condition).names for rule in self.rules))
+        read = {"tokens": PROMPT, "domain": DOMAIN, "route": ROUTE}
         needs_pii = self.pii or not names.isdisjoint(_PII_NAMES)
-        return (*((PII,) if needs_pii else ()), *((PROMPT,) if "tokens" in names else ()))
+        return (*((PII,) if needs_pii else ()), *(fact for name, fact in read.items() if name in names))
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """One drop for each candidate that a rule excludes."""
@@ -109,6 +110,7 @@ class PolicyFilter:
 def policy_context(ctx: RoutingContext) -> PolicyContext:
     """What conditions may know, from the routing context."""
     pii, prompt = ctx.fact_or_none(PII), ctx.fact_or_none(PROMPT)
+    domain, route = ctx.fact_or_none(DOMAIN), ctx.fact_or_none(ROUTE)
     return PolicyContext(
         data_class=ctx.data_class,
         tenant_id=ctx.tenant,
@@ -117,6 +119,8 @@ def policy_context(ctx: RoutingContext) -> PolicyContext:
         has_pii=pii is not None and pii.has_pii,
         pii_types=tuple(pii.pii_types) if pii is not None else (),
         tokens=prompt.token_estimate if prompt is not None else 0,
+        domain=domain.domain if domain is not None else "",
+        route=route.name if route is not None else "",
         headers=ctx.request.condition_headers,
     )
 

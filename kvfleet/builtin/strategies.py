@@ -1,12 +1,15 @@
-"""The strategies, which need no glue, as components."""
+"""The strategies as components; those that read facts say which."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from kvfleet.builtin.facts import DOMAIN
+import attrs
+
+from kvfleet.builtin.facts import DOMAIN, EMBEDDING, PROMPT, ROUTE
 from kvfleet.plugin.component import Component, Stability
-from kvfleet.plugin.contract import Kind
+from kvfleet.plugin.contract import Fact, Kind
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.balancing import (
     ConsistentHashStrategy,
@@ -27,9 +30,11 @@ from kvfleet.router.cache_aware import (
 from kvfleet.router.canary import CanaryStrategy
 from kvfleet.router.expected import ExpectedLatencyStrategy
 from kvfleet.router.learned import EpsilonGreedyStrategy, Exp3Strategy, ThompsonSamplingStrategy, UCB1Strategy
+from kvfleet.router.quality import QualityThresholdStrategy
 from kvfleet.router.semantic import DomainStrategy, SemanticStrategy
 from kvfleet.router.slo import SLOStrategy
 from kvfleet.router.strategies import (
+    FACT_KEYS,
     CheapCascadeStrategy,
     CostFirstStrategy,
     HybridScoreStrategy,
@@ -42,6 +47,37 @@ from kvfleet.router.strategies import (
 
 __all__ = ["kvfleet_components"]
 
+
+@attrs.define
+class Rules(RulesStrategy):
+    """Choose by rules: the first that holds puts its model first; without one, the weighted score decides.
+
+    A rule's condition may name `data_class`, `tenant`, `domain`, `route` and `tags.X`; all it names must be equal. The
+    domain and the route are the request's own tags of these names, or else what classifiers find. Any other key is
+    read as a tag's name.
+    """
+
+    def required_facts(self) -> tuple[Fact[Any], ...]:
+        """What the conditions read that a classifier has to find."""
+        facts: dict[str, Fact[Any]] = dict(zip(FACT_KEYS, (DOMAIN, ROUTE), strict=True))
+        named = {key for rule in self.rules for key in rule.condition}
+        return tuple(facts[key] for key in FACT_KEYS if key in named)
+
+
+@attrs.define
+class Semantic(SemanticStrategy):
+    """Choose the model made for what the prompt is about, and no stronger than it needs.
+
+    A model matches by its tag `route`, if that is the prompt's route; by its tag `domain`, or else by what its
+    description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total is 0.6 for
+    the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
+    """
+
+    def required_facts(self) -> tuple[Fact[Any], ...]:
+        """The vector, if meanings are to be compared."""
+        return (EMBEDDING,) if self.use_embeddings else ()
+
+
 _STRATEGIES: dict[str, type] = {
     "expected_latency": ExpectedLatencyStrategy,
     "hybrid_score": HybridScoreStrategy,
@@ -50,7 +86,7 @@ _STRATEGIES: dict[str, type] = {
     "quality_first": QualityFirstStrategy,
     "cheap_cascade": CheapCascadeStrategy,
     "static": StaticStrategy,
-    "rules": RulesStrategy,
+    "rules": Rules,
     "weighted": WeightedStrategy,
     "round_robin": RoundRobinStrategy,
     "random": RandomStrategy,
@@ -84,5 +120,6 @@ def kvfleet_components() -> Iterable[Component]:
         yield Component(Kind.SELECT, name, cls, aliases=aliases)
     yield Component(Kind.SELECT, "canary", CanaryStrategy)
     yield Component(Kind.SELECT, "slo", SLOStrategy)
-    yield Component(Kind.SELECT, "semantic", SemanticStrategy, needs=(DOMAIN,))
+    yield Component(Kind.SELECT, "quality_threshold", QualityThresholdStrategy, needs=(PROMPT,))
+    yield Component(Kind.SELECT, "semantic", Semantic, needs=(DOMAIN,))
     yield Component(Kind.SELECT, "domain", DomainStrategy, needs=(DOMAIN,))

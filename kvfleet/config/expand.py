@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 __all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path"]
 
 Options = dict[str, Any]
+_DOMAIN = re.compile(r"(?<![\w.'\"])domain\b")
 
 
 def expand(config: FleetConfig) -> tuple[StageConfig, ...]:
@@ -36,7 +38,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("classify.prompt", True),
         ("classify.modality", True),
         ("classify.pii", _looks_for_pii(config)),
-        ("classify.domain", config.strategy in ("semantic", "domain")),
+        ("classify.domain", _tells_domains(config)),
         ("admit.concurrency", bool(_concurrency(config))),
         ("filter.policy", _has_policy(config)),
         ("filter.tenant", bool(config.tenants)),
@@ -84,6 +86,14 @@ def _has_budget(config: FleetConfig) -> bool:
 def _looks_for_pii(config: FleetConfig) -> bool:
     policy = config.policy
     return policy.enabled and (policy.pii_detection or any("pii" in rule.condition for rule in policy.rules))
+
+
+def _tells_domains(config: FleetConfig) -> bool:
+    """True if the strategy, or a rule, reads what prompts are about."""
+    if config.strategy in ("semantic", "domain"):
+        return True
+    by_rule = config.strategy == "rules" and any("domain" in rule.condition for rule in config.route_rules)
+    return by_rule or (config.policy.enabled and any(_DOMAIN.search(rule.condition) for rule in config.policy.rules))
 
 
 def _stage(config: FleetConfig, use: str) -> StageConfig:

@@ -96,7 +96,10 @@ class Decision:
         facts: dict[Any, Any] = self.ctx.facts  # type: ignore[assignment]
         for fact, value in found.items():
             facts[fact] = value
-            span.attributes[names.FACT_PREFIX + fact.name] = fact.describe(value)
+            shown = names.FACT_PREFIX + fact.name
+            span.attributes[shown] = fact.describe(value)
+            for detail, what in fact.details(value).items():
+                span.attributes[f"{shown}.{detail}"] = what
 
     async def admit(self, stage: BoundStage, span: Span) -> None:
         """Keep the lease, or refuse the request."""

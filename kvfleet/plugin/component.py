@@ -17,6 +17,7 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
 from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, RoutingContext
+from kvfleet.router.embedding import Embeddings
 from kvfleet.router.scoring import Ranking
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
@@ -119,6 +120,8 @@ class Services:
         limit_usd: The most that this one request may cost, by the stages that limit it; None for no limit.
         most_usd: From what one answer of each candidate's model may cost, the most a route may: that of the dearest,
             unless the execute stage may pay for several.
+        embeddings: Makes vectors of texts, once a stage before has brought an embedder; None without one.
+        state_dir: Where components keep what outlives the process; None to keep nothing.
     """
 
     clock: Clock = attrs.field(factory=SystemClock)
@@ -134,4 +137,5 @@ class Services:
     excluded: Callable[[RoutingContext, Sequence[ModelConfig]], Sequence[tuple[str, Drop]]] = _everybody
     limit_usd: Callable[[RoutingContext], float | None] = lambda _: None
     most_usd: Callable[[Mapping[str, float]], float] | None = None
+    embeddings: Embeddings | None = None
     state_dir: Path | None = None

@@ -90,6 +90,10 @@ def _as_attribute(value: Any) -> AttributeValue:
     return str(value)
 
 
+def _no_details(_: Any) -> Mapping[str, AttributeValue]:
+    return {}
+
+
 @attrs.frozen(eq=False)
 class Fact(Generic[T]):
     """A typed name for what a classifier finds, as in ``PII: Fact[PIIDetectionResult]``.
@@ -97,10 +101,12 @@ class Fact(Generic[T]):
     Attributes:
         name: lower_snake_case; the trace shows it as ``kvfleet.fact.<name>``.
         describe: What the trace may show of a value; never the text it was found in.
+        details: What else it may show, by name; the trace has it as ``kvfleet.fact.<name>.<detail>``.
     """
 
     name: str
     describe: Callable[[T], AttributeValue] = attrs.field(default=_as_attribute, repr=False)
+    details: Callable[[T], Mapping[str, AttributeValue]] = attrs.field(default=_no_details, repr=False)
 
 
 @attrs.frozen(kw_only=True)

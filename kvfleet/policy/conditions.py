@@ -8,8 +8,8 @@
     tags.domain == medical and headers.x-purpose != 'test'
 
 Names: ``data_class`` (ordered from public to restricted), ``has_pii``, ``pii_types``, ``tenant``, ``region``,
-``tokens``, ``tags.NAME``, ``headers.NAME``, and ``always``. Words may stand without quotes. There is no arithmetic, no
-call, no attribute: a condition can read the request and nothing else.
+``tokens``, ``domain``, ``route``, ``tags.NAME``, ``headers.NAME``, and ``always``. Words may stand without quotes.
+There is no arithmetic, no call, no attribute: a condition can read the request and nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvfleet.config.findings import did_you_mean
 from kvfleet.config.schema import DATA_CLASSES
 from kvfleet.errors import KVFleetError
 from kvfleet.policy.pii import PII_PATTERNS
+from kvfleet.router.semantic import DOMAINS
 
 __all__ = ["Condition", "ConditionError", "PolicyContext", "parse"]
 
@@ -42,6 +43,7 @@ class PolicyContext:
         data_class, tenant_id, source_region, tags: The request's own.
         has_pii, pii_types: What the PII classifier found.
         tokens: About how long the prompt is.
+        domain, route: What it is about, and which of the operator's routes it is on; ``none`` for no route.
         headers: Those request headers that conditions may read, lower-case.
     """
 
@@ -52,6 +54,8 @@ class PolicyContext:
     has_pii: bool = False
     pii_types: Sequence[str] = ()
     tokens: int = 0
+    domain: str = ""
+    route: str = ""
     headers: Mapping[str, str] = attrs.field(factory=dict)
 
 
@@ -102,6 +106,8 @@ _NAMES = {
     "region": _Name("text", operator.attrgetter("source_region")),
     "source_region": _Name("text", operator.attrgetter("source_region")),
     "tokens": _Name("number", operator.attrgetter("tokens")),
+    "domain": _Name("domain", operator.attrgetter("domain")),
+    "route": _Name("text", operator.attrgetter("route")),
     "always": _Name("bool", lambda _: True),
 }
 _SHOWN = [*_NAMES, "tags.NAME", "headers.NAME"]
@@ -289,6 +295,8 @@ class _Parser:
             return _data_class(token, sign)
         if name.type == "set":
             return _pii_type(token)
+        if name.type == "domain":
+            return _domain(token, sign)
         if sign not in ("==", "!="):
             raise ConditionError("texts have no order; only data_class and tokens do", token.column)
         return f"{word:g}" if token.kind == "num" else str(word)
@@ -339,6 +347,16 @@ def _data_class(token: _Token, sign: str) -> str:
         raise ConditionError(f"{token.value!r} is no data class; {did_you_mean(word, _RANK)}", token.column)
     if (sign, word) in (("<", DATA_CLASSES[0]), (">", DATA_CLASSES[-1])):
         raise ConditionError(f"data_class can never be {sign} {word}", token.column)
+    return word
+
+
+def _domain(token: _Token, sign: str) -> str:
+    """A domain of the classifier; one it does not know can never be."""
+    word = str(token.value)
+    if sign not in ("==", "!="):
+        raise ConditionError("domains have no order", token.column)
+    if word not in DOMAINS:
+        raise ConditionError(f"there is no domain {word!r}; {did_you_mean(word, DOMAINS)}", token.column)
     return word
 
 

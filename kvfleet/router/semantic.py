@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 import attrs
 
-from kvfleet.config.fields import mapping
+from kvfleet.config.fields import flag, mapping
 from kvfleet.config.findings import did_you_mean
 from kvfleet.config.schema import ModelConfig
+from kvfleet.router.descriptions import Nearness
 from kvfleet.router.keywords import DOMAIN_KEYWORDS, PATTERNS
 from kvfleet.router.replicas import Replicas
 from kvfleet.router.scoring import Ranking, ScoringContext, arranged
@@ -24,19 +25,26 @@ __all__ = [
     "DomainStrategy",
     "PromptDomain",
     "SemanticStrategy",
+    "beginning_and_end",
     "classify_domain",
     "describe_prompt",
     "estimate_complexity",
+    "keyword_scores",
+    "question_in",
 ]
 
 GENERAL = "general"
 DOMAINS = (*DOMAIN_KEYWORDS, GENERAL)
 """The eight domains, and the one of everything else."""
 
+KEYWORDS, EMBEDDINGS, COMBINED = "keywords", "embeddings", "combined"
+"""The ways of telling a domain."""
+
 _NEUTRAL = ScoringContext()
 _LONGEST_HEAD = 2000
 _LONGEST_TAIL = 1000
 """Characters that are read of a long prompt: what is asked stands at its beginning or its end."""
+_NO_MATCH = 0.3
 _LEAST = 1.0
 """What the terms of a domain must weigh; less is chance."""
 _WORD = re.compile(r"[a-z0-9]+(?:\+\+|#)?")
@@ -79,7 +87,7 @@ def classify_domain(text: str) -> tuple[str, float]:
     >>> classify_domain("What is the capital of France?")
     ('general', 0.5)
     """
-    scores = _scores(_read(text))
+    scores = keyword_scores(beginning_and_end(text))
     domain = max(scores, key=scores.__getitem__)
     best = scores.pop(domain)
     if best < _LEAST:
@@ -88,13 +96,14 @@ def classify_domain(text: str) -> tuple[str, float]:
     return domain, round(min(1.0, 0.5 + 0.1 * margin), 4)
 
 
-def _read(text: str) -> str:
+def beginning_and_end(text: str) -> str:
+    """What is read of a text: all of a short one, of a long one its beginning and its end."""
     if len(text) <= _LONGEST_HEAD + _LONGEST_TAIL:
         return text
     return f"{text[:_LONGEST_HEAD]}\n{text[-_LONGEST_TAIL:]}"
 
 
-def _scores(text: str) -> dict[str, float]:
+def keyword_scores(text: str) -> dict[str, float]:
     """By domain, the weight of its terms in a text; each term counts once."""
     words = [_singular(word) for word in _WORD.findall(text.lower())]
     found = _TERMS.keys() & set(words)
@@ -132,18 +141,28 @@ def estimate_complexity(text: str) -> float:
     questions = text.count("?")
     score = 0.3 if words > 200 else 0.2 if words > 50 else 0.1 if words > 20 else 0.0
     score += 0.2 if questions > 2 else 0.1 if questions else 0.0
-    read = _read(text)
+    read = beginning_and_end(text)
     score += 0.1 * sum(pattern.search(read) is not None for pattern in _TECHNICAL)
     return round(min(score, 1.0), 4)
 
 
 @attrs.frozen
 class PromptDomain:
-    """What a prompt is about (`domain`, and `confidence` 0.5..1), and how much it asks for (`complexity` 0..1)."""
+    """What a prompt is about, and how much it asks for.
+
+    Attributes:
+        domain: One of `DOMAINS`.
+        confidence: 0..1; by words and phrases at least a half.
+        complexity: 0..1.
+        method: How the domain was told: ``keywords``, ``embeddings`` or ``combined``.
+        degraded: Why it was told by words although embeddings were to be compared; empty if not so.
+    """
 
     domain: str = GENERAL
     confidence: float = 0.5
     complexity: float = 0.0
+    method: str = KEYWORDS
+    degraded: str = ""
 
 
 def describe_prompt(text: str) -> PromptDomain:
@@ -157,17 +176,31 @@ class _HasQuestion(Protocol):
         """What the prompt asks."""
 
 
+def question_in(context: ScoringContext) -> str:
+    """What the prompt of a context asks: as the library's user gave it, or in the pipeline its user's last message."""
+    text = context.metadata.get("prompt_text")
+    if isinstance(text, str):
+        return text
+    prompt: _HasQuestion | None = context.metadata.get("prompt")
+    return "" if prompt is None else prompt.question
+
+
 def _domain_of(context: ScoringContext) -> PromptDomain:
     """What a classifier found; or, where none looked, what is found now in the prompt."""
-    metadata = context.metadata
-    found = metadata.get("domain")
-    if isinstance(found, PromptDomain):
-        return found
-    text = metadata.get("prompt_text")
-    if not isinstance(text, str):
-        prompt: _HasQuestion | None = metadata.get("prompt")
-        text = "" if prompt is None else prompt.question
-    return describe_prompt(text)
+    found = context.metadata.get("domain")
+    return found if isinstance(found, PromptDomain) else describe_prompt(question_in(context))
+
+
+class _HasName(Protocol):
+    @property
+    def name(self) -> str:
+        """The route's."""
+
+
+def _route_of(context: ScoringContext) -> str:
+    """The route a classifier found; empty if none looked."""
+    found: _HasName | None = context.metadata.get("route")
+    return "" if found is None else found.name
 
 
 def _rank_models(
@@ -188,37 +221,60 @@ def _rank_models(
 class SemanticStrategy:
     """Choose the model made for what the prompt is about, and no stronger than it needs.
 
-    A model's domain is its tag `domain`, or else what its description is about. The total is 0.6 for the domain (0.3 of
-    that for another one) and 0.4 for a quality close to the prompt's complexity.
+    A model matches by its tag `route`, if that is the prompt's route; by its tag `domain`, or else by what its
+    description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total is 0.6 for
+    the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
     """
 
     model_descriptions: Mapping[str, str] = mapping(
         doc="What a model is good at, in words, by model; read where it has no tag `domain`.",
         example={"code-model": "Expert at coding tasks"},
     )
+    use_embeddings: bool = flag(doc="Compare descriptions with prompts by meaning; needs `kvfleet[semantic]`.")
     _described: dict[str, str] = attrs.field(init=False, repr=False, eq=False)
+    _nearness: Nearness = attrs.field(init=False, factory=Nearness, repr=False, eq=False)
 
     @_described.default
     def _read_descriptions(self) -> dict[str, str]:
         return {name: classify_domain(text)[0] for name, text in self.model_descriptions.items()}
 
     def provision(self, services: Any) -> None:
-        """Check the models' names.
+        """Check the models' names, and find what makes vectors.
 
         Raises:
             ValueError: for a model that is not there.
         """
         _check_models("model_descriptions", self.model_descriptions, services.models)
+        self._nearness = Nearness(services.embeddings)
+
+    async def aopen(self) -> None:
+        """Learn what the descriptions mean.
+
+        Raises:
+            EmbeddingError: if nobody can say.
+        """
+        if self.use_embeddings:
+            await self._nearness.learn(self.model_descriptions)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
-        """Rank models by domain and fit."""
+        """Rank models by match and fit."""
         context = context or _NEUTRAL
         prompt = _domain_of(context)
-        domains = [model.tags.get("domain") or self._described.get(model.name, GENERAL) for model in models]
-        matches = [1.0 if domain == prompt.domain else 0.3 for domain in domains]
+        near = self._nearness.of_prompt(self.model_descriptions, context, question_in) if self.use_embeddings else {}
+        matches = [self._match(model, prompt.domain, _route_of(context), near) for model in models]
         fits = [1 - abs(model.quality_score - prompt.complexity) for model in models]
         totals = [0.6 * match + 0.4 * fit for match, fit in zip(matches, fits, strict=True)]
-        return _rank_models(models, context, {"domain": matches, "fit": fits}, totals, f"domain {prompt.domain}")
+        mode = f"domain {prompt.domain}" if near or not self.use_embeddings else f"domain {prompt.domain}, by words"
+        return _rank_models(models, context, {"domain": matches, "fit": fits}, totals, mode)
+
+    def _match(self, model: ModelConfig, domain: str, route: str, near: Mapping[str, float]) -> float:
+        """1 for a model made for the prompt, 0.3 for another one, between them by nearness."""
+        tags = model.tags
+        if route and tags.get("route") == route:
+            return 1.0
+        if "domain" not in tags and model.name in near:
+            return _NO_MATCH + (1 - _NO_MATCH) * near[model.name]
+        return 1.0 if (tags.get("domain") or self._described.get(model.name, GENERAL)) == domain else _NO_MATCH
 
 
 @attrs.define

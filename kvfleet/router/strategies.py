@@ -21,6 +21,7 @@ from kvfleet.router.replicas import Replicas, column_of
 from kvfleet.router.scoring import Ranking, ScoringContext, ScoringEngine, arranged, take_turns, utilities
 
 __all__ = [
+    "FACT_KEYS",
     "CheapCascadeStrategy",
     "CostFirstStrategy",
     "HybridScoreStrategy",
@@ -32,6 +33,9 @@ __all__ = [
 ]
 
 _NEUTRAL = ScoringContext()
+
+FACT_KEYS = ("domain", "route")
+"""What a rule's condition may name that a classifier finds, where the request has no tag of that name."""
 
 
 @attrs.define
@@ -153,7 +157,8 @@ class _Rule:
 class RulesStrategy:
     """Choose by rules: the first that holds puts its model first; without one, the weighted score decides.
 
-    A rule's condition may name `data_class`, `tenant` and `tags.X`; all it names must be equal. Any other key is
+    A rule's condition may name `data_class`, `tenant`, `domain`, `route` and `tags.X`; all it names must be equal. The
+    domain and the route are the request's own tags of these names, or else what classifiers find. Any other key is
     read as a tag's name.
     """
 
@@ -193,8 +198,15 @@ def _condition(key: str, wanted: str) -> Condition:
         return lambda context: context.data_class == wanted
     if key in ("tenant", "tenant_id"):
         return lambda context: context.tenant_id == wanted
+    if key in FACT_KEYS:
+        return lambda context: (context.tags.get(key) or _named(context.metadata.get(key))) == wanted
     tag = key.removeprefix("tags.")
     return lambda context: context.tags.get(tag) == wanted
+
+
+def _named(fact: object) -> str:
+    """What a classifier's fact says in one word: the domain, or the name of the route."""
+    return str(getattr(fact, "domain", None) or getattr(fact, "name", ""))
 
 
 @attrs.define

@@ -95,6 +95,12 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_answer_saved_tokens_total", "counter", ("stage", "type"), "Tokens that no backend read or wrote."
     ),
     MetricInfo("kvfleet_answer_saved_usd_total", "counter", ("stage",), "What those answers had cost, where known."),
+    MetricInfo(
+        "kvfleet_embeddings_total",
+        "counter",
+        ("result",),
+        "Prompts' vectors: made, remembered, or why not.",
+    ),
     MetricInfo("kvfleet_tokens_total", "counter", ("model", "type"), "Tokens: prompt, cached (of those), completion."),
     MetricInfo("kvfleet_cost_usd_total", "counter", ("model",), "What answers cost, where prices are known."),
     MetricInfo("kvfleet_policy_blocks_total", "counter", ("rule",), "Candidates dropped by a policy rule."),

@@ -163,7 +163,8 @@ async def facts_for(
     """Facts, found by the first installed classifier that gives each with its options at their defaults.
 
     A classifier that needs facts itself gets those first. Facts nobody gives are absent, and so are those of
-    classifiers that wait for each other; `asked` are the facts that are waited for.
+    classifiers that wait for each other, or that cannot be without options of their own; `asked` are the facts that
+    are waited for.
     """
     found = dict(context.facts)
     for fact in needs:
@@ -172,13 +173,21 @@ async def facts_for(
             continue
         context = attrs.evolve(context, facts=found)
         found = await facts_for(giver.needs, context, table, asked=asked | {fact})
-        if found.keys() >= set(giver.needs):
-            found.update(await _classify(giver, attrs.evolve(context, facts=found), table))
+        classifier = _with_defaults(giver)
+        if classifier is not None and found.keys() >= set(giver.needs):
+            found.update(await _classify(classifier, attrs.evolve(context, facts=found), table))
     return found
 
 
-async def _classify(component: Component, context: RoutingContext, table: ComponentTable) -> Mapping[Fact[Any], Any]:
-    classifier = component.cls()
+def _with_defaults(component: Component) -> Any:
+    """The component with its options at their defaults; None if it refuses them."""
+    try:
+        return component.cls()
+    except (TypeError, ValueError):
+        return None
+
+
+async def _classify(classifier: Any, context: RoutingContext, table: ComponentTable) -> Mapping[Fact[Any], Any]:
     if callable(provision := getattr(classifier, "provision", None)):
         provision(sample_services(table=table))
     given: Mapping[Fact[Any], Any] = await classifier.classify(context)

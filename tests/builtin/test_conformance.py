@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import discover
+from kvfleet.router.routes import RouteExamples
 from kvfleet.testing.conformance import check_component
 
 COMPONENTS = [
@@ -16,7 +19,11 @@ COMPONENTS = [
     for c in discover(environ={}).of_kind(kind)
     if c.distribution == "kvfleet"
 ]
-SAMPLES = {"select.canary": {"canary": "small-8b"}, "judge.model": {"model": "cloud"}}
+SAMPLES: dict[str, dict[str, Any]] = {
+    "select.canary": {"canary": "small-8b"},
+    "judge.model": {"model": "cloud"},
+    "classify.routes": {"routes": {"billing": RouteExamples(examples=("I was charged twice", "Where is my invoice?"))}},
+}
 """Options of those that have one without a default."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from kvfleet.builtin.facts import PII, PROMPT
+from kvfleet.builtin.facts import DOMAIN, PII, PROMPT, ROUTE
 from kvfleet.builtin.policy import PolicyFilter, ResidencyFilter, TenantFilter, kvfleet_components
 from kvfleet.config.convert import structure
 from kvfleet.config.findings import did_you_mean
@@ -18,6 +18,8 @@ from kvfleet.plugin.contract import Drop, Kind, RouteRequest, RoutingContext
 from kvfleet.policy.engine import ACTIONS
 from kvfleet.policy.pii import PIIDetectionResult
 from kvfleet.policy.residency import ResidencyRule
+from kvfleet.router.routes import RouteMatch
+from kvfleet.router.semantic import PromptDomain
 
 LOCAL = ModelConfig(name="local", endpoint="http://gpu:8000", provider="vllm", region="eu-west-1")
 CLOUD = ModelConfig(name="cloud", endpoint="https://api.example.com", region="us-east-1")
@@ -103,6 +105,15 @@ def test_rules_read_the_request() -> None:
     assert "cloud" not in dropped(policy(rule), attrs.evolve(context, tenant="u"))
 
 
+def test_rules_read_what_classifiers_found() -> None:
+    """The domain and the route; where nobody looked neither is anything."""
+    rule = PolicyRule(name="r", condition="route == billing and domain == legal", action="block")
+    found = {ROUTE: RouteMatch("billing", 0.7, "billing"), DOMAIN: PromptDomain("legal")}
+    assert set(dropped(policy(rule), ctx(facts=found))) == {"local", "cloud", "open"}
+    assert set(dropped(policy(rule), ctx(facts={**found, ROUTE: RouteMatch()}))) == {"open"}
+    assert set(dropped(policy(rule), ctx())) == {"open"}
+
+
 @pytest.mark.parametrize(
     ("condition", "pii", "facts"),
     [
@@ -111,6 +122,8 @@ def test_rules_read_the_request() -> None:
         ("has_pii", False, (PII,)),
         ("'ssn' in pii_types and tokens > 5", False, (PII, PROMPT)),
         ("tags.tokens == has_pii", False, ()),
+        ("route == billing and domain != legal", False, (DOMAIN, ROUTE)),
+        ("tags.route == billing", False, ()),
     ],
 )
 def test_the_rules_say_which_facts_they_need(condition: str, pii: bool, facts: tuple[Any, ...]) -> None:

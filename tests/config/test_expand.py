@@ -107,6 +107,24 @@ def test_a_rule_about_personal_data_brings_the_classifier() -> None:
 
 
 @pytest.mark.parametrize(
+    ("condition", "is_there"),
+    [("domain == coding", True), ("has_pii or domain != legal", True), ("tags.domain == coding", False)],
+)
+def test_a_rule_about_domains_brings_the_classifier(condition: str, is_there: bool) -> None:
+    """A tag of that name does not."""
+    rules = [{"name": "r", "condition": condition, "action": "block"}]
+    stages = [stage.use for stage in expand(fleet(policy={"enabled": True, "rules": rules}))]
+    assert ("classify.domain" in stages) is is_there
+
+
+def test_a_route_rule_about_domains_brings_the_classifier() -> None:
+    """Where the strategy reads the rules."""
+    rules = [{"name": "r", "condition": {"domain": "coding"}, "target_model": "a"}]
+    assert "classify.domain" in [stage.use for stage in expand(fleet(strategy="rules", route_rules=rules))]
+    assert "classify.domain" not in [stage.use for stage in expand(fleet(route_rules=rules))]
+
+
+@pytest.mark.parametrize(
     ("use", "section", "written", "options"),
     [
         (

@@ -17,6 +17,8 @@ CONTEXT = PolicyContext(
     pii_types=("email", "ssn"),
     tokens=9000,
     headers={"x-purpose": "audit"},
+    domain="legal",
+    route="billing",
 )
 
 
@@ -53,6 +55,10 @@ CONTEXT = PolicyContext(
         ("headers.X-Purpose == audit", True),
         ("tokens > 8000", True),
         ("tokens <= 8000", False),
+        ("domain == legal", True),
+        ("domain in [coding, math]", False),
+        ("route == billing", True),
+        ("route != none and not route in [careers]", True),
         ("has_pii and tenant == other", False),
         ("tenant == other or has_pii", True),
         ("tenant == other and has_pii or data_class == confidential", True),
@@ -76,6 +82,9 @@ def test_conditions(text: str, holds: bool) -> None:
         ("data_class", "data_class must be compared with something (column 1)"),
         ("data_class ==", "the condition ends where a value should stand (column 14)"),
         ("data_class == public tenant", "unexpected 'tenant'; join conditions with and / or (column 22)"),
+        ("domain == leagl", "there is no domain 'leagl'; did you mean legal? (column 11)"),
+        ("domain > legal", "domains have no order (column 10)"),
+        ("route < billing", "texts have no order"),
         ("tokens < 0", "tokens can never be < 0 (column 10)"),
         ("tokens == 1.5", "tokens can never be == 1.5 (column 11)"),
         ("data_class < public", "data_class can never be < public (column 14)"),

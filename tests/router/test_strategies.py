@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from kvfleet.config.schema import ModelConfig, RouteRuleConfig, ScoringWeights
 from kvfleet.router.balancing import LeastRequestsStrategy, RandomStrategy, RoundRobinStrategy
+from kvfleet.router.routes import RouteMatch
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
+from kvfleet.router.semantic import PromptDomain
 from kvfleet.router.strategies import (
     CheapCascadeStrategy,
     CostFirstStrategy,
@@ -242,6 +244,20 @@ def test_all_conditions_of_a_rule_must_hold() -> None:
     for change in ({"tags": {}}, {"tenant_id": ""}, {"data_class": "internal"}):
         context = ScoringContext(**{**right, **change})  # type: ignore[arg-type]
         assert strategy.select(PAGE, context).mode == "exploit"
+
+
+def test_rules_read_what_classifiers_found() -> None:
+    """The domain and the route; a tag of the request's own of that name goes before what was found."""
+    rules = (
+        RouteRuleConfig(name="bills", condition={"route": "billing"}, target_model="premium", priority=1),
+        RouteRuleConfig(name="code", condition={"domain": "coding"}, target_model="balanced", priority=2),
+    )
+    found = {"route": RouteMatch("billing", 0.7, "billing"), "domain": PromptDomain("coding")}
+    strategy = RulesStrategy(rules)
+    assert names(strategy.select(PAGE, ScoringContext(metadata=found)))[:2] == ["premium", "balanced"]
+    tagged = ScoringContext(metadata=found, tags={"route": "careers"})
+    assert strategy.select(PAGE, tagged).mode == "rule code"
+    assert strategy.select(PAGE, ScoringContext(metadata={"route": RouteMatch()})).mode == "exploit"
 
 
 def test_a_rule_for_a_model_that_is_not_there_does_not_hold() -> None:

@@ -14,6 +14,7 @@ from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Fact, Kind, Outcome, RoutingContext
 from kvfleet.plugin.judging import Grade, Submission
 from kvfleet.plugin.manager import discover
+from kvfleet.router.routes import RouteExamples
 from kvfleet.router.scoring import Column, Unit
 from kvfleet.testing.conformance import ConformanceError, check_component, kind_of
 from tests.testing.made import breaches
@@ -23,7 +24,11 @@ TEXT: Fact[str] = Fact("text")
 
 
 BUILT_IN = [component for kind in Kind for component in discover().of_kind(kind) if component.distribution == "kvfleet"]
-SAMPLES = {"select.canary": {"canary": "new"}, "judge.model": {"model": "cloud"}}  # options that have no default
+SAMPLES: dict[str, dict[str, Any]] = {  # options that have no default, or none that does anything
+    "select.canary": {"canary": "new"},
+    "judge.model": {"model": "cloud"},
+    "classify.routes": {"routes": {"billing": RouteExamples(examples=("I was charged twice", "Where is my invoice?"))}},
+}
 
 
 @attrs.frozen(kw_only=True)

@@ -59,3 +59,18 @@ async def test_facts_nobody_can_give_are_absent() -> None:
         Component(Kind.CLASSIFY, "first", First, needs=(SECOND,), gives=(FIRST,)),
     )
     assert await facts_for((SECOND, FIRST), CONTEXT, circle) == {}
+
+
+@attrs.define
+class Particular:
+    async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
+        return {FIRST: 1}
+
+    def __attrs_post_init__(self) -> None:
+        raise ValueError("there is no default that would do")
+
+
+async def test_a_classifier_that_cannot_be_without_options_gives_nothing() -> None:
+    """Its fact is absent, and the author of what needs it is told so."""
+    found = table(Component(Kind.CLASSIFY, "particular", Particular, gives=(FIRST,)))
+    assert await facts_for((FIRST,), CONTEXT, found) == {}
