@@ -23,12 +23,25 @@ _RECORDS = frozenset({"observe.metrics", "observe.log", "observe.record"})
 """Observers that keep records, and change nothing."""
 
 
+_JUDGES = "execute.escalate"
+
+
 def for_replay(config: FleetConfig, table: ComponentTable) -> tuple[FleetConfig, tuple[str, ...]]:
-    """The fleet without stages that need a text, and without those that only keep records; and which the former are."""
-    stages = {id(stage): (stage, _key(stage, table)) for stage in config.pipeline or expand(config)}
-    textual = [key for _, key in stages.values() if key.startswith("answer.") or key == "observe.shadow"]
-    kept = tuple(stage for stage, key in stages.values() if key not in _RECORDS and key not in textual)
-    return attrs.evolve(config, pipeline=kept), tuple(textual)
+    """The fleet without stages that need a text, and without those that only keep records; and which the former are.
+
+    An executor that judges answers by their text gives way to the one that asks until somebody answers.
+    """
+    kept: list[StageConfig] = []
+    textual: list[str] = []
+    for stage in config.pipeline or expand(config):
+        key = _key(stage, table)
+        if key == _JUDGES:
+            kept.append(StageConfig(use=f"{Kind.EXECUTE}.fallback", path=stage.path))
+        if key.startswith("answer.") or key in (_JUDGES, "observe.shadow"):
+            textual.append(key)
+        elif key not in _RECORDS:
+            kept.append(stage)
+    return attrs.evolve(config, pipeline=tuple(kept)), tuple(textual)
 
 
 def _key(stage: StageConfig, table: ComponentTable) -> str:

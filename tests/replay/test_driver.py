@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.base import EngineLoad
-from kvfleet.config.schema import FallbackConfig, TelemetryConfig
+from kvfleet.config.schema import FallbackConfig, GatewayConfig, StageConfig, TelemetryConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.replay.fleet import spec_of
@@ -142,6 +142,25 @@ def test_stages_that_need_a_text_are_left_out_and_named() -> None:
     """What only keeps records does not run either, but is not missed."""
     config = fleet(semantic_cache=fleet().semantic_cache.__class__(enabled=True))
     assert replayed(shared_prefix(5), config).run().left_out == ("answer.semantic_cache",)
+
+
+def test_an_executor_that_judges_texts_gives_way_to_one_that_does_not() -> None:
+    """The request is answered by the first choice."""
+    uses = ("classify.prompt", "select.random", "execute.escalate")
+    config = fleet(pipeline=tuple(StageConfig(use=use) for use in uses))
+    result = replayed(shared_prefix(5), config).run()
+    assert result.left_out == ("execute.escalate",)
+    assert [(one.error, one.attempts) for one in result.served] == [("", 1)] * 5
+
+
+def test_admission_refuses_as_it_does_live() -> None:
+    """A full gateway says so at once, and what it let in is released again."""
+    config = fleet(2, gateway=GatewayConfig(max_concurrent=3))
+    trace = RequestTrace.of("crowd", 64, [TracedRequest(at_s=0.0, prompt_tokens=100, output_tokens=9)] * 5)
+    late = RequestTrace.of("late", 64, [*trace.requests, TracedRequest(at_s=60, prompt_tokens=100, output_tokens=9)])
+    served = replayed(late, config).run().served
+    assert [one.error for one in served] == ["", "", "", "rate_limit_exceeded", "rate_limit_exceeded", ""]
+    assert [one.attempts for one in served] == [1, 1, 1, 0, 0, 1]
 
 
 @settings(max_examples=15, deadline=None)
