@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 from opentelemetry.sdk.trace import TracerProvider
@@ -23,12 +24,15 @@ from kvfleet.trace.attributes import is_attempt
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.otel import Bridge, OTelBridge, OwnBridge
 from kvfleet.trace.otlp import to_otlp
-from kvfleet.trace.rows import pack, row_of, unpack
-from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+from kvfleet.trace.rows import pack, unpack
+from kvfleet.trace.segments import Packer, unpack_segment
+from kvfleet.trace.spans import Shape, Span, SpanKind, Status, Step, Trace
 from kvfleet.trace.store import TraceStore
 
 ROUNDS = 9
 REPLICAS = 8
+TOGETHER = 100
+SHAPES: dict[str, Shape] = {}
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -63,9 +67,7 @@ def example(replicas: int = REPLICAS) -> Trace:
     terms = {names.TERM_PREFIX + name: values for name in ("cost", "latency", "quality")}
     select = [("select", "hybrid_score", {names.SCORED: ids, names.SCORE_VALUES: values, **terms})]
     stages = [
-        Span(
-            f"kvfleet.{kind}.{name}", start + i, start + i + 9, {names.STAGE_KIND: kind, names.STAGE_NAME: name, **more}
-        )
+        step(kind, name, more, start + i)
         for i, (kind, name, more) in enumerate([*facts, *filters, *affinity, *scores, *select])
     ]
     attempt = Span("chat llama-3-8b", start + 100, start + 400_000, kind=SpanKind.CLIENT, status=Status.OK)
@@ -80,6 +82,17 @@ def example(replicas: int = REPLICAS) -> Trace:
         names.GEN_AI_OUTPUT_TOKENS: 64,
     }
     return Trace("0" * 31 + "1", [route, *stages, attempt])
+
+
+def step(kind: str, name: str, said: dict[str, Any], start_ns: int) -> Step:
+    """A stage's record as the engine writes it."""
+    about = names.SCORED if names.SCORED in said else ""
+    values = {key: value for key, value in said.items() if key != about}
+    shape = SHAPES.setdefault(
+        name,
+        Shape(f"kvfleet.{kind}.{name}", {names.STAGE_KIND: kind, names.STAGE_NAME: name}, tuple(values), about),
+    )
+    return Step(shape, tuple(values.values()), said.get(about, ()), start_ns, start_ns + 9)
 
 
 def pass_through(bridge: Bridge, trace: Trace, traceparent: str = "") -> None:
@@ -132,18 +145,29 @@ def measure() -> dict[str, float]:
     }
     off.shutdown()
     on.shutdown()
-    body = pack(trace)
+    alone, together = pack(trace), segment(trace)
     figures |= {
+        "store, write (on the hot path)": write_us(trace),
+        "store, packing (in the writer's thread)": best_us(lambda: segment(trace), 20) / TOGETHER,
+        "store, unpacking": best_us(lambda: list(unpack_segment(together)), 20) / TOGETHER,
+        "packing alone": best_us(lambda: pack(trace), 1000),
+        "unpacking alone": best_us(lambda: unpack(alone), 500),
         "explanation, made and not looked at": best_us(lambda: Explanation(trace), 5000),
         "explanation, summary": best_us(lambda: Explanation(trace).summary(), 500),
         "explanation, dictionary": best_us(lambda: Explanation(trace).to_dict(), 300),
-        "store, write (on the hot path)": write_us(trace),
-        "store, row and packing (in the writer's thread)": best_us(lambda: (row_of(trace), pack(trace)), 1000),
-        "store, unpacking": best_us(lambda: unpack(body), 500),
         "OTLP JSON instead, to compare": best_us(lambda: orjson.dumps(to_otlp([trace])), 300),
-        "size packed, bytes": float(len(body)),
+        "size in the store, bytes": len(together) / TOGETHER,
+        "size packed alone, bytes": float(len(alone)),
     }
     return figures
+
+
+def segment(trace: Trace) -> bytes:
+    """A trace packed with others of its kind."""
+    packer = Packer()
+    for _ in range(TOGETHER):
+        packer.add(trace, 1 << 20)
+    return packer.done()
 
 
 def write_us(trace: Trace) -> float:

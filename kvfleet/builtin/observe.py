@@ -21,7 +21,7 @@ from kvfleet.telemetry.cost import cost_usd
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.trace import names
 from kvfleet.trace.attributes import verdicts_of
-from kvfleet.trace.spans import AttributeValue, Span, Status
+from kvfleet.trace.spans import AttributeValue, Span, Status, Step
 
 __all__ = ["LogObserver", "MetricsObserver"]
 
@@ -58,17 +58,23 @@ class MetricsObserver:
         """Count one route."""
         if not self._metrics.enabled:
             return
-        strategy = str(outcome.trace.route.attributes.get(names.STRATEGY, ""))
+        trace = outcome.trace
+        strategy = str(trace.route.attributes.get(names.STRATEGY, ""))
         self._count_route(outcome, strategy)
-        attempts = []
-        for span in outcome.trace.stages:
-            if _is_attempt(span):
-                attempts.append(span)
-                continue
-            self._count_stage(span)
-            if span.attributes.get(names.STAGE_KIND) == Kind.SELECT:
-                took_s = (span.end_ns - outcome.trace.route.start_ns) / 1e9
-                self._metrics.observe("kvfleet_decision_seconds", took_s, strategy)
+        attempts: list[Span] = []
+        decided_ns = 0
+        for record in trace.records[1:]:
+            if isinstance(record, Step):  # it went as it should, and there is nothing in it to count
+                if record.shape.fixed[names.STAGE_KIND] == Kind.SELECT:
+                    decided_ns = record.end_ns
+            elif _is_attempt(record):
+                attempts.append(record)
+            else:
+                self._count_stage(record)
+                if record.attributes.get(names.STAGE_KIND) == Kind.SELECT:
+                    decided_ns = record.end_ns
+        if decided_ns:
+            self._metrics.observe("kvfleet_decision_seconds", (decided_ns - trace.route.start_ns) / 1e9, strategy)
         self._count_attempts(attempts)
         self._observe_confidence(outcome, attempts)
 

@@ -95,7 +95,7 @@ class LatencyScorer:
         found = self._load.waits(
             ctx.candidates, prompt_tokens(ctx), [cached.get(m.id, 0.0) for m in ctx.candidates], ctx.now_s
         )
-        return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), attrs.asdict(found))
+        return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), found.terms)
 
 
 @attrs.frozen

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.plugin.contract import Answer
 from kvfleet.trace import names as n
-from kvfleet.trace.spans import SpanKind, Trace
+from kvfleet.trace.spans import Span, SpanKind, Trace
 
 __all__ = ["decision_headers"]
 
@@ -19,27 +21,30 @@ def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs
     if a stage looked for one.
     """
     route = trace.route
+    # What went as it should is a step still; attempts and answers from a cache are spans.
+    spans = [record for record in trace.records if isinstance(record, Span)]
     headers = [
         (b"x-kvfleet-strategy", str(route.attributes.get(n.STRATEGY, "")).encode()),
         (b"x-kvfleet-trace", trace.trace_id.encode()),
-        (b"server-timing", _timing(trace)),
+        (b"server-timing", _timing(trace, spans)),
     ]
     if answer.served_by is not None:
         model, replica = names.header_values(answer.served_by)
         headers += [(b"x-kvfleet-model", model), (b"x-kvfleet-replica", replica)]
-    if looked := [span.attributes for span in trace.spans if n.ANSWERED in span.attributes]:
+    looked = [span.attributes for span in spans if n.ANSWERED in span.attributes]
+    if looked:
         last = looked[-1]
         word = b"miss" if not last[n.ANSWERED] else b"near" if last.get(n.ANSWER_MATCH) == "near" else b"hit"
         headers.append((b"x-kvfleet-cache", word))
     return headers
 
 
-def _timing(trace: Trace) -> bytes:
+def _timing(trace: Trace, spans: Sequence[Span]) -> bytes:
     """``Server-Timing``: the decision, and the time to the answering backend's first byte (W3C Server Timing)."""
     route = trace.route
-    calls = [span for span in trace.spans if span.kind is SpanKind.CLIENT]
+    calls = [span for span in spans if span.kind is SpanKind.CLIENT]
     if not calls:
-        return b"route;dur=%.3f" % ((trace.spans[-1].end_ns - route.start_ns) / 1e6)
+        return b"route;dur=%.3f" % ((trace.records[-1].end_ns - route.start_ns) / 1e6)
     decided_ms = (calls[0].start_ns - route.start_ns) / 1e6
     number = route.attributes.get(n.ATTEMPT_SERVED)
     served = next((span for span in calls if span.attributes.get(n.ATTEMPT) == number), calls[-1])

@@ -1,4 +1,4 @@
-"""Runs the stages up to the choice. The only writer of stage spans.
+"""Runs the stages up to the choice. The only writer of stage records.
 
 The same code decides a live request and a simulated one. Mappings of a context (`facts`, `affinity`, `columns`) grow as
 the stages run and are written here alone; a new context is made when the candidates change, which saves a microsecond
@@ -7,19 +7,20 @@ for every stage (`benchmarks/decision.py`).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
 from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
 from kvfleet.pipeline.stage import BoundStage, Pipeline
-from kvfleet.plugin.contract import Affinity, Answer, Drop, Kind, Lease, Refusal, RoutingContext
+from kvfleet.plugin.contract import Affinity, Answer, Drop, Fact, Kind, Lease, Refusal, RoutingContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.trace import names
-from kvfleet.trace.spans import Span, Trace
+from kvfleet.trace.spans import AttributeValue, Span, Step, Trace
 
 __all__ = ["Decision"]
 
@@ -31,8 +32,8 @@ class Decision:
     Attributes:
         pipeline: What to run.
         ctx: The context so far.
-        trace: Where the spans go.
-        clock: For the spans' times.
+        trace: Where the records go.
+        clock: For the records' times.
         leases: What admissions reserved; the route releases them.
         excluded: Who was dropped, by which stage, and how.
         ranking: The choice, once made.
@@ -46,6 +47,7 @@ class Decision:
     excluded: list[tuple[BoundStage, Drop]] = attrs.field(factory=list)
     ranking: Ranking | None = None
     _ids: tuple[str, ...] = attrs.field(init=False, default=())
+    _record: Step | Span | None = attrs.field(init=False, default=None)
 
     async def run(self, select: BoundStage) -> Answer | None:
         """Run the stages and the choice; an answer if a stage had one, else `ranking` is set.
@@ -56,32 +58,44 @@ class Decision:
         self._ids = tuple([c.id for c in self.ctx.candidates])
         if not self._ids:
             raise self._nobody_left()
-        time_ns, spans = self.clock.time_ns, self.trace.spans
-        for stage in self.pipeline.stages:
-            span = Span(stage.span_name, time_ns(), 0, dict(stage.attributes))
-            spans.append(span)
+        time_ns, append = self.clock.time_ns, self.trace.records.append
+        now_ns = time_ns()
+        for stage in (*self.pipeline.stages, select):
             try:
                 step = _PURE.get(stage.kind)
                 if step is not None:
-                    step(self, stage, span)
-                elif (answer := await _WAITING[stage.kind](self, stage, span)) is not None:
+                    step(self, stage)
+                elif (answer := await _WAITING[stage.kind](self, stage)) is not None:
                     return answer
             except RouteError as error:
-                span.fail(error.code)
+                self._span_of(stage).fail(error.code)
                 raise
             except Exception as error:  # noqa: BLE001 - the plugin border: whatever a stage raises is named after it
-                self._failed(stage, span, error)
+                self._failed(stage, error)
             finally:
-                span.end_ns = time_ns()
-        self._select(select)
+                record = self._record or stage.span()
+                self._record = None
+                record.start_ns = now_ns
+                record.end_ns = now_ns = time_ns()
+                append(record)
         return None
 
-    def _failed(self, stage: BoundStage, span: Span, error: Exception) -> None:
+    # The record
+
+    def _span_of(self, stage: BoundStage) -> Span:
+        """The record of the stage under way as a span, which can say more than a step."""
+        record = self._record
+        if not isinstance(record, Span):
+            self._record = record = stage.span() if record is None else record.span()
+        return record
+
+    def _failed(self, stage: BoundStage, error: Exception) -> None:
         """Record a stage's failure; go on only where the pipeline says so.
 
         The message of a foreign exception may hold content, so only its type reaches the trace.
         """
         what = str(error) if isinstance(error, ContractError) else type(error).__name__
+        span = self._span_of(stage)
         span.fail(what)
         span.attributes[names.ERROR_TYPE] = type(error).__name__
         if stage.skips:
@@ -90,50 +104,57 @@ class Decision:
         brought_by = f" (from {stage.distribution})" if stage.distribution else ""
         raise StageError(f"stage {stage.key}{brought_by} failed: {what}", details={"stage": stage.key}) from error
 
-    async def classify(self, stage: BoundStage, span: Span) -> None:
-        """Add the facts found."""
-        found = await stage.run(self.ctx)
-        facts: dict[Any, Any] = self.ctx.facts  # type: ignore[assignment]
-        for fact, value in found.items():
-            facts[fact] = value
-            shown = names.FACT_PREFIX + fact.name
-            span.attributes[shown] = fact.describe(value)
-            for detail, what in fact.details(value).items():
-                span.attributes[f"{shown}.{detail}"] = what
+    # The stages, by kind
 
-    async def admit(self, stage: BoundStage, span: Span) -> None:
+    async def classify(self, stage: BoundStage) -> None:
+        """Add the facts found."""
+        found: Mapping[Fact[Any], Any] = await stage.run(self.ctx)
+        self.ctx.facts.update(found)  # type: ignore[attr-defined]
+        shown: dict[str, AttributeValue] = {}
+        for fact, value in found.items():
+            shown[fact.attribute] = fact.describe(value)
+            for detail, what in fact.details(value).items():
+                shown[f"{fact.attribute}.{detail}"] = what
+        self._record = Step(stage.shape(tuple(shown)), tuple(shown.values()))
+
+    async def admit(self, stage: BoundStage) -> None:
         """Keep the lease, or refuse the request."""
         got = await stage.run(self.ctx)
-        span.attributes[names.ADMITTED] = granted = not isinstance(got, Refusal)
+        granted = not isinstance(got, Refusal)
+        attributes = self._span_of(stage).attributes
+        attributes[names.ADMITTED] = granted
         if granted:
             self.leases.append(got)
-            span.attributes.update(getattr(got, "attributes", ()))
+            attributes.update(getattr(got, "attributes", ()))
             return
-        span.attributes[names.REFUSAL] = got.reason
+        attributes[names.REFUSAL] = got.reason
         if got.retry_after_s is not None:
-            span.attributes[names.RETRY_AFTER_S] = got.retry_after_s
+            attributes[names.RETRY_AFTER_S] = got.retry_after_s
         refused = QuotaError if got.code == QuotaError.code else AdmissionError
         raise refused(got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key})
 
-    async def answer(self, stage: BoundStage, span: Span) -> Answer | None:
+    async def answer(self, stage: BoundStage) -> Answer | None:
         """The short-circuit answer, if there is one."""
         answer: Answer | None = await stage.run(self.ctx)
-        span.attributes[names.ANSWERED] = answer is not None
+        attributes = self._span_of(stage).attributes
+        attributes[names.ANSWERED] = answer is not None
         if answer is not None:
-            span.attributes.update(answer.details)
+            attributes.update(answer.details)
         return answer
 
-    def filter(self, stage: BoundStage, span: Span) -> None:
+    def filter(self, stage: BoundStage) -> None:
         """Drop whom the filter drops."""
-        ctx, attributes = self.ctx, span.attributes
-        drops = list(stage.run(ctx))
-        before = len(ctx.candidates)
-        attributes[names.CANDIDATES_IN] = before
+        drops = stage.run(self.ctx)
+        if drops and not isinstance(drops, list | tuple):
+            drops = list(drops)
+        before = len(self._ids)
         if not drops:
-            attributes[names.CANDIDATES_OUT] = before
+            self._record = Step(stage.shape(_PASSED), (before, before))
             return
         gone = {drop.candidate.id for drop in drops}
         keep = [i for i, one in enumerate(self._ids) if one not in gone]
+        attributes = self._span_of(stage).attributes
+        attributes[names.CANDIDATES_IN] = before
         if len(keep) + len(gone) != before:
             strangers = sorted(gone.difference(self._ids))
             raise ContractError(f"{stage.key} dropped {strangers[0]!r}, which is not a candidate")
@@ -156,7 +177,7 @@ class Decision:
         self.ctx = attrs.evolve(ctx, candidates=tuple([ctx.candidates[i] for i in keep]), columns=columns)
         self._ids = tuple([self._ids[i] for i in keep])
 
-    def affinity(self, stage: BoundStage, span: Span) -> None:
+    def affinity(self, stage: BoundStage) -> None:
         """Keep the greatest expectation of each candidate."""
         found: Affinity = stage.run(self.ctx)
         tokens, ids = found.tokens, self._ids
@@ -169,51 +190,45 @@ class Decision:
             for one, count in zip(ids, tokens, strict=True):
                 if count > known.get(one, 0.0):
                     known[one] = count
-        span.attributes[names.SCORED] = ids
-        span.attributes[names.SCORE_VALUES] = tuple(map(float, tokens))
-        span.attributes[names.SCORE_MODES] = tuple([mode._value_ for mode in found.modes])
+        modes = tuple([mode._value_ for mode in found.modes])
+        self._record = Step(stage.shape(_EXPECTED, names.SCORED), (tuple(map(float, tokens)), modes), ids)
 
-    def score(self, stage: BoundStage, span: Span) -> None:
+    def score(self, stage: BoundStage) -> None:
         """Add a column, if it is sound."""
         column: Column = stage.run(self.ctx)
-        ids, values = self._ids, column.values
+        ids, values, unit, terms = self._ids, column.values, column.unit, column.terms
         if len(values) != len(ids):
             raise ContractError(f"{stage.key} gave {len(values)} values for {len(ids)} candidates")
         if None in values:
             ids = tuple([one for one, value in zip(ids, values, strict=True) if value is not None])
             values = [value for value in values if value is not None]
         floats = tuple(map(float, values))  # type: ignore[arg-type]
-        _check_values(stage, column.unit, floats)
+        _check_values(stage, unit, floats)
         self.ctx.columns[stage.name] = column  # type: ignore[index]
-        attributes = span.attributes
-        attributes[names.SCORE_COLUMN] = stage.name
-        attributes[names.SCORE_UNIT] = column.unit._value_
-        attributes[names.SCORED] = ids
-        attributes[names.SCORE_VALUES] = floats
-        for name, parts in column.terms.items():
-            attributes[names.TERM_PREFIX + name] = tuple(map(float, parts))
+        said = (stage.name, unit._value_, floats)
+        if not terms:
+            self._record = Step(stage.shape(_COLUMN, names.SCORED), said, ids)
+            return
+        shape = stage.shape((*_COLUMN, *[names.TERM_PREFIX + name for name in terms]), names.SCORED)
+        self._record = Step(shape, (*said, *[tuple(map(float, parts)) for parts in terms.values()]), ids)
 
-    def _select(self, stage: BoundStage) -> None:
-        span = Span(stage.span_name, self.clock.time_ns(), 0, dict(stage.attributes))
-        self.trace.spans.append(span)
-        try:
-            ranking = Ranking.of(self.ctx.candidates, stage.run(self.ctx.candidates, scoring_context(self.ctx)))
-            self._check_ranking(stage, ranking)
-            self.ranking = ranking
-            _describe_ranking(span, ranking)
-        except Exception as error:  # noqa: BLE001 - the plugin border
-            self._failed(stage, span, error)
-        finally:
-            span.end_ns = self.clock.time_ns()
-
-    def _check_ranking(self, stage: BoundStage, ranking: Ranking) -> None:
-        ranked = {id(model) for model in ranking.models}
-        if not ranked:
-            raise ContractError(f"{stage.key} ranked nobody")
-        if len(ranked) != len(ranking.models):
-            raise ContractError(f"{stage.key} ranked a candidate twice")
-        if not ranked.issubset({id(model) for model in self.ctx.candidates}):
-            raise ContractError(f"{stage.key} ranked somebody who is not a candidate")
+    def choose(self, stage: BoundStage) -> None:
+        """Rank the candidates."""
+        ctx = self.ctx
+        ranking = Ranking.of(ctx.candidates, stage.run(ctx.candidates, scoring_context(ctx)))
+        _check_ranking(stage, ranking, ctx.candidates)
+        self.ranking = ranking
+        terms, details = ranking.terms, ranking.details
+        more = (*[names.TERM_PREFIX + name for name in terms], *[names.INSTEAD_PREFIX + name for name in details])
+        values = (
+            tuple(map(float, ranking.totals)),
+            ranking.unit._value_,
+            ranking.mode,
+            *[tuple(map(float, parts)) for parts in terms.values()],
+            *details.values(),
+        )
+        ids = tuple([model.id for model in ranking.models])
+        self._record = Step(stage.shape((*_RANKED, *more), names.SCORED), values, ids)
 
     def _nobody_left(self) -> NoCandidatesError:
         by_policy = bool(self.excluded) and all(stage.is_policy for stage, _ in self.excluded)
@@ -230,16 +245,22 @@ class Decision:
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.
-_PURE: dict[Kind, Callable[[Decision, BoundStage, Span], None]] = {
+_PURE: dict[Kind, Callable[[Decision, BoundStage], None]] = {
     Kind.SCORE: Decision.score,
     Kind.FILTER: Decision.filter,
     Kind.AFFINITY: Decision.affinity,
+    Kind.SELECT: Decision.choose,
 }
-_WAITING: dict[Kind, Callable[[Decision, BoundStage, Span], Awaitable[Answer | None]]] = {
+_WAITING: dict[Kind, Callable[[Decision, BoundStage], Awaitable[Answer | None]]] = {
     Kind.CLASSIFY: Decision.classify,
     Kind.ADMIT: Decision.admit,
     Kind.ANSWER: Decision.answer,
 }
+
+_PASSED = (names.CANDIDATES_IN, names.CANDIDATES_OUT)
+_EXPECTED = (names.SCORE_VALUES, names.SCORE_MODES)
+_COLUMN = (names.SCORE_COLUMN, names.SCORE_UNIT, names.SCORE_VALUES)
+_RANKED = (names.SCORE_VALUES, names.SCORE_UNIT, names.SELECT_MODE)
 
 
 def scoring_context(ctx: RoutingContext) -> ScoringContext:
@@ -298,13 +319,11 @@ def _check_values(stage: BoundStage, unit: Unit, values: Sequence[float]) -> Non
         raise ContractError(f"{stage.key} gave a utility of {max(values):g}, above 1")
 
 
-def _describe_ranking(span: Span, ranking: Ranking) -> None:
-    attributes = span.attributes
-    attributes[names.SCORED] = tuple([model.id for model in ranking.models])
-    attributes[names.SCORE_VALUES] = tuple(map(float, ranking.totals))
-    attributes[names.SCORE_UNIT] = ranking.unit._value_
-    attributes[names.SELECT_MODE] = ranking.mode
-    for name, values in ranking.terms.items():
-        attributes[names.TERM_PREFIX + name] = tuple(map(float, values))
-    for name, value in ranking.details.items():
-        attributes[names.INSTEAD_PREFIX + name] = value
+def _check_ranking(stage: BoundStage, ranking: Ranking, candidates: Sequence[ModelConfig]) -> None:
+    ranked = set(map(id, ranking.models))
+    if not ranked:
+        raise ContractError(f"{stage.key} ranked nobody")
+    if len(ranked) != len(ranking.models):
+        raise ContractError(f"{stage.key} ranked a candidate twice")
+    if not ranked.issubset(map(id, candidates)):
+        raise ContractError(f"{stage.key} ranked somebody who is not a candidate")

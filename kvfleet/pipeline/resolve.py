@@ -52,7 +52,7 @@ class Names:
             )
         if request.model != AUTO_MODEL:
             changes |= self._model(request)
-        return attrs.evolve(request, **changes) if changes else request
+        return request.changed(**changes) if changes else request
 
     def _model(self, request: RouteRequest) -> dict[str, Any]:
         name = request.model

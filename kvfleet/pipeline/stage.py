@@ -9,9 +9,11 @@ import attrs
 
 from kvfleet.plugin.contract import Kind
 from kvfleet.trace import names
-from kvfleet.trace.spans import AttributeValue
+from kvfleet.trace.spans import AttributeValue, Shape, Span
 
 __all__ = ["BoundStage", "Pipeline"]
+
+_MOST_SHAPES = 64
 
 
 @attrs.frozen(kw_only=True)
@@ -38,6 +40,7 @@ class BoundStage:
     is_policy: bool = False
     span_name: str = ""
     attributes: Mapping[str, AttributeValue] = attrs.field(factory=dict)
+    _shapes: dict[tuple[str, ...], Shape] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
     @classmethod
     def bind(
@@ -71,6 +74,24 @@ class BoundStage:
     def key(self) -> str:
         """``filter.health``: kind and name."""
         return f"{self.kind}.{self.name}"
+
+    def shape(self, names: tuple[str, ...], about: str = "") -> Shape:
+        """The shape of this stage's spans that have values of these names; made once for each, of which there are few.
+
+        Args:
+            names: The attributes' names.
+            about: Name of the attribute that says what the values stand for; the same for every span of the stage.
+        """
+        found = self._shapes.get(names)
+        if found is None:
+            found = Shape(self.span_name, self.attributes, names, about)
+            if len(self._shapes) < _MOST_SHAPES:
+                self._shapes[names] = found
+        return found
+
+    def span(self) -> Span:
+        """A span of this stage that says nothing yet."""
+        return Span(self.span_name, 0, 0, dict(self.attributes))
 
 
 @attrs.frozen(kw_only=True)

@@ -42,7 +42,7 @@ class Column:
     terms: Mapping[str, Sequence[float]] = attrs.field(factory=dict)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)
 class ScoringContext:
     """What a strategy may know of the request and the candidates.
 

@@ -201,6 +201,18 @@ class Waits:
     decoding: list[float]
     usage: list[float]
 
+    @property
+    def terms(self) -> dict[str, list[float]]:
+        """The same by name."""
+        return {
+            "queue_s": self.queue_s,
+            "prompt_s": self.prompt_s,
+            "saved_s": self.saved_s,
+            "step_s": self.step_s,
+            "decoding": self.decoding,
+            "usage": self.usage,
+        }
+
 
 @attrs.define
 class FleetLoad:

@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.families import MOST_LABELS, Counters, Histograms
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 
 __all__ = ["METRICS", "MetricInfo", "MetricsExporter"]
 
-_MOST_LABELS = 4096
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _OVERHEAD = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -216,36 +216,6 @@ GaugeSource = Callable[[], Mapping[tuple[str, ...], float]]
 _BY_NAME = {info.name: info for info in METRICS}
 
 
-class _Family:
-    """One counter or histogram, with its labelled children at hand.
-
-    `labels()` costs a lock and a lookup by tuple of strings each time; a kept child costs a dictionary lookup. Label
-    sets are bounded: beyond the bound, everything new counts as ``other``.
-    """
-
-    __slots__ = ("_children", "_metric", "_names")
-
-    def __init__(self, info: MetricInfo, registry: CollectorRegistry) -> None:
-        if info.type == "counter":
-            self._metric: Counter | Histogram = Counter(info.name, info.doc, info.labels, registry=registry)
-        else:
-            self._metric = Histogram(info.name, info.doc, info.labels, registry=registry, buckets=info.buckets)
-        self._names = info.labels
-        self._children: dict[tuple[str, ...], Any] = {}
-
-    def of(self, *labels: str) -> Any:
-        """The child with these labels."""
-        child = self._children.get(labels)
-        return self._make(labels) if child is None else child
-
-    def _make(self, labels: tuple[str, ...]) -> Any:
-        if len(self._children) >= _MOST_LABELS:
-            labels = ("other",) * len(labels)
-        child = self._metric.labels(*labels) if labels else self._metric
-        self._children[labels] = child
-        return child
-
-
 @attrs.define(eq=False)
 class _State(Collector):
     """The gauges, read from their owners at each scrape."""
@@ -326,13 +296,14 @@ class MetricsExporter:
         self.registry = registry if registry is not None else CollectorRegistry()
         self._state = _State()
         self._server: tuple[Any, threading.Thread] | None = None
-        self._families = (
-            {i.name: _Family(i, self.registry) for i in METRICS if i.type != "gauge" and not i.is_read}
-            if enabled
-            else {}
-        )
+        kept = [info for info in METRICS if enabled and not info.is_read]
+        self._counters = {i.name: Counters(i.name, i.doc, i.labels) for i in kept if i.type == "counter"}
+        self._histograms = {
+            i.name: Histograms(i.name, i.doc, i.labels, i.buckets) for i in kept if i.type == "histogram"
+        }
         if enabled:
-            self.registry.register(self._state)
+            for family in (*self._counters.values(), *self._histograms.values(), self._state):
+                self.registry.register(family)
 
     # Showing
 
@@ -379,12 +350,12 @@ class MetricsExporter:
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Raise a counter of the table by its full name, its labels in the table's order."""
         if self.enabled:
-            self._families[name].of(*labels).inc(by)
+            self._counters[name].add(labels, by)
 
     def observe(self, name: str, value: float, *labels: str) -> None:
         """Add a value to a histogram of the table."""
         if self.enabled:
-            self._families[name].of(*labels).observe(value)
+            self._histograms[name].add(labels, value)
 
     def record_route(
         self, strategy: str, model: str, latency_seconds: float, success: bool = True, *, status: str = ""
@@ -440,7 +411,7 @@ class MetricsExporter:
     ) -> None:
         """Show this of a replica, whatever a watched state says of it."""
         told = self._state.told
-        if len(told) >= _MOST_LABELS:
+        if len(told) >= MOST_LABELS:
             told.clear()
         told["kvfleet_model_health", model, endpoint] = float(healthy)
         if queue_depth is not None:

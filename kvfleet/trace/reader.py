@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +15,8 @@ from typing import Any, Self
 import attrs
 
 from kvfleet.errors import TraceError
-from kvfleet.trace.rows import COLUMNS, TraceRow, unpack
+from kvfleet.trace.rows import TraceRow, row_of
+from kvfleet.trace.segments import unpack_segment
 from kvfleet.trace.spans import Trace
 from kvfleet.trace.store import connect
 
@@ -21,8 +25,9 @@ __all__ = ["LAST", "TraceReader"]
 LAST = "last"
 """The word for the newest trace, where an identifier is asked for."""
 
-_SELECT = f"SELECT id, {', '.join(COLUMNS)} FROM traces"  # noqa: S608 - our names
-_GREATEST = "\U0010ffff"
+_MOST_SHOWN = 5
+
+Found = tuple[TraceRow, Trace]
 
 
 @attrs.define
@@ -71,20 +76,25 @@ class TraceReader:
             status: Only those with this HTTP status.
             since_ns: Only those that began since, in Unix nanoseconds.
         """
-        wanted: dict[str, Any] = {
-            "? IN (selected, served_by)": model,
-            "outcome = ?": outcome,
-            "tenant = ?": tenant,
-            "status = ?": status,
-            "start_ns >= ?": since_ns,
-        }
-        used = {clause: value for clause, value in wanted.items() if value}
-        where = f" WHERE {' AND '.join(used)}" if used else ""
-        return tuple(self._rows(f"{where} ORDER BY id DESC LIMIT ?", *used.values(), limit))
+        found: list[TraceRow] = []
+        for row, _ in self._newest_first(since_ns):
+            if len(found) == limit:
+                break
+            if (
+                row.start_ns >= since_ns
+                and (not model or model in (row.selected, row.served_by))
+                and (not outcome or row.outcome == outcome)
+                and (not tenant or row.tenant == tenant)
+                and (not status or row.status == status)
+            ):
+                found.append(row)
+        return tuple(found)
 
     def since(self, last_id: int, limit: int = 1000) -> tuple[TraceRow, ...]:
         """Traces stored after the one with that number, the oldest first."""
-        return tuple(self._rows(" WHERE id > ? ORDER BY id LIMIT ?", last_id, limit))
+        segments = self._segments(" WHERE last > ? ORDER BY last", last_id)
+        rows = (row for segment in segments for row, _ in segment if row.id > last_id)
+        return tuple(itertools.islice(rows, limit))
 
     def get(self, reference: str) -> Trace:
         """One trace.
@@ -95,47 +105,51 @@ class TraceReader:
         Raises:
             TraceError: if there is none, or more than one.
         """
-        row = self._find(reference)
-        with self._reading():
-            found = self._connection.execute("SELECT body FROM bodies WHERE id = ?", (row.id,)).fetchone()
-        if found is None:
-            raise TraceError(f"{reference} has just been pruned; newer ones: `kvfleet trace list`")
-        return unpack(found[0])
-
-    def _find(self, reference: str) -> TraceRow:
         if reference == LAST:
-            newest = self.list(1)
-            if not newest:
+            newest = next(self._newest_first(), None)
+            if newest is None:
                 raise TraceError(f"the trace store at {self.path} is empty; send the gateway a request first")
-            return newest[0]
+            return newest[1]
         found = self._matching(reference) if reference else ()
         if not found:
             raise TraceError(f"no trace {reference!r} in {self.path}; `kvfleet trace list` shows what is there")
         if len(found) > 1:
-            shown = "; ".join(_describe(row) for row in found[:5])
-            more = "" if len(found) <= 5 else "; …"
+            shown = "; ".join(_describe(row) for row, _ in found[:_MOST_SHOWN])
+            more = "" if len(found) <= _MOST_SHOWN else "; …"
             raise TraceError(f"{reference!r} is the beginning of several: {shown}{more}; give more of one")
-        return found[0]
+        return found[0][1]
 
-    def _matching(self, reference: str) -> tuple[TraceRow, ...]:
-        """What is called exactly so, or else what begins so."""
-        exactly = tuple(self._rows(" WHERE ? IN (request_id, trace_id, span_id) LIMIT 6", reference))
-        if exactly:
-            return exactly
-        ends = (reference, reference + _GREATEST)
-        return tuple(
-            self._rows(
-                " WHERE (trace_id >= ? AND trace_id < ?) OR (request_id >= ? AND request_id < ?) LIMIT 6", *ends, *ends
-            )
-        )
+    def _matching(self, reference: str) -> Sequence[Found]:
+        """What is called exactly so, or else what begins so; a few of them."""
+        exactly: deque[Found] = deque()
+        alike: deque[Found] = deque()
+        # Identifiers stand in a segment as JSON has them, so that most segments need not be read.
+        quoted = (json.dumps(reference), json.dumps(reference, ensure_ascii=False))
+        texts = {text[1:-1].encode(errors="replace") for text in quoted}
+        where = " OR ".join(["instr(body, ?)"] * len(texts))
+        for segment in self._segments(f" WHERE {where} ORDER BY last", *texts):
+            for row, trace in segment:
+                if reference in (row.request_id, row.trace_id, row.span_id):
+                    exactly.append((row, trace))
+                elif len(alike) <= _MOST_SHOWN and any(
+                    name.startswith(reference) for name in (row.trace_id, row.request_id)
+                ):
+                    alike.append((row, trace))
+            if len(exactly) > _MOST_SHOWN:
+                break
+        return tuple(exactly or alike)
 
-    def _rows(self, rest: str, *values: Any) -> Iterator[TraceRow]:
+    def _newest_first(self, since_ns: int = 0) -> Iterator[Found]:
+        for segment in self._segments(" WHERE newest_ns >= ? ORDER BY last DESC", since_ns):
+            yield from reversed(segment)
+
+    def _segments(self, rest: str, *values: Any) -> Iterator[Sequence[Found]]:
+        """The traces of each segment, in the order they were written, each with its facts."""
+        query = f"SELECT last, count, body FROM segments{rest}"  # noqa: S608 - our own words
         with self._reading():
-            found = self._connection.execute(_SELECT + rest, values).fetchall()
-        names = ("id", *COLUMNS)
-        for row in found:
-            fields = dict(zip(names, row, strict=True))
-            yield TraceRow(**fields | {"is_stream": bool(fields["is_stream"])})
+            for last, count, body in self._connection.execute(query, values):
+                first = last - count + 1
+                yield [(row_of(trace, first + place), trace) for place, trace in enumerate(unpack_segment(body))]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How a trace lies in the local store: the schema, one row of facts to search by, and the whole record, packed."""
+"""The local store's schema, a trace's facts to search by, and one trace packed alone."""
 
 from __future__ import annotations
 
@@ -16,28 +16,18 @@ from kvfleet.trace import names
 from kvfleet.trace.attributes import Attributes, answering_attempts, count, flag, is_attempt, number, text
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
-__all__ = ["APPLICATION_ID", "COLUMNS", "SCHEMA", "VERSION", "TraceRow", "default_path", "pack", "row_of", "unpack"]
+__all__ = ["APPLICATION_ID", "SCHEMA", "VERSION", "TraceRow", "default_path", "pack", "row_of", "unpack"]
 
 APPLICATION_ID = 0x6B76666C
 """What SQLite keeps in the file's header, so that another program's database is not taken for a store."""
 
-VERSION = 1
-_GREATEST = 2**63 - 1
+VERSION = 2
 _LONGEST = 256
 
 SCHEMA = (
-    """CREATE TABLE traces (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    trace_id TEXT NOT NULL, span_id TEXT NOT NULL, request_id TEXT NOT NULL,
-    start_ns INTEGER NOT NULL, duration_ms REAL NOT NULL, ttfb_s REAL,
-    operation TEXT NOT NULL, is_stream INTEGER NOT NULL, tenant TEXT NOT NULL,
-    outcome TEXT NOT NULL, error TEXT NOT NULL, status INTEGER,
-    strategy TEXT NOT NULL, selected TEXT NOT NULL, served_by TEXT NOT NULL, attempts INTEGER NOT NULL,
-    prompt_tokens INTEGER, completion_tokens INTEGER, cached_tokens INTEGER, cost_usd REAL)""",
-    "CREATE INDEX traces_trace_id ON traces (trace_id)",
-    "CREATE INDEX traces_request_id ON traces (request_id)",
-    # Apart, so that a search reads the small table alone.
-    "CREATE TABLE bodies (id INTEGER PRIMARY KEY, body BLOB NOT NULL)",
+    # Each row holds what was written at once: `count` traces, of which `last` is the number of the last one.
+    """CREATE TABLE segments (
+    last INTEGER PRIMARY KEY AUTOINCREMENT, count INTEGER NOT NULL, newest_ns INTEGER NOT NULL, body BLOB NOT NULL)""",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )
@@ -80,50 +70,47 @@ class TraceRow:
         return attrs.asdict(self)
 
 
-COLUMNS = tuple(attribute.name for attribute in attrs.fields(TraceRow) if attribute.name != "id")
+def row_of(trace: Trace, number_: int = 0) -> TraceRow:
+    """The facts of a trace to search by.
 
-
-def row_of(trace: Trace) -> tuple[Any, ...]:
-    """The facts of a trace to search by, in the order of `COLUMNS`."""
+    Args:
+        trace: The trace; its steps stay steps.
+        number_: Its number in the store.
+    """
     route = trace.route
     a = route.attributes
-    attempts = [span.attributes for span in trace.stages if is_attempt(span)]
-    answering = [span.attributes for span in answering_attempts(trace.spans)]
+    spans = [record for record in trace.records if type(record) is Span]
+    answering = [span.attributes for span in answering_attempts(spans)]
     used: Attributes = next((one for one in reversed(answering) if names.GEN_AI_INPUT_TOKENS in one), {})
-    return (
-        trace.trace_id,
-        route.span_id,
-        _text(a, names.REQUEST_ID),
-        route.start_ns,
-        route.duration_ms,
-        number(a, names.TTFB_S),
-        _text(a, names.OPERATION),
-        flag(a, names.STREAM),
-        _text(a, names.TENANT),
-        _text(a, names.OUTCOME),
-        _text(a, names.ERROR_TYPE),
-        _count(a, names.STATUS_CODE),
-        _text(a, names.STRATEGY),
-        _text(a, names.MODEL_SELECTED),
-        _text(a, names.MODEL_SERVED),
-        len(attempts),
-        _count(used, names.GEN_AI_INPUT_TOKENS),
-        _count(used, names.GEN_AI_OUTPUT_TOKENS),
-        _count(used, names.GEN_AI_CACHED_TOKENS),
-        number(a, names.COST_USD),
+    return TraceRow(
+        id=number_,
+        trace_id=trace.trace_id,
+        span_id=route.span_id,
+        request_id=_text(a, names.REQUEST_ID),
+        start_ns=route.start_ns,
+        duration_ms=route.duration_ms,
+        ttfb_s=number(a, names.TTFB_S),
+        operation=_text(a, names.OPERATION),
+        is_stream=flag(a, names.STREAM),
+        tenant=_text(a, names.TENANT),
+        outcome=_text(a, names.OUTCOME),
+        error=_text(a, names.ERROR_TYPE),
+        status=count(a, names.STATUS_CODE),
+        strategy=_text(a, names.STRATEGY),
+        selected=_text(a, names.MODEL_SELECTED),
+        served_by=_text(a, names.MODEL_SERVED),
+        attempts=sum(map(is_attempt, spans)),
+        prompt_tokens=count(used, names.GEN_AI_INPUT_TOKENS),
+        completion_tokens=count(used, names.GEN_AI_OUTPUT_TOKENS),
+        cached_tokens=count(used, names.GEN_AI_CACHED_TOKENS),
+        cost_usd=number(a, names.COST_USD),
     )
 
 
 def _text(attributes: Attributes, name: str) -> str:
-    """A text that SQLite can take, and short: a caller may send anything, half of a surrogate pair included."""
+    """A text, short and printable: a caller may send anything, half of a surrogate pair included."""
     value = text(attributes, name)[:_LONGEST]
     return value if value.isascii() else value.encode(errors="replace").decode()
-
-
-def _count(attributes: Attributes, name: str) -> int | None:
-    """A whole number that SQLite can take: an engine may report any."""
-    value = count(attributes, name)
-    return value if value is not None and -_GREATEST <= value <= _GREATEST else None
 
 
 def pack(trace: Trace) -> bytes:

@@ -6,11 +6,12 @@ The engine writes stage spans, an attempt writes its own; everything a person se
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import attrs
 
-__all__ = ["AttributeValue", "Span", "SpanKind", "Status", "Trace"]
+__all__ = ["AttributeValue", "Shape", "Span", "SpanKind", "Status", "Step", "Trace"]
 
 AttributeValue = str | bool | int | float | Sequence[str] | Sequence[bool] | Sequence[int] | Sequence[float]
 """What OpenTelemetry allows as an attribute. Sequences are homogeneous tuples."""
@@ -64,26 +65,94 @@ class Span:
         self.status, self.message = Status.ERROR, message
 
 
-@attrs.define
+@attrs.frozen(eq=False)
+class Shape:
+    """What the spans of one stage have in common: everything but the values.
+
+    Attributes:
+        name: The span's name.
+        fixed: Attributes that are the same each time.
+        names: Names of the values, in their order.
+        about: Name of the attribute that lists what the values stand for, replicas for instance; empty for none.
+    """
+
+    name: str
+    fixed: Mapping[str, AttributeValue]
+    names: tuple[str, ...]
+    about: str = ""
+
+
+class Step:
+    """A span of which only the values are kept, as long as nobody looks at it.
+
+    A route records a dozen of these, and they are written to the store as they are: a `Span` with a dictionary of
+    attributes for each would cost more than the stages themselves.
+
+    Attributes:
+        shape: Everything else.
+        values: One for each of the shape's names.
+        about: What the values stand for.
+        start_ns, end_ns: As in a span.
+    """
+
+    __slots__ = ("about", "end_ns", "shape", "start_ns", "values")
+
+    def __init__(
+        self, shape: Shape, values: tuple[Any, ...], about: tuple[str, ...] = (), start_ns: int = 0, end_ns: int = 0
+    ) -> None:
+        self.shape = shape
+        self.values = values
+        self.about = about
+        self.start_ns = start_ns
+        self.end_ns = end_ns
+
+    def span(self) -> Span:
+        """The same as a span."""
+        shape = self.shape
+        attributes = dict(shape.fixed)
+        if shape.about:
+            attributes[shape.about] = self.about
+        attributes.update(zip(shape.names, self.values, strict=True))
+        return Span(shape.name, self.start_ns, self.end_ns, attributes)
+
+
+@attrs.define(eq=False)
 class Trace:
     """All spans of one route; the first is the route's own, the others are its children in order of their start.
 
     Attributes:
         trace_id: 32 hex digits.
+        records: The spans, some of them as steps still; whoever writes appends here. The first is a span.
         parent_span_id: 16 hex digits of the caller's span; empty if nobody called with a ``traceparent``.
-        spans: See above.
     """
 
     trace_id: str
-    spans: list[Span] = attrs.field(factory=list)
+    records: list[Span | Step] = attrs.field(factory=list, alias="spans")
     parent_span_id: str = ""
 
     @property
     def route(self) -> Span:
         """The route's own span."""
-        return self.spans[0]
+        return cast("Span", self.records[0])
+
+    @property
+    def spans(self) -> list[Span]:
+        """The records as spans; steps become spans when first looked at."""
+        records = self.records
+        for place, record in enumerate(records):
+            if type(record) is Step:
+                records[place] = record.span()
+        return cast("list[Span]", records)
 
     @property
     def stages(self) -> list[Span]:
         """The stages' and attempts' spans."""
         return self.spans[1:]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Trace):
+            return NotImplemented
+        mine, theirs = (self.trace_id, self.parent_span_id), (other.trace_id, other.parent_span_id)
+        return mine == theirs and self.spans == other.spans
+
+    __hash__ = None  # type: ignore[assignment]  # it grows

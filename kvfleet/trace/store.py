@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sqlite3
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import anyio
 import attrs
@@ -22,7 +23,8 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.findings import Finding
 from kvfleet.config.schema import TraceStoreConfig
 from kvfleet.errors import ConfigError, TraceError
-from kvfleet.trace.rows import APPLICATION_ID, COLUMNS, SCHEMA, VERSION, default_path, pack, row_of
+from kvfleet.trace.rows import APPLICATION_ID, SCHEMA, VERSION, default_path
+from kvfleet.trace.segments import Packer
 from kvfleet.trace.spans import Trace
 
 __all__ = ["TraceStore", "connect"]
@@ -34,10 +36,10 @@ _PAGE_BYTES = 4096
 _QUEUE_LENGTH = 2048
 _BATCH_DELAY_S = 0.1
 _BATCH_LENGTH = 256
-_PRUNE_ROWS = 256
-_ROW_BYTES = 512  # of a trace, beside its body: the row and its entries in two indices
+_PRUNE_AT_ONCE = 8
+_GREATEST = 2**63 - 1
 _AGE_CHECK_S = 60.0
-_INSERT = f"INSERT INTO traces ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"  # noqa: S608 - our names
+_INSERT = "INSERT INTO segments (last, count, newest_ns, body) VALUES (?, ?, ?, ?)"
 
 
 @attrs.define
@@ -143,43 +145,34 @@ class TraceStore:
     def _drain(self, connection: sqlite3.Connection) -> None:
         """Write everything in the queue. A failing disk costs traces, never the thread."""
         while self._queue:
-            batch = self._take()
-            if not batch:
+            packer, newest_ns = self._take()
+            if not packer.count:
                 continue
             try:
-                self._keep(connection, batch)
+                self._keep(connection, packer, newest_ns)
             except Exception as error:  # noqa: BLE001 - whatever SQLite's module raises must not end the thread
-                self._lost(len(batch), error)
+                self._lost(packer.count, error)
         try:
             self._prune_by_age(connection)
         except sqlite3.Error as error:
             self._lost(0, error)
 
-    def _take(self) -> list[tuple[tuple[Any, ...], bytes]]:
-        """The next traces, packed; as many as one transaction may hold, and none beyond a waiting `flush`."""
-        batch: list[tuple[tuple[Any, ...], bytes]] = []
-        size, most = 0, self._transaction_bytes
-        while self._queue and len(batch) < _BATCH_LENGTH and size < most:
-            if isinstance(self._queue[0], threading.Event) and batch:
+    def _take(self) -> tuple[Packer, int]:
+        """The next traces, packed, and when the newest began; none beyond a waiting `flush`."""
+        packer, newest_ns, most = Packer(), 0, self._transaction_bytes
+        while self._queue and packer.count < _BATCH_LENGTH and packer.size < most:
+            if isinstance(self._queue[0], threading.Event) and packer.count:
                 break
             one = self._queue.popleft()
             if isinstance(one, threading.Event):
                 one.set()
-            elif packed := self._pack(one, most):
-                batch.append(packed)
-                size += len(packed[1])
-        return batch
-
-    def _pack(self, trace: Trace, most: int) -> tuple[tuple[Any, ...], bytes] | None:
-        try:
-            row, body = row_of(trace), pack(trace)
-        except Exception as error:  # noqa: BLE001 - a record that cannot be packed must not end the thread
-            self._lost(1, error)
-            return None
-        if len(body) > most:
-            self._lost(1, ValueError(f"a trace of {len(body)} bytes"))
-            return None
-        return row, body
+                continue
+            try:
+                packer.add(one, most)
+                newest_ns = max(newest_ns, one.route.start_ns)
+            except Exception as error:  # noqa: BLE001 - a record that cannot be packed must not end the thread
+                self._lost(1, error)
+        return packer, newest_ns
 
     def _lost(self, number: int, error: Exception) -> None:
         self._failed += number
@@ -188,42 +181,32 @@ class TraceStore:
             self._has_warned = True
             log.warning("trace_store_failed path=%s lost=%d error=%s", self.path, number, error)
 
-    def _keep(self, connection: sqlite3.Connection, batch: Sequence[tuple[tuple[Any, ...], bytes]]) -> None:
-        self._prune_by_size(connection, coming=sum(len(body) + _ROW_BYTES for _, body in batch))
+    def _keep(self, connection: sqlite3.Connection, packer: Packer, newest_ns: int) -> None:
+        body = packer.done()
+        self._prune_by_size(connection, coming=len(body))
         try:
-            _insert(connection, batch)
+            _insert(connection, packer.count, newest_ns, body)
         except sqlite3.OperationalError:
             # The file has reached its hard limit: fragments that the estimate did not see.
-            self._prune_rows(connection, _PRUNE_ROWS)
-            _insert(connection, batch)
+            _prune_oldest(connection, 2 * len(body))
+            _insert(connection, packer.count, newest_ns, body)
 
     def _prune_by_size(self, connection: sqlite3.Connection, coming: int) -> None:
         # Pages are not filled to the brim.
         room = self._file_bytes * 0.9 - coming * 1.5
-        while _used_bytes(connection) > room and self._prune_rows(connection, _PRUNE_ROWS):
+        while (missing := _used_bytes(connection) - room) > 0 and _prune_oldest(connection, missing):
             pass
-
-    def _prune_rows(self, connection: sqlite3.Connection, number: int) -> int:
-        """Delete the oldest rows, at most so many and at most a tenth; how many were deleted."""
-        first, last = _ends(connection)
-        if first is None:
-            return 0
-        step = max(1, min(number, (last - first + 1) // 10))
-        return _delete_before(connection, first + step)
 
     def _prune_by_age(self, connection: sqlite3.Connection) -> None:
         if self.clock.now_s() < self._next_age_check_s:
             return
         self._next_age_check_s = self.clock.now_s() + _AGE_CHECK_S
         oldest_ns = self.clock.time_ns() - round(self.max_age_s * 1e9)
-        kept = "SELECT id FROM traces WHERE start_ns >= ? ORDER BY id LIMIT 1"
-        first, last = _ends(connection)
-        if first is None:
-            return
-        young = connection.execute(kept, (oldest_ns,)).fetchone()
-        end = young[0] if young else last + 1
-        for before in range(first + _PRUNE_ROWS, end + _PRUNE_ROWS, _PRUNE_ROWS):
-            _delete_before(connection, min(before, end))
+        kept = "SELECT last FROM segments WHERE newest_ns >= ? ORDER BY last LIMIT 1"
+        row = connection.execute(kept, (oldest_ns,)).fetchone()
+        end = row[0] - 1 if row else _GREATEST
+        while _prune_oldest(connection, math.inf, end):
+            pass
 
     @property
     def _log_bytes(self) -> int:
@@ -315,22 +298,24 @@ def _as_trace_error(path: Path) -> Iterator[None]:
         raise TraceError(f"the trace store at {path} cannot be used: {error.strerror or error}; {remedy}") from error
 
 
-def _insert(connection: sqlite3.Connection, batch: Iterable[tuple[tuple[Any, ...], bytes]]) -> None:
+def _insert(connection: sqlite3.Connection, count: int, newest_ns: int, body: bytes) -> None:
+    """Add a segment; its traces get the next numbers, and no number is given twice."""
     with _transaction(connection):
-        for row, body in batch:
-            cursor = connection.execute(_INSERT, row)
-            connection.execute("INSERT INTO bodies (id, body) VALUES (?, ?)", (cursor.lastrowid, body))
+        row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'segments'").fetchone()
+        last = (row[0] if row else 0) + count
+        connection.execute(_INSERT, (last, count, newest_ns, body))
 
 
-def _ends(connection: sqlite3.Connection) -> Any:
-    # Two queries in one: SQLite finds min and max by the index only if each stands alone.
-    return connection.execute("SELECT (SELECT min(id) FROM traces), (SELECT max(id) FROM traces)").fetchone()
-
-
-def _delete_before(connection: sqlite3.Connection, end: int) -> int:
+def _prune_oldest(connection: sqlite3.Connection, missing: float, end: int = _GREATEST) -> int:
+    """Delete the oldest segments, at most a few of them and none beyond `end`, to free so many bytes; how many."""
+    oldest = "SELECT last, length(body) FROM segments WHERE last <= ? ORDER BY last LIMIT ?"
+    last = freed = 0
+    for one, size in connection.execute(oldest, (end, _PRUNE_AT_ONCE)).fetchall():
+        last, freed = one, freed + size
+        if freed >= missing:
+            break
     with _transaction(connection):
-        connection.execute("DELETE FROM bodies WHERE id < ?", (end,))
-        return connection.execute("DELETE FROM traces WHERE id < ?", (end,)).rowcount
+        return connection.execute("DELETE FROM segments WHERE last <= ?", (last,)).rowcount
 
 
 @contextlib.contextmanager

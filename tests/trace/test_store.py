@@ -11,6 +11,7 @@ from pathlib import Path
 import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import TraceStoreConfig
@@ -18,7 +19,8 @@ from kvfleet.errors import ConfigError, TraceError
 from kvfleet.trace import names
 from kvfleet.trace.reader import TraceReader
 from kvfleet.trace.rows import default_path, pack, unpack
-from kvfleet.trace.spans import Trace
+from kvfleet.trace.segments import Packer, unpack_segment
+from kvfleet.trace.spans import Shape, Span, SpanKind, Status, Step, Trace
 from kvfleet.trace.store import TraceStore
 from tests.trace.building import START_NS, fallback, nobody, page, traces
 
@@ -58,6 +60,44 @@ def size_of(path: Path) -> int:
 def test_packing_loses_nothing(trace: Trace) -> None:
     """A packed trace unpacks to the same trace, infinities and all."""
     assert unpack(pack(trace)) == trace
+
+
+def stepped(trace: Trace) -> Trace:
+    """The same trace as an engine records it: stages as steps that share their shapes."""
+    shapes: dict[tuple[str, ...], Shape] = {}
+    records: list[Span | Step] = [trace.route]
+    for span in trace.stages:
+        attributes = dict(span.attributes)
+        if span.status is not Status.UNSET or span.kind is not SpanKind.INTERNAL or span.span_id or span.message:
+            records.append(span)
+            continue
+        about = attributes.pop(names.SCORED, None)
+        key = (span.name, *attributes, str(about is None))
+        shape = shapes.setdefault(
+            key, Shape(span.name, {}, tuple(attributes), names.SCORED if about is not None else "")
+        )
+        records.append(Step(shape, tuple(attributes.values()), about or (), span.start_ns, span.end_ns))
+    return Trace(trace.trace_id, records, trace.parent_span_id)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(traces(), min_size=1, max_size=4))
+def test_a_segment_loses_nothing(several: list[Trace]) -> None:
+    """Traces that are packed together come out the same, whether their stages were spans or steps."""
+    packer = Packer()
+    for trace in several:
+        packer.add(trace, 10**9)
+        packer.add(stepped(trace), 10**9)
+    found = list(unpack_segment(packer.done()))
+    assert found == [trace for trace in several for _ in range(2)]
+
+
+def test_looking_makes_spans_of_steps() -> None:
+    """A step reads as the span it stands for, and stays one once somebody has looked."""
+    trace = stepped(fallback())
+    assert any(isinstance(record, Step) for record in trace.records)
+    assert trace == fallback()
+    assert all(isinstance(record, Span) for record in trace.records)
 
 
 def test_what_is_written_can_be_read(store: TraceStore) -> None:
@@ -175,7 +215,7 @@ def test_the_size_is_held(tmp_path: Path) -> None:
     store.open()
     largest = 0
     for number in range(1500):
-        store.write(numbered(number, bulk=2000 if number % 10 else 40_000))
+        store.write(numbered(number, bulk=1000 if number % 10 else 20_000))
         if number % 100 == 99:
             assert store.flush(30)
             largest = max(largest, size_of(store.path))
@@ -356,13 +396,13 @@ def test_a_newer_version(store: TraceStore) -> None:
     """A store of another version is refused with what to do."""
     store.close()
     connection = sqlite3.connect(store.path)
-    connection.execute("PRAGMA user_version = 2")
+    connection.execute("PRAGMA user_version = 3")
     connection.close()
     with pytest.raises(
-        TraceError, match="has version 2, and this kvfleet reads version 1; use the kvfleet that wrote it"
+        TraceError, match="has version 3, and this kvfleet reads version 2; use the kvfleet that wrote it"
     ):
         TraceReader(store.path)
-    with pytest.raises(TraceError, match="has version 2"):
+    with pytest.raises(TraceError, match="has version 3"):
         TraceStore(store.path).open()
 
 

@@ -1,0 +1,94 @@
+"""Counters and histograms as plain numbers, read by Prometheus when it asks.
+
+prometheus_client's own take a lock and two calls for each step, which on the hot path adds up to more than the
+counting; these cost a dictionary look-up (`benchmarks/gateway.py`). They are written by one thread, the event loop's.
+Label sets are bounded: beyond the bound, everything new counts as ``other``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["MOST_LABELS", "Counters", "Histograms"]
+
+MOST_LABELS = 4096
+
+Labels = tuple[str, ...]
+
+
+class Counters(Collector):
+    """One counter, by its labels."""
+
+    __slots__ = ("_doc", "_labels", "_name", "_values")
+
+    def __init__(self, name: str, doc: str, labels: Labels) -> None:
+        self._name, self._doc, self._labels = name, doc, labels
+        self._values: dict[Labels, float] = {} if labels else {(): 0.0}
+
+    def add(self, labels: Labels, by: float) -> None:
+        """Raise the counter with these labels."""
+        values = self._values
+        if labels not in values and len(values) >= MOST_LABELS:
+            labels = ("other",) * len(labels)
+        values[labels] = values.get(labels, 0.0) + by
+
+    def describe(self) -> Iterator[Metric]:
+        """The name, so that two collectors cannot both have it."""
+        yield CounterMetricFamily(self._name, self._doc, labels=self._labels)
+
+    def collect(self) -> Iterator[Metric]:
+        """The family with its samples."""
+        family = CounterMetricFamily(self._name, self._doc, labels=self._labels)
+        for labels, value in tuple(self._values.items()):
+            family.add_metric(labels, value)
+        yield family
+
+
+class _Histogram:
+    """The values with one set of labels: how many fell between two bounds, and their sum."""
+
+    __slots__ = ("counts", "sum")
+
+    def __init__(self, buckets: int) -> None:
+        self.counts = [0] * (buckets + 1)
+        self.sum = 0.0
+
+
+class Histograms(Collector):
+    """One histogram, by its labels."""
+
+    __slots__ = ("_bounds", "_doc", "_found", "_labels", "_name")
+
+    def __init__(self, name: str, doc: str, labels: Labels, bounds: Sequence[float]) -> None:
+        self._name, self._doc, self._labels, self._bounds = name, doc, labels, tuple(bounds)
+        self._found: dict[Labels, _Histogram] = {} if labels else {(): _Histogram(len(bounds))}
+
+    def add(self, labels: Labels, value: float) -> None:
+        """Take in a value."""
+        found = self._found.get(labels)
+        if found is None:
+            found = self._make(labels)
+        found.counts[bisect_left(self._bounds, value)] += 1
+        found.sum += value
+
+    def _make(self, labels: Labels) -> _Histogram:
+        if len(self._found) >= MOST_LABELS:
+            labels = ("other",) * len(labels)
+        return self._found.setdefault(labels, _Histogram(len(self._bounds)))
+
+    def describe(self) -> Iterator[Metric]:
+        """The name, so that two collectors cannot both have it."""
+        yield HistogramMetricFamily(self._name, self._doc, labels=self._labels)
+
+    def collect(self) -> Iterator[Metric]:
+        """The family with its samples; buckets add up, as Prometheus wants them."""
+        family = HistogramMetricFamily(self._name, self._doc, labels=self._labels)
+        bounds = [*map(str, self._bounds), "+Inf"]
+        for labels, found in tuple(self._found.items()):
+            family.add_metric(labels, list(zip(bounds, accumulate(found.counts), strict=True)), found.sum)
+        yield family
