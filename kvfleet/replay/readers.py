@@ -201,7 +201,7 @@ def _parts(text: bytes) -> list[int]:
 
 FORMATS: Mapping[str, tuple[int, Callable[[Path], Iterator[TracedRequest]]]] = {
     "mooncake": (_MOONCAKE_BLOCK_TOKENS, _mooncake),
-    "azure": (_MOONCAKE_BLOCK_TOKENS, _azure),
+    "azure": (_OWN_BLOCK_TOKENS, _azure),
     "records": (_OWN_BLOCK_TOKENS, _records),
     "store": (_OWN_BLOCK_TOKENS, _store),
 }
