@@ -19,7 +19,7 @@ from tests.cache.publisher import SIZE, Publisher
 from tests.gateway.upstream import whole
 from tests.telemetry.zmq_engine import ZmqEngine
 
-__all__ = ["KVEngine"]
+__all__ = ["KVEngine", "free_ports"]
 
 
 class Ticking(SystemClock):
@@ -77,7 +77,7 @@ class KVEngine:
             writer.close()
 
         if not self.port:
-            self.port = _free_ports()
+            self.port = free_ports(3)
         self.wire.port, self.wire.replay_port = self.port + 1, self.port + 2
         server = await asyncio.start_server(serve, "127.0.0.1", self.port)
         async with server, self.wire.running():
@@ -135,13 +135,13 @@ class KVEngine:
         return "".join(f'{key}{{model_name="m"}} {value}\n' for key, value in lines.items()).encode()
 
 
-def _free_ports() -> int:
-    """The first of three ports in a row that are free."""
+def free_ports(count: int) -> int:
+    """The first of so many ports in a row that are free."""
     while True:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             first = stack.enter_context(socket.socket())
             first.bind(("127.0.0.1", 0))
             port: int = first.getsockname()[1]
-            for above in (1, 2):
+            for above in range(1, count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port + above))
             return port
