@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from kvfleet.adapters.call import Operation
 from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.chat_template import UnrenderableError
 from kvfleet.cache.knowledge import TokenChain
-from kvfleet.cache.tokens import LocalTokenizer, given_tokens, packed
+from kvfleet.cache.tokens import LocalTokenizer, SegmentCache, given_tokens, packed
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.caching import PromptBlocksConfig
 from kvfleet.config.schema import ModelConfig
@@ -33,7 +32,6 @@ from kvfleet.telemetry.metrics import MetricsExporter
 __all__ = ["TOKENS", "PromptTokens", "TokensClassifier"]
 
 _log = logging.getLogger(__name__)
-_MOST_PROMPTS = 1000
 _MOST_MISCOUNTS = 3
 _DISTRUST_S = 60.0
 _THREADS = 2
@@ -62,8 +60,8 @@ def _describe(found: PromptTokens) -> Sequence[str]:
 
 TOKENS: Fact[PromptTokens] = Fact("tokens", _describe)
 
-_Made = bytes | str
-"""Token ids, or why there are none."""
+_Made = TokenChain | str
+"""A prompt's chain, or why there is none."""
 
 
 @attrs.define(eq=False)
@@ -74,7 +72,7 @@ class _Maker:
         replicas: The model's.
         settings: How.
         local: Its tokenizer, once it is loaded.
-        kept: Whole prompts an engine was asked for before, by a digest.
+        kept: Tokens of whole prompts that an engine was asked for before.
         miscounts: Answers in a row whose engine counted other tokens.
         distrusted_until_s: Until when its tokens are not used for that.
     """
@@ -82,9 +80,23 @@ class _Maker:
     settings: PromptBlocksConfig
     replicas: list[ModelConfig] = attrs.field(factory=list)
     local: LocalTokenizer | None = None
-    kept: OrderedDict[int, bytes] = attrs.field(factory=OrderedDict)
+    kept: SegmentCache = attrs.field(init=False)
     miscounts: int = 0
     distrusted_until_s: float = float("-inf")
+
+    @kept.default
+    def _make_kept(self) -> SegmentCache:
+        return SegmentCache(_bytes_of(self.settings))
+
+    def chain(self, tokens: bytes, body: Mapping[str, Any]) -> TokenChain:
+        """The blocks of a prompt's tokens."""
+        salt, size = body.get("cache_salt"), self.settings.block_tokens
+        return TokenChain(token_hashes(tokens, size, salt if isinstance(salt, str) else ""), size, len(tokens) // 4)
+
+    def make(self, operation: Operation, body: Mapping[str, Any]) -> TokenChain:
+        """A prompt's blocks, made here; for a thread."""
+        assert self.local is not None  # noqa: S101 - asked for only where there is one
+        return self.chain(self.local.tokenise(operation, body), body)
 
 
 @attrs.define
@@ -130,7 +142,7 @@ class TokensClassifier:
         names = [name for name in dict.fromkeys([m.name for m in ctx.candidates]) if name in self._makers]
         if not names or ctx.request.operation not in (Operation.CHAT, Operation.COMPLETION):
             return {TOKENS: PromptTokens()}
-        found: dict[str, TokenChain | str] = {}
+        found: dict[str, _Made] = {}
         if len(names) == 1:
             found[names[0]] = await self._chain(ctx, names[0])
         else:
@@ -174,28 +186,23 @@ class TokensClassifier:
 
     # Making
 
-    async def _chain(self, ctx: RoutingContext, name: str) -> TokenChain | str:
+    async def _chain(self, ctx: RoutingContext, name: str) -> _Made:
         """The prompt's chain for a model; or why there is none."""
         maker, request = self._makers[name], ctx.request
         if ctx.now_s < maker.distrusted_until_s:
             return "the engine counts other tokens"
-        salt = request.body.get("cache_salt")
         given = given_tokens(request.operation, request.body)
-        made = given if given is not None else await self._make(ctx, maker)
-        if isinstance(made, str):
-            return made
-        size = maker.settings.block_tokens
-        return TokenChain(token_hashes(made, size, salt if isinstance(salt, str) else ""), size, len(made) // 4)
+        return maker.chain(given, request.body) if given is not None else await self._make(ctx, maker)
 
     async def _make(self, ctx: RoutingContext, maker: _Maker) -> _Made:
+        request = ctx.request
         try:
             with anyio.fail_after(maker.settings.deadline_ms / 1000):
-                if maker.local is not None:
-                    made = maker.local.tokenise
-                    return await anyio.to_thread.run_sync(
-                        made, ctx.request.operation, ctx.request.body, limiter=self._threads, abandon_on_cancel=True
-                    )
-                return await self._ask(ctx, maker)
+                if maker.local is None:
+                    return await self._ask(ctx, maker)
+                return await anyio.to_thread.run_sync(
+                    maker.make, request.operation, request.body, limiter=self._threads, abandon_on_cancel=True
+                )
         except TimeoutError:
             return f"not made within {maker.settings.deadline_ms:g} ms"
         except UnrenderableError as error:
@@ -207,28 +214,31 @@ class TokensClassifier:
 
     async def _ask(self, ctx: RoutingContext, maker: _Maker) -> _Made:
         """Ask the least busy replica that is in the race."""
-        digest = xxhash.xxh3_128_intdigest(_identity(ctx.request.body))
+        body = ctx.request.body
+        digest = xxhash.xxh3_128_intdigest(_identity(body))
         kept = maker.kept.get(digest)
         if kept is not None:
-            maker.kept.move_to_end(digest)
-            return kept
+            return maker.chain(kept, body)
         if ctx.dry_run:
             return "nobody is asked in a simulation"
         ids = {model.id for model in maker.replicas}
         candidates = [model.id for model in ctx.candidates if model.id in ids]
         adapter: InferenceAdapter = self._services.adapters[min(candidates, key=self._load.in_flight)]
-        tokens = await adapter.prompt_tokens(ctx.request.operation, ctx.request.body)
+        tokens = await adapter.prompt_tokens(ctx.request.operation, body)
         if tokens is None:
             return "the engine cannot be asked for it"
-        made = maker.kept[digest] = packed(tokens)
-        while len(maker.kept) > _MOST_PROMPTS:
-            maker.kept.popitem(last=False)
-        return made
+        made = packed(tokens)
+        maker.kept.put(digest, made)
+        return maker.chain(made, body)
+
+
+def _bytes_of(settings: PromptBlocksConfig) -> int:
+    return round(settings.cache_megabytes * 1024 * 1024)
 
 
 def _load(settings: PromptBlocksConfig) -> LocalTokenizer:
     template = Path(settings.chat_template) if settings.chat_template else None
-    return LocalTokenizer.load(Path(settings.tokenizer), template, round(settings.cache_megabytes * 1024 * 1024))
+    return LocalTokenizer.load(Path(settings.tokenizer), template, _bytes_of(settings))
 
 
 def _identity(body: Mapping[str, Any]) -> bytes:

@@ -181,11 +181,14 @@ class TestThere:
         assert await fleet.find() == PromptTokens({}, {"m": why})
 
     async def test_what_is_remembered_is_bounded(self) -> None:
-        """The oldest prompts go."""
-        fleet = Fleet(model("m", mode="engine"))
-        for at in range(1010):
+        """The prompts asked for least recently go."""
+        fleet = Fleet(model("m", mode="engine", cache_megabytes=0.001))
+        for at in range(20):
             await fleet.find(user(f"{at}"))
-        assert len(fleet.stage._makers["m"].kept) == 1000
+        await fleet.find(user("19"))
+        assert fleet.teller.asked == 20
+        await fleet.find(user("0"))
+        assert fleet.teller.asked == 21
 
     async def test_tokens_given_need_nobody(self) -> None:
         """A completion may bring its own."""
