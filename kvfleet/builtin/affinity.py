@@ -195,10 +195,18 @@ class PrefixAffinity:
         else:
             self._learn_trust(told.prompt_tokens, told.tokens, served, outcome.usage)
             self._hold_to_it(told, served, outcome.usage)
-        self._index.record(served.id, _whole(blocks), ctx.now_s + outcome.duration_s, self.session_ttl_s)
+        self._keep(placed, blocks, served.id, ctx.now_s + outcome.duration_s)
         self._note_size(served, blocks.block_tokens)
         if prompt.session:
             self._bind(ctx, prompt.session, served.id)
+
+    def _keep(self, placed: _Placed, blocks: PromptBlocks, replica: str, now_s: float) -> None:
+        """Remember that the replica computed the prompt."""
+        visits = [visit for placed_at, visit in placed.visits if placed_at == replica]
+        if visits:
+            self._index.confirm(visits[-1], now_s + self.session_ttl_s)
+        else:
+            self._index.record(replica, _whole(blocks), now_s, self.session_ttl_s)
 
     def state(self) -> Mapping[str, Any]:
         """How much is remembered, and how far each replica is believed."""

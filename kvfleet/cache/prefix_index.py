@@ -212,15 +212,18 @@ _FEW = 12
 
 @attrs.define(eq=False)
 class Visit:
-    """The blocks one request left on a replica. `left` of them, from the first on, were not looked at for eviction.
+    """The blocks one request left on a replica.
 
-    Those from `fresh` on were not there before it came.
+    Attributes:
+        blocks: All of them, in order; the first `left` were not looked at for eviction yet.
+        until_s: How long they are believed to be there.
+        fresh: Those that were not there before it came, until it is confirmed.
     """
 
     blocks: array[int]
     until_s: float
-    fresh: int
-    left: int = 0
+    left: int
+    fresh: array[int]
 
 
 @attrs.define
@@ -273,37 +276,39 @@ class RoutedIndex:
             self._share_out()
 
     def record(self, replica: str, hashes: Sequence[int], now_s: float, ttl_s: float) -> Visit | None:
-        """The replica computes, or has computed, a prompt of these blocks; believed for `ttl_s` seconds.
+        """The replica computes a prompt of these blocks; believed for `ttl_s` seconds, or until it is confirmed.
 
         Returns:
-            What `retract` takes back; None if there is nothing to remember.
+            What `confirm` makes last and `retract` takes back; None if there is nothing to remember.
         """
         held = self._held.get(replica)
         if held is None or not hashes:
             return None
         if len(hashes) > held.capacity:
             hashes = hashes[: held.capacity]
-        visit = Visit(array("Q", hashes), now_s + ttl_s, len(hashes), len(hashes))
-        last, fresh = held.last, len(hashes)
-        for at in range(len(hashes) - 1, -1, -1):
-            if hashes[at] not in last:
-                fresh = at
-        visit.fresh = fresh
-        if fresh < len(hashes):
-            self.known.store(replica, hashes[fresh:])
+        size = len(hashes)
+        visit = Visit(array("Q", hashes), now_s + ttl_s, size, array("Q"))
+        last = held.last
         for block in hashes:
+            if block not in last:
+                visit.fresh.append(block)
             last[block] = visit
+        self.known.store(replica, visit.fresh)
         held.visits.append(visit)
-        held.queued += len(hashes)
+        held.queued += size
         self._trim(replica, held, now_s)
         return visit
+
+    def confirm(self, visit: Visit, until_s: float) -> None:
+        """The prompt was computed, and that is believed until then."""
+        visit.until_s, visit.fresh = until_s, array("Q")
 
     def retract(self, replica: str, visit: Visit) -> None:
         """What was recorded did not come to pass: what nobody else left there is not there."""
         held = self._held.get(replica)
         if held is None:
             return
-        gone = [block for block in visit.blocks[visit.fresh :] if held.last.get(block) is visit]
+        gone = [block for block in visit.fresh if held.last.get(block) is visit]
         for block in gone:
             del held.last[block]
         self.known.remove(replica, gone)
@@ -344,9 +349,10 @@ class RoutedIndex:
         last, visits, gone = held.last, held.visits, []
         while visits:
             oldest = visits[0]
-            if len(last) <= held.capacity and oldest.until_s >= now_s:
+            is_old = oldest.until_s < now_s
+            if len(last) <= held.capacity and not is_old:
                 break
-            while oldest.left and (len(last) > held.capacity or oldest.until_s < now_s):
+            while oldest.left and (is_old or len(last) > held.capacity):
                 oldest.left -= 1
                 held.queued -= 1
                 block = oldest.blocks[oldest.left]
@@ -366,6 +372,6 @@ def _compact(held: _Held) -> None:
     held.queued = 0
     for visit in held.visits:
         kept = array("Q", [b for b in visit.blocks[: visit.left] if held.last.get(b) is visit])
-        visit.blocks, visit.left, visit.fresh = kept, len(kept), 0
+        visit.blocks, visit.left = kept, len(kept)
         held.queued += len(kept)
     held.visits = deque(visit for visit in held.visits if visit.left)

@@ -24,26 +24,30 @@ from kvfleet.telemetry.load import FleetLoad, HasLoad
 __all__ = ["ExpectedLatencyStrategy"]
 
 _NEUTRAL = ScoringContext()
-_ALIKE = 1e-6
+_ALIKE_S = 1e-6
+_NEVER = float("inf")
+_FULL = 0.98
+"""A cache fuller than this is as bad as one that is just so full."""
 
 
 @attrs.define
 class ExpectedLatencyStrategy:
     """Choose the replica that is expected to answer soonest: queue, uncached part of the prompt, decoding, memory.
 
-    The total of a replica, in seconds, is the time to its first token (the column `latency`), plus `decode_weight`
-    times the seconds its decoding takes and its prompt holds up others', plus a barrier that rises as its KV cache
-    fills: `memory_s` times usage / (1 - usage), the mean queue of an M/M/1 server.
+    The total of a replica, in seconds, is the time to its first token (the column `latency`); plus, by weights, the
+    seconds of decoding that the request costs there, by which its prompt holds up the answers being written and its own
+    answer is slower among others; plus a barrier that rises as the KV cache fills: `memory_s` times usage / (1 -
+    usage), which is the mean queue of an M/M/1 server.
     """
 
-    decode_weight: float = number(
-        0.1, ge=0, doc="What a second of decoding counts beside a second before the first token."
+    harm_weight: float = number(
+        0.02, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
+    )
+    batch_weight: float = number(
+        0.15, ge=0, doc="What a second counts by which its own answer is slower in the batch there than alone."
     )
     memory_s: float = number(
-        0.05,
-        ge=0,
-        unit="s",
-        doc="What a KV cache that is half full counts; one that is nine tenths full, nine times that.",
+        0.02, ge=0, unit="s", doc="What a half full KV cache counts; nine times that if it is nine tenths full."
     )
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
@@ -55,26 +59,41 @@ class ExpectedLatencyStrategy:
         """Rank the replicas by their expected seconds."""
         context = context or _NEUTRAL
         column = column_of("latency", models, context)
-        first = [s if s is not None else float("inf") for s in column.values]
-        terms: dict[str, Sequence[float]] = {"first_token_s": first}
-        totals = first
-        if column.terms and len(models) > 1:
-            decode = self._decoding(column, models)
-            memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in column.terms["usage"]]
-            terms |= {"decode_s": decode, "memory_s": memory}
-            totals = [f + self.decode_weight * d + m for f, d, m in zip(first, decode, memory, strict=True)]
+        first = [_NEVER if s is None else s for s in column.values]
+        if len(models) < 2 or not column.terms:
+            return self._ranked(models, context, first, {"first_token_s": first})
+        held_up, slower = self._decoding(models, column)
+        memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in column.terms["usage"]]
+        totals = [
+            f + self.harm_weight * h + self.batch_weight * b + m
+            for f, h, b, m in zip(first, held_up, slower, memory, strict=True)
+        ]
+        terms = {"first_token_s": first, "held_up_s": held_up, "slower_s": slower, "memory_s": memory}
+        return self._ranked(models, context, totals, terms)
+
+    def _decoding(self, models: Sequence[ModelConfig], column: Column) -> tuple[list[float], list[float]]:
+        """Seconds by which the prompt holds up the answers there, and by which its own is slower among them."""
+        terms, load = column.terms, self._load
+        held_up = [seconds * others for seconds, others in zip(terms["prompt_s"], terms["decoding"], strict=True)]
+        slower = [
+            load.usual_answer_tokens(model.id) * each_s * load.pending(model.id)
+            for model, each_s in zip(models, terms["step_each_s"], strict=True)
+        ]
+        return held_up, slower
+
+    def _ranked(
+        self,
+        models: Sequence[ModelConfig],
+        context: ScoringContext,
+        totals: Sequence[float],
+        terms: Mapping[str, Sequence[float]],
+    ) -> Ranking:
+        """Least seconds first; equals to the microsecond take turns by the seed."""
         order = sorted(range(len(models)), key=totals.__getitem__)
         if len(order) > 1:
-            take_turns(order, context.seed, [round(t / _ALIKE) if t < float("inf") else -1 for t in totals])
+            take_turns(order, context.seed, [-1 if t == _NEVER else round(t / _ALIKE_S) for t in totals])
         details = self._instead(models, order, totals)
         return arranged(models, order, totals, unit=Unit.SECONDS, terms=terms, details=details)
-
-    def _decoding(self, column: Column, models: Sequence[ModelConfig]) -> list[float]:
-        """Seconds of decoding: its own answer's, and those by which its prompt holds up the answers there."""
-        steps, together = column.terms["step_s"], column.terms["decoding"]
-        prompts = column.terms["prompt_s"]
-        answers = [self._load.usual_answer_tokens(model.id) for model in models]
-        return [a * s + p * n for a, s, p, n in zip(answers, steps, prompts, together, strict=True)]
 
     def _instead(
         self, models: Sequence[ModelConfig], order: Sequence[int], totals: Sequence[float]
@@ -89,6 +108,3 @@ class ExpectedLatencyStrategy:
             "round_robin_s": sum(totals) / len(totals),
             "least_requests_s": totals[fewest],
         }
-
-
-_FULL = 0.98

@@ -72,6 +72,7 @@ class Reservation:
         ahead_s: How long the queue in front of it was expected to last.
         is_clean: True if the first bytes of all in front of it will be seen.
         held: Tokens of KV cache it was taken to need for itself.
+        computed_s: Seconds of prompts the replica had computed when its first byte came.
         first_s: When its first byte came; None before that.
         others: Requests that were decoded together with it, when its first byte came.
         is_over: True once it is released.
@@ -85,6 +86,7 @@ class Reservation:
     ahead_s: float = 0.0
     is_clean: bool = True
     held: float = 0.0
+    computed_s: float = 0.0
     first_s: float | None = None
     others: int = 0
     is_over: bool = False
@@ -110,6 +112,7 @@ class ReplicaLoad:
         tokens_per_second: Usual speed of one answer.
         reported: What its engine last said, while that is fresh; and what we had there then.
         capacity_tokens: Size of its KV cache, once its engine has told.
+        computed_s: Seconds of prompts it has computed so far.
     """
 
     model: str = ""
@@ -137,6 +140,7 @@ class ReplicaLoad:
     free_s: float = 0.0
     behind_s: float = 0.0
     last_first_s: float = 0.0
+    computed_s: float = 0.0
 
     @property
     def in_flight(self) -> int:
@@ -190,6 +194,7 @@ class Waits:
         prompt_s: For its own prompt, the way there and back included.
         saved_s: What the cached part of its prompt saves of that.
         step_s: For each token of its answer, decoded together with what is there.
+        step_each_s: How much of that is due to each other request.
         decoding: How many requests would have to wait while its prompt is computed.
         usage: Share of the KV cache in use; 0 if unknown.
     """
@@ -198,6 +203,7 @@ class Waits:
     prompt_s: list[float]
     saved_s: list[float]
     step_s: list[float]
+    step_each_s: list[float]
     decoding: list[float]
     usage: list[float]
 
@@ -268,7 +274,7 @@ class FleetLoad:
         known.queued_tokens += uncached
         one.held = uncached + self._answer_of(known, work)
         known.held_tokens += one.held
-        service_s = self._rates(known).service_s(uncached)
+        service_s = self._rates(known).service_s(work.prompt_tokens, work.cached_tokens)
         if len(queue) > 1:
             known.behind_s += service_s
         known.free_s = max(known.free_s, now_s) + service_s
@@ -286,12 +292,14 @@ class FleetLoad:
         known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
         known.measured_s = now_s
         self._note_stretch(known, ttfb_s if one.was_idle else None)
+        service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
+        known.computed_s += service_s
+        one.computed_s = known.computed_s
         if one.is_clean:
-            service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
-            uncached, pace = one.work.uncached_tokens, self._pace(known)
-            pace.learn_first_byte(service_s / known.speed.value, uncached, was_idle=one.was_idle)
+            tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens), self._pace(known)
+            pace.learn_first_byte(service_s / pace.relative(known.speed), *tokens, was_idle=one.was_idle)
             if pace.is_known:
-                known.speed.learn(service_s, pace.expected_first_byte_s(uncached, was_idle=one.was_idle))
+                pace.compare(known.speed, service_s, pace.expected_first_byte_s(*tokens, was_idle=one.was_idle))
 
     def answered(self, one: Reservation, duration_s: float, answer_tokens: int | None = None) -> None:
         """Its answer came in one piece, `duration_s` seconds after the call."""
@@ -301,10 +309,10 @@ class FleetLoad:
         if not any(pace.streams for pace in self._models.values()):
             self._note_stretch(known, duration_s)
         alone_s = max(duration_s - one.ahead_s, 0.0)
-        uncached, tokens, pace = one.work.uncached_tokens, float(answer_tokens or 0), self._pace(known)
-        pace.learn_whole(alone_s / known.speed.value, uncached, tokens)
+        tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens, float(answer_tokens or 0)), self._pace(known)
+        pace.learn_whole(alone_s / pace.relative(known.speed), *tokens)
         if pace.is_known and not pace.streams:
-            known.speed.learn(alone_s, pace.expected_whole_s(uncached, tokens))
+            pace.compare(known.speed, alone_s, pace.expected_whole_s(*tokens))
 
     def finished(self, one: Reservation, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
         """The call ended, `duration_s` seconds after it began; twice is harmless."""
@@ -322,7 +330,9 @@ class FleetLoad:
         known.answer_tokens = _mix(known.answer_tokens, completion_tokens)
         known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
         if one.first_s is not None and completion_tokens > 1:
-            step_s = (now_s - one.first_s) / (completion_tokens - 1)
+            # Prompts that were computed meanwhile held it up; that is not the pace of decoding.
+            held_up_s = known.computed_s - one.computed_s
+            step_s = max(now_s - one.first_s - held_up_s, 0.0) / (completion_tokens - 1)
             together, pace = (one.others + known.decoding) / 2, self._pace(known)
             pace.learn_steps(step_s / known.step.value, together)
             known.step.learn(step_s, pace.rates.step_s + pace.rates.step_each_s * together)
@@ -389,23 +399,25 @@ class FleetLoad:
             now_s: The time.
         """
         self._sweep(now_s)
-        found = Waits([], [], [], [], [], [])
+        found = Waits([], [], [], [], [], [], [])
         for model, known_tokens in zip(models, cached, strict=True):
             known = self._replicas.get(model.id)
             if known is None:  # a model that is not of the fleet, as in a test
                 known = ReplicaLoad(model=model.name, declared_s=model.latency_p50_ms / 1000)
-            rates, speed = self._shape(known), known.speed.value
+            rates, speed = self._shape(known), self._speed(known)
             queue_s = _queue_s(known, now_s)
             if others := known.waiting_of_others:
-                queue_s += others * rates.service_s(known.uncached_tokens or prompt) * speed
+                queue_s += others * rates.service_s(known.uncached_tokens or prompt, 0.0) * speed
             decoding = len(known.open) - len(known.prefilling)
             saved = min(prompt, known_tokens)
             found.queue_s.append(queue_s)
-            busy_s = rates.step_each_s * decoding * known.step.value
-            prompt_s = rates.latency_s + rates.prompt_s + rates.token_s * (prompt - saved)
+            each_s = rates.step_each_s * known.step.value
+            busy_s = each_s * decoding
+            prompt_s = rates.latency_s + rates.service_s(prompt, saved)
             found.prompt_s.append(prompt_s * speed + busy_s)
-            found.saved_s.append(rates.token_s * saved * speed)
+            found.saved_s.append((rates.token_s * saved + rates.pair_s * saved * saved / 2) * speed)
             found.step_s.append(rates.step_s * known.step.value + busy_s)
+            found.step_each_s.append(each_s)
             found.decoding.append(float(decoding))
             found.usage.append(known.kv_usage or 0.0)
         return found
@@ -423,7 +435,10 @@ class FleetLoad:
     def snapshot(self) -> Mapping[str, Mapping[str, float]]:
         """By replica: the figures a person may want to see; what is not known is absent."""
         return MappingProxyType(
-            {replica_id: _figures(known, self._rates(known)) for replica_id, known in self._replicas.items()}
+            {
+                replica_id: _figures(known, self._rates(known), self._speed(known))
+                for replica_id, known in self._replicas.items()
+            }
         )
 
     # How
@@ -445,7 +460,12 @@ class FleetLoad:
 
     def _rates(self, known: ReplicaLoad) -> Rates:
         """Its own pace."""
-        return self._shape(known).scaled(known.speed.value, known.step.value)
+        return self._shape(known).scaled(self._speed(known), known.step.value)
+
+    def _speed(self, known: ReplicaLoad) -> float:
+        """How many times as long as its model's replicas on average it takes."""
+        pace = self._models.get(known.model)
+        return 1.0 if pace is None else pace.relative(known.speed)
 
     def _pace(self, known: ReplicaLoad) -> Pace:
         """What learns from its answers."""
@@ -471,7 +491,7 @@ class FleetLoad:
         known.queued_tokens = max(known.queued_tokens - one.work.uncached_tokens, 0.0) if queue else 0.0
         rates, total_s, head_s = self._rates(known), 0.0, 0.0
         for key, other in tuple(queue.items()):
-            service_s = rates.service_s(other.work.uncached_tokens)
+            service_s = rates.service_s(other.work.prompt_tokens, other.work.cached_tokens)
             if not other.work.is_stream and other.started_s + other.ahead_s + service_s < now_s:
                 del queue[key]  # nobody will tell, so it is taken to be so
                 known.queued_tokens = max(known.queued_tokens - other.work.uncached_tokens, 0.0)
@@ -498,6 +518,7 @@ class FleetLoad:
                 known.reported = None
             if not known.open:
                 if known.speed.seen and now_s - known.measured_s > self.remember_s:
+                    self._pace(known).forget(known.speed)
                     known.speed, known.step, known.ttfb_s, known.whole_s = Ratio(), Ratio(), None, None
                 continue
             while known.open and (oldest := next(iter(known.open.values()))).until_s < now_s:
@@ -524,7 +545,7 @@ def _mix(old: float | None, new: float) -> float:
     return new if old is None else old + _WEIGHT_OF_NEW * (new - old)
 
 
-def _figures(known: ReplicaLoad, rates: Rates) -> dict[str, float]:
+def _figures(known: ReplicaLoad, rates: Rates, speed: float) -> dict[str, float]:
     said = known.reported
     found: dict[str, float | None] = {
         "in_flight": known.in_flight,
@@ -538,7 +559,7 @@ def _figures(known: ReplicaLoad, rates: Rates) -> dict[str, float]:
         "duration_s": known.duration_s,
         "tokens_per_second": known.tokens_per_second,
         "prefill_tokens_per_s": 1 / rates.token_s if rates.token_s else None,
-        "speed": known.speed.value if known.speed.seen else None,
+        "speed": speed if known.speed.seen else None,
         "step_s": rates.step_s if known.step.seen else None,
         "error_s": known.speed.error_s if known.speed.seen else None,
         "engine_running": said.running if said else None,

@@ -19,7 +19,7 @@ import attrs
 
 from kvfleet.telemetry.fit import Fit
 
-__all__ = ["Pace", "Rates", "Ratio"]
+__all__ = ["Pace", "Rates", "Ratio", "pairs"]
 
 _SERIAL_SHARE = 1 / 8
 """Of a declared time, what one request makes the next one wait: an engine works on about eight at a time."""
@@ -31,6 +31,12 @@ _SAME = 0.05
 _GRANTED = 2.0
 
 
+def pairs(prompt_tokens: float, cached_tokens: float) -> float:
+    """Pairs of an uncached token of a prompt and a token before it."""
+    uncached = max(prompt_tokens - cached_tokens, 0.0)
+    return uncached * (prompt_tokens - uncached / 2)
+
+
 @attrs.frozen
 class Rates:
     """What a pace comes to.
@@ -39,6 +45,7 @@ class Rates:
         latency_s: Seconds that every first byte takes, and that nobody else waits for.
         prompt_s: Seconds of the engine for a prompt, whatever its length.
         token_s: Seconds for each prompt token that is not cached.
+        pair_s: Seconds for each pair of such a token and one before it: attention, which makes long prompts slow.
         step_s: Seconds of a decode step with one request.
         step_each_s: How much longer it gets with each further one.
     """
@@ -46,6 +53,7 @@ class Rates:
     latency_s: float
     prompt_s: float
     token_s: float
+    pair_s: float = 0.0
     step_s: float = _DECODE_S
     step_each_s: float = _DECODE_S / 20
 
@@ -60,21 +68,22 @@ class Rates:
             self.latency_s * speed,
             self.prompt_s * speed,
             self.token_s * speed,
+            self.pair_s * speed,
             self.step_s * step,
             self.step_each_s * step,
         )
 
-    def service_s(self, uncached_tokens: float) -> float:
+    def service_s(self, prompt_tokens: float, cached_tokens: float) -> float:
         """Seconds for which a prompt occupies the engine."""
-        return self.prompt_s + self.token_s * uncached_tokens
+        uncached = max(prompt_tokens - cached_tokens, 0.0)
+        return self.prompt_s + self.token_s * uncached + self.pair_s * pairs(prompt_tokens, cached_tokens)
 
 
 @attrs.define
 class Ratio:
     """How many times as long as expected things take: the sum of what they took by the sum of what was expected.
 
-    Newer ones count more, and a few that went as expected are taken for granted. What differs by less than a twentieth
-    is the same: it is noise, and equals take turns.
+    Newer ones count more, and a few that went as expected are taken for granted.
     """
 
     value: float = 1.0
@@ -95,8 +104,7 @@ class Ratio:
         self._weight = _KEEP * self._weight + 1
         self.seen += 1
         granted = _GRANTED * self._expected / self._weight
-        value = (granted + self._took) / (granted + self._expected)
-        self.value = value if abs(value - 1) > _SAME else 1.0
+        self.value = (granted + self._took) / (granted + self._expected)
 
 
 @attrs.define
@@ -116,12 +124,13 @@ class Pace:
     _stream: Fit = attrs.field(init=False, repr=False)
     _whole: Fit = attrs.field(init=False, repr=False)
     _step: Fit = attrs.field(init=False, repr=False)
+    _measured: dict[int, Ratio] = attrs.field(init=False, factory=dict, repr=False)
 
     def __attrs_post_init__(self) -> None:
         prior = self.prior
         self.rates = prior
-        self._stream = Fit((prior.latency_s, prior.prompt_s, prior.token_s))
-        self._whole = Fit((prior.latency_s + prior.prompt_s, prior.token_s, 0.0))
+        self._stream = Fit((prior.latency_s, prior.prompt_s, prior.token_s, prior.pair_s))
+        self._whole = Fit((prior.latency_s + prior.prompt_s, prior.token_s, prior.pair_s, 0.0))
         self._step = Fit((prior.step_s, prior.step_each_s))
 
     @property
@@ -139,26 +148,26 @@ class Pace:
         """True once there were enough answers to compare replicas by what is left over."""
         return max(self._stream.seen, self._whole.seen) >= _SURE
 
-    def expected_first_byte_s(self, uncached_tokens: float, *, was_idle: bool) -> float:
+    def expected_first_byte_s(self, prompt_tokens: float, cached_tokens: float, *, was_idle: bool) -> float:
         """What `learn_first_byte` would expect."""
-        return self._stream(float(was_idle), 1.0, uncached_tokens)
+        return self._stream(float(was_idle), 1.0, *_costs(prompt_tokens, cached_tokens))
 
-    def expected_whole_s(self, uncached_tokens: float, answer_tokens: float) -> float:
+    def expected_whole_s(self, prompt_tokens: float, cached_tokens: float, answer_tokens: float) -> float:
         """What `learn_whole` would expect."""
-        return self._whole(1.0, uncached_tokens, answer_tokens)
+        return self._whole(1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens)
 
-    def learn_first_byte(self, seconds: float, uncached_tokens: float, *, was_idle: bool) -> None:
+    def learn_first_byte(self, seconds: float, prompt_tokens: float, cached_tokens: float, *, was_idle: bool) -> None:
         """The prompt of a stream took so long, with the way there and back if it met no queue (`was_idle`)."""
-        features = (float(was_idle), 1.0, uncached_tokens)
+        features = (float(was_idle), 1.0, *_costs(prompt_tokens, cached_tokens))
         expected = self._stream(*features)
         if self._stream.seen >= _SURE:  # a pause of the network or of a garbage collector is no pace
             seconds = min(seconds, _MOST_SURPRISE * expected)
         self._stream.learn(seconds, *features)
         self._refresh()
 
-    def learn_whole(self, seconds: float, uncached_tokens: float, answer_tokens: float) -> None:
+    def learn_whole(self, seconds: float, prompt_tokens: float, cached_tokens: float, answer_tokens: float) -> None:
         """An answer came in one piece after so long, without the queue in front of it."""
-        self._whole.learn(seconds, 1.0, uncached_tokens, answer_tokens)
+        self._whole.learn(seconds, 1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens)
         self._refresh()
 
     def learn_steps(self, step_s: float, together: float) -> None:
@@ -166,13 +175,38 @@ class Pace:
         self._step.learn(step_s, 1.0, together)
         self._refresh()
 
+    def compare(self, ratio: Ratio, seconds: float, expected_s: float) -> None:
+        """One replica took so long for what was expected of all."""
+        self._measured[id(ratio)] = ratio
+        ratio.learn(seconds, expected_s)
+
+    def forget(self, ratio: Ratio) -> None:
+        """That replica's times are too long ago."""
+        self._measured.pop(id(ratio), None)
+
+    def relative(self, ratio: Ratio) -> float:
+        """How many times as long as the others one replica takes: what all have in common is the model's pace.
+
+        What differs by less than a twentieth is the same: it is noise, and equals take turns.
+        """
+        if id(ratio) not in self._measured:
+            return 1.0
+        mean = sum(one.value for one in self._measured.values()) / len(self._measured)
+        value = ratio.value / mean
+        return value if abs(value - 1) > _SAME else 1.0
+
     def _refresh(self) -> None:
         step_s, each_s = self._step.coefficients
         if self._stream.seen or not self._whole.seen:
-            latency_s, prompt_s, token_s = self._stream.coefficients
-            self.rates = Rates(latency_s, prompt_s, token_s, step_s, each_s)
+            latency_s, prompt_s, token_s, pair_s = self._stream.coefficients
+            self.rates = Rates(latency_s, prompt_s, token_s, pair_s, step_s, each_s)
             return
-        fixed_s, token_s, answer_s = self._whole.coefficients
+        fixed_s, token_s, pair_s, answer_s = self._whole.coefficients
         if not self._step.seen and answer_s:
             step_s = answer_s
-        self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, step_s, each_s)
+        self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, pair_s, step_s, each_s)
+
+
+def _costs(prompt_tokens: float, cached_tokens: float) -> tuple[float, float]:
+    """The features of a prompt: its uncached tokens, and their pairs with those before them."""
+    return max(prompt_tokens - cached_tokens, 0.0), pairs(prompt_tokens, cached_tokens)
