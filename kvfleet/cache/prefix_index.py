@@ -257,7 +257,7 @@ class RoutedIndex:
 
     @known.default
     def _make_known(self) -> PrefixIndex:
-        return PrefixIndex(self.max_entries)
+        return PrefixIndex(2 * self.max_entries)  # the bound is held here; between taking in and trimming it is passed
 
     def __len__(self) -> int:
         return len(self.known)

@@ -205,12 +205,20 @@ class Decision:
         floats = tuple(map(float, values))  # type: ignore[arg-type]
         _check_values(stage, unit, floats)
         self.ctx.columns[stage.name] = column  # type: ignore[index]
+<<<<<<< HEAD
         said = (stage.name, unit._value_, floats)
         if not terms:
             self._record = Step(stage.shape(_COLUMN, names.SCORED), said, ids)
             return
         shape = stage.shape((*_COLUMN, *[names.TERM_PREFIX + name for name in terms]), names.SCORED)
         self._record = Step(shape, (*said, *[tuple(map(float, parts)) for parts in terms.values()]), ids)
+=======
+        attributes = span.attributes
+        attributes[names.SCORE_COLUMN] = stage.name
+        attributes[names.SCORE_UNIT] = column.unit._value_
+        attributes[names.SCORED] = ids
+        attributes[names.SCORE_VALUES] = floats
+>>>>>>> 321eaa7 (Decide faster for large fleets; test index, blocks and the rules of others)
 
     def choose(self, stage: BoundStage) -> None:
         """Rank the candidates."""

@@ -68,7 +68,8 @@ class ExpectedLatencyStrategy:
             f + self.harm_weight * h + self.batch_weight * b + m
             for f, h, b, m in zip(first, held_up, slower, memory, strict=True)
         ]
-        terms = {"first_token_s": first, "held_up_s": held_up, "slower_s": slower, "memory_s": memory}
+        parts = {name: column.terms[name] for name in ("queue_s", "prompt_s", "saved_s")}
+        terms = {"first_token_s": first, **parts, "held_up_s": held_up, "slower_s": slower, "memory_s": memory}
         return self._ranked(models, context, totals, terms)
 
     def _decoding(self, models: Sequence[ModelConfig], column: Column) -> tuple[list[float], list[float]]:

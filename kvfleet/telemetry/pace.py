@@ -15,6 +15,8 @@ answer as a third feature. Steps of decoding grow with the requests that are dec
 
 from __future__ import annotations
 
+import itertools
+
 import attrs
 
 from kvfleet.telemetry.fit import Fit
@@ -28,6 +30,8 @@ _MOST_SURPRISE = 10.0
 _SURE = 8
 _KEEP = 0.95
 _SAME = 0.05
+_RECOUNT = 256
+_VERSIONS = itertools.count(1)
 _GRANTED = 2.0
 
 
@@ -116,15 +120,19 @@ class Pace:
 
     Attributes:
         rates: Learned so far.
-        streams, wholes, steps: How many first bytes, whole answers and answers' lengths it was learned from.
+        version: Another one whenever the rates, or how replicas compare with them, have changed.
+        streams, wholes: How many first bytes and whole answers it was learned from.
     """
 
     prior: Rates
     rates: Rates = attrs.field(init=False)
+    version: int = attrs.field(init=False, factory=lambda: next(_VERSIONS))
     _stream: Fit = attrs.field(init=False, repr=False)
     _whole: Fit = attrs.field(init=False, repr=False)
     _step: Fit = attrs.field(init=False, repr=False)
     _measured: dict[int, Ratio] = attrs.field(init=False, factory=dict, repr=False)
+    _usual: float = attrs.field(init=False, default=1.0, repr=False)
+    _compared: int = attrs.field(init=False, default=0, repr=False)
 
     def __attrs_post_init__(self) -> None:
         prior = self.prior
@@ -177,25 +185,38 @@ class Pace:
 
     def compare(self, ratio: Ratio, seconds: float, expected_s: float) -> None:
         """One replica took so long for what was expected of all."""
+        is_new = id(ratio) not in self._measured
         self._measured[id(ratio)] = ratio
+        before = ratio.value
         ratio.learn(seconds, expected_s)
+        self._usual += (ratio.value - before) / len(self._measured)
+        self._compared += 1
+        self.version = next(_VERSIONS)
+        if is_new or self._compared >= _RECOUNT:  # what is only moved drifts
+            self._recount()
 
     def forget(self, ratio: Ratio) -> None:
         """That replica's times are too long ago."""
         self._measured.pop(id(ratio), None)
+        self._recount()
 
     def relative(self, ratio: Ratio) -> float:
         """How many times as long as the others one replica takes: what all have in common is the model's pace.
 
         What differs by less than a twentieth is the same: it is noise, and equals take turns.
         """
-        if id(ratio) not in self._measured:
+        if not ratio.seen:
             return 1.0
-        mean = sum(one.value for one in self._measured.values()) / len(self._measured)
-        value = ratio.value / mean
+        value = ratio.value / self._usual
         return value if abs(value - 1) > _SAME else 1.0
 
+    def _recount(self) -> None:
+        self._compared = 0
+        ratios = self._measured.values()
+        self._usual = sum(one.value for one in ratios) / len(ratios) if ratios else 1.0
+
     def _refresh(self) -> None:
+        self.version = next(_VERSIONS)
         step_s, each_s = self._step.coefficients
         if self._stream.seen or not self._whole.seen:
             latency_s, prompt_s, token_s, pair_s = self._stream.coefficients

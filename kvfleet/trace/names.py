@@ -142,7 +142,7 @@ SCORE_MODES = _name(
     "How each is known: exact, degraded, approximate, observed or none.",
 )
 TERM_PREFIX = "kvfleet.term."
-_name("kvfleet.term.<term>", "score, select", "double[]", "One part of the totals, one for each replica.")
+_name("kvfleet.term.<term>", "select", "double[]", "One part of the totals, one for each replica.")
 INSTEAD_PREFIX = "kvfleet.instead."
 _name("kvfleet.instead.<choice>", "select", "double", "What another choice would have come to, in the totals' unit.")
 SELECT_MODE = _name("kvfleet.select.mode", "select", "string", "exploit, explore, or a strategy's own word.")
