@@ -95,11 +95,7 @@ class LatencyScorer:
         found = self._load.waits(
             ctx.candidates, prompt_tokens(ctx), [cached.get(m.id, 0.0) for m in ctx.candidates], ctx.now_s
         )
-<<<<<<< HEAD
         return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), found.terms)
-=======
-        return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), found.terms())
->>>>>>> 321eaa7 (Decide faster for large fleets; test index, blocks and the rules of others)
 
 
 @attrs.frozen

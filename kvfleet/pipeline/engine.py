@@ -196,7 +196,7 @@ class Decision:
     def score(self, stage: BoundStage) -> None:
         """Add a column, if it is sound."""
         column: Column = stage.run(self.ctx)
-        ids, values, unit, terms = self._ids, column.values, column.unit, column.terms
+        ids, values, unit = self._ids, column.values, column.unit
         if len(values) != len(ids):
             raise ContractError(f"{stage.key} gave {len(values)} values for {len(ids)} candidates")
         if None in values:
@@ -205,20 +205,7 @@ class Decision:
         floats = tuple(map(float, values))  # type: ignore[arg-type]
         _check_values(stage, unit, floats)
         self.ctx.columns[stage.name] = column  # type: ignore[index]
-<<<<<<< HEAD
-        said = (stage.name, unit._value_, floats)
-        if not terms:
-            self._record = Step(stage.shape(_COLUMN, names.SCORED), said, ids)
-            return
-        shape = stage.shape((*_COLUMN, *[names.TERM_PREFIX + name for name in terms]), names.SCORED)
-        self._record = Step(shape, (*said, *[tuple(map(float, parts)) for parts in terms.values()]), ids)
-=======
-        attributes = span.attributes
-        attributes[names.SCORE_COLUMN] = stage.name
-        attributes[names.SCORE_UNIT] = column.unit._value_
-        attributes[names.SCORED] = ids
-        attributes[names.SCORE_VALUES] = floats
->>>>>>> 321eaa7 (Decide faster for large fleets; test index, blocks and the rules of others)
+        self._record = Step(stage.shape(_COLUMN, names.SCORED), (stage.name, unit._value_, floats), ids)
 
     def choose(self, stage: BoundStage) -> None:
         """Rank the candidates."""

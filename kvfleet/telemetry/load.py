@@ -213,26 +213,19 @@ class Waits:
     usage: list[float]
 
     @property
-<<<<<<< HEAD
-    def terms(self) -> dict[str, list[float]]:
-        """The same by name."""
-=======
     def columns(self) -> tuple[Callable[[float], None], ...]:
         """What appends to each."""
-        return tuple([column.append for column in self.terms().values()])
+        return tuple([column.append for column in self.terms.values()])
 
+    @property
     def terms(self) -> Mapping[str, list[float]]:
         """All of it, by name."""
->>>>>>> 321eaa7 (Decide faster for large fleets; test index, blocks and the rules of others)
         return {
             "queue_s": self.queue_s,
             "prompt_s": self.prompt_s,
             "saved_s": self.saved_s,
             "step_s": self.step_s,
-<<<<<<< HEAD
-=======
             "step_each_s": self.step_each_s,
->>>>>>> 321eaa7 (Decide faster for large fleets; test index, blocks and the rules of others)
             "decoding": self.decoding,
             "usage": self.usage,
         }

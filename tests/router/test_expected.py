@@ -37,7 +37,7 @@ class Fleet:
         """The context of one decision."""
         found = self.load.waits(FLEET, prompt, cached, self.clock.now_s())
         seconds = [q + p for q, p in zip(found.queue_s, found.prompt_s, strict=True)]
-        column = Column(Unit.SECONDS, seconds, found.terms())
+        column = Column(Unit.SECONDS, seconds, found.terms)
         return ScoringContext(columns={"latency": column}, seed=seed, now_s=self.clock.now_s())
 
     def first(self, *cached: float, seed: int = 0) -> str:
