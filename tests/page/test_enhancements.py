@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -274,7 +275,9 @@ async def test_e7_one_pool_and_one_probe() -> None:
         asked = [json.loads(request.body)["model"] for request in engine.requests]
         assert asked == ["meta-llama/Llama-3-8B", "meta-llama/Llama-3-70B"]
         assert len(engine.wires) == 1
-        await gateway.router.health_check_all()
+        adapters = gateway.router.adapters.values()
+        checked = await asyncio.gather(*(adapter.health_check() for adapter in adapters))
+        assert [health.healthy for health in checked] == [True, True]
         probes = [request.path for request in engine.requests if request.method == "GET"]
         assert len(probes) == len(set(probes))
         assert len(engine.wires) == 1
