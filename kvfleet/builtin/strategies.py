@@ -68,9 +68,9 @@ class Rules(RulesStrategy):
 class Semantic(SemanticStrategy):
     """Choose the model made for what the prompt is about, and no stronger than it needs.
 
-    A model matches by its tag `route`, if that is the prompt's route; by its tag `domain`, or else by what its
-    description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total is 0.6 for
-    the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
+    If a model's tag `route` is the prompt's route, only such models match. Else a model matches by its tag `domain`, or
+    by what its description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total
+    is 0.6 for the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
     """
 
     def required_facts(self) -> tuple[Fact[Any], ...]:

@@ -221,9 +221,9 @@ def _rank_models(
 class SemanticStrategy:
     """Choose the model made for what the prompt is about, and no stronger than it needs.
 
-    A model matches by its tag `route`, if that is the prompt's route; by its tag `domain`, or else by what its
-    description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total is 0.6 for
-    the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
+    If a model's tag `route` is the prompt's route, only such models match. Else a model matches by its tag `domain`, or
+    by what its description is about: its domain, or with embeddings how near its meaning is to the prompt's. The total
+    is 0.6 for the match (0.3 of that for no match) and 0.4 for a quality close to the prompt's complexity.
     """
 
     model_descriptions: Mapping[str, str] = mapping(
@@ -261,17 +261,19 @@ class SemanticStrategy:
         context = context or _NEUTRAL
         prompt = _domain_of(context)
         near = self._nearness.of_prompt(self.model_descriptions, context, question_in) if self.use_embeddings else {}
-        matches = [self._match(model, prompt.domain, _route_of(context), near) for model in models]
+        made_for = [model.tags.get("route", "") == _route_of(context) != "" for model in models]
+        matches = [
+            (1.0 if is_made else _NO_MATCH) if any(made_for) else self._match(model, prompt.domain, near)
+            for model, is_made in zip(models, made_for, strict=True)
+        ]
         fits = [1 - abs(model.quality_score - prompt.complexity) for model in models]
         totals = [0.6 * match + 0.4 * fit for match, fit in zip(matches, fits, strict=True)]
         mode = f"domain {prompt.domain}" if near or not self.use_embeddings else f"domain {prompt.domain}, by words"
         return _rank_models(models, context, {"domain": matches, "fit": fits}, totals, mode)
 
-    def _match(self, model: ModelConfig, domain: str, route: str, near: Mapping[str, float]) -> float:
-        """1 for a model made for the prompt, 0.3 for another one, between them by nearness."""
+    def _match(self, model: ModelConfig, domain: str, near: Mapping[str, float]) -> float:
+        """1 for a model made for the prompt's domain, 0.3 for another one, between them by nearness."""
         tags = model.tags
-        if route and tags.get("route") == route:
-            return 1.0
         if "domain" not in tags and model.name in near:
             return _NO_MATCH + (1 - _NO_MATCH) * near[model.name]
         return 1.0 if (tags.get("domain") or self._described.get(model.name, GENERAL)) == domain else _NO_MATCH

@@ -159,13 +159,15 @@ def test_a_classifier_s_finding_goes_before_the_text() -> None:
     assert SemanticStrategy().select(MODELS, ScoringContext(metadata=known))[0].model_name == "minerva"
 
 
-def test_a_model_tagged_with_the_route_matches() -> None:
-    """Whatever the domain says."""
+def test_a_model_tagged_with_the_route_goes_before_all_others() -> None:
+    """Whatever the domain says; on a route that nobody is tagged with the domain counts as ever."""
     bot = ModelConfig(name="bot", endpoint="http://bot", quality_score=0.6, tags={"route": "billing"})
     known = {"route": RouteMatch("billing", 0.7, "billing"), "domain": PromptDomain("coding", 0.9, 0.2)}
     ranking = SemanticStrategy().select((*MODELS, bot), ScoringContext(metadata=known))
-    assert {m.name for m in ranking.models[:2]} == {"bot", "deepseek"}
-    assert ranking.terms["domain"][:2] == (1.0, 1.0)
+    assert ranking.models[0].name == "bot"
+    assert ranking.terms["domain"] == (1.0, 0.3, 0.3, 0.3, 0.3)
+    known["route"] = RouteMatch("careers", 0.7, "careers")
+    assert SemanticStrategy().select((*MODELS, bot), ScoringContext(metadata=known)).models[0].name == "deepseek"
 
 
 @attrs.frozen
