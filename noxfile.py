@@ -1,4 +1,4 @@
-"""The whole loop: `nox` runs what CI runs; `nox -s real`, `page` and `bench` are for when you mean it."""
+"""The whole loop: `nox` runs what CI runs; `nox -s semantic`, `real`, `page` and `bench` are for when you mean it."""
 
 from __future__ import annotations
 
