@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_extras_are_there() -> None:
     """Whoever installs kvfleet with one of the page's extras gets no warning of an unknown one."""
-    assert {"gateway", "dev"} <= set(metadata("kvfleet").get_all("Provides-Extra") or ())
+    assert {"gateway", "semantic", "dev"} <= set(metadata("kvfleet").get_all("Provides-Extra") or ())
 
 
 async def test_init_writes_a_file_to_begin_with(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+from kvfleet.errors import ComponentError
+from kvfleet.router.embedding import has_minilm
+from tests.page.living import live
 from tests.page.models import MODELS
-from tests.page.printed import run
+from tests.page.printed import fleet, run
 
 FLEET = (
     MODELS
@@ -13,6 +18,10 @@ models += [ModelConfig(name=name, endpoint=f"http://{name}:8000", tags={"domain"
 """
 )
 """The scoring section's models, and those that these examples speak of."""
+
+CODE_MODEL = """
+models += [ModelConfig(name=name, endpoint=f"http://{name}:8000", quality_score=0.6) for name in ("code-model", "other")]
+"""
 
 SEMANTIC = """
 from kvfleet.router.semantic import SemanticStrategy, classify_domain
@@ -28,6 +37,21 @@ scores = strategy.select(models, ScoringContext(
     metadata={"prompt_text": "Solve this integral from 0 to pi"}
 ))
 # → Routes to math-specialized model
+"""
+
+EMBEDDED = """
+# With optional embedding support (requires sentence-transformers)
+strategy = SemanticStrategy(
+    model_descriptions={"code-model": "Expert at coding tasks"},
+    use_embeddings=True,  # pip install sentence-transformers
+)
+"""
+
+ROUTED = """
+models:
+  - {name: math-model, endpoint: "http://a:8000", provider: vllm, tags: {domain: math}}
+  - {name: deepseek-coder, endpoint: "http://b:8000", provider: vllm, tags: {domain: coding}}
+strategy: semantic
 """
 
 DOMAIN = """
@@ -66,6 +90,27 @@ async def test_each_of_the_eight_domains_is_known() -> None:
     """A prompt of each goes where it belongs."""
     classify = (await run(FLEET + SEMANTIC))["classify_domain"]
     assert {domain: classify(prompt)[0] for domain, prompt in DOMAINS.items()} == {domain: domain for domain in DOMAINS}
+
+
+async def test_a_live_request_goes_where_its_content_belongs() -> None:
+    """By the prompt alone; and the trace has the domain, and no word of the prompt."""
+    async with live(fleet(ROUTED)) as gateway:
+        assert await gateway.served("Solve this integral from 0 to pi") == "math-model"
+        assert await gateway.served("Write a Python function to sort a list") == "deepseek-coder"
+        (stage,) = [stage for stage in gateway.last.stages if stage.key == "classify.domain"]
+        assert "coding" in str(stage.to_dict())
+        assert "sort a list" not in str(gateway.last.to_dict())
+
+
+async def test_the_example_of_embeddings() -> None:
+    """With the extra a question in other words is recognised; without it the error names the line that installs it."""
+    ran = await run(MODELS + CODE_MODEL + SEMANTIC + EMBEDDED)
+    asked = ran["ScoringContext"](metadata={"prompt_text": "Why does my loop never end in Rust?"})
+    if has_minilm():
+        assert ran["strategy"].select(ran["models"], asked)[0].model_name == "code-model"
+    else:
+        with pytest.raises(ComponentError, match=r"pip install 'kvfleet\[semantic\]'"):
+            ran["strategy"].select(ran["models"], asked)
 
 
 async def test_domains_are_mapped_to_models() -> None:
