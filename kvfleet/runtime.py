@@ -137,6 +137,7 @@ class Router:
             state_dir=state_dir,
         )
         self.services.caches.register(self.models)
+        self.services.rate, self.services.annotate = self._rate, self._annotate
         self.pipeline: Pipeline = build(config, self.table, self.services)
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
@@ -348,18 +349,38 @@ class Router:
             RouteError: 404 if no strategy that learns remembers the request.
             ValueError: if the score is not between 0 and 1.
         """
-        for component in self.pipeline.components:
-            learn = getattr(component, "feedback", None)
-            model: str | None = learn(request_id, score) if callable(learn) else None
-            if model is not None:
-                self.services.metrics.count("kvfleet_feedback_total", model)
-                return model
+        model = self._learn(request_id, score)
+        if model is not None:
+            self.services.metrics.count("kvfleet_feedback_total", model)
+            return model
         raise RouteError(
             "no strategy that learns remembers an answer to this request: it is unknown, too long ago, not answered "
             "yet, or another strategy decided it",
             status=404,
             code="unknown_request",
         )
+
+    def _learn(self, request_id: str, score: float, *, is_first: bool = False) -> str | None:
+        """Tell the strategies that learn; with `is_first`, only if nobody has rated the answer yet."""
+        for component in self.pipeline.components:
+            learn, is_rated = getattr(component, "feedback", None), getattr(component, "is_rated", None)
+            if not callable(learn) or (is_first and callable(is_rated) and is_rated(request_id)):
+                continue
+            model: str | None = learn(request_id, score)
+            if model is not None:
+                return model
+        return None
+
+    def _rate(self, request_id: str, score: float) -> str | None:
+        return self._learn(request_id, score, is_first=True)
+
+    def _annotate(self, outcome: Outcome, span: Span) -> None:
+        """Add a span to a finished route's record."""
+        outcome.trace.records.append(span)
+        for sink in self.sinks:
+            if callable(amend := getattr(sink, "amend", None)):
+                amend(outcome.trace, span)
+        self.bridge.add_late(outcome.traceparent, span)
 
     # State -----------------------------------------------------------------------------------------------------------
 

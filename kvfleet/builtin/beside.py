@@ -10,11 +10,13 @@ from typing import Generic, TypeVar
 
 import attrs
 
+from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import ModelConfig
+from kvfleet.errors import NoCandidatesError
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Drop, RoutingContext
 
-__all__ = ["Crew", "permitted"]
+__all__ = ["Crew", "judging_replica", "permitted"]
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,22 @@ def permitted(
     drops += [("rate limits", Drop(model, hold.reason(now_s), hold.rule)) for model, hold in held]
     gone |= {model.id for model, _ in held}
     return _least_busy([model for model in asked if model.id not in gone], services), drops
+
+
+def judging_replica(name: str, ctx: RoutingContext, services: Services) -> ModelConfig:
+    """A replica of a model that is to judge an answer to this request.
+
+    Raises:
+        NoCandidatesError: if it may not see the request, is not there, or the request is no chat.
+    """
+    if ctx.request.operation is not Operation.CHAT:
+        raise NoCandidatesError("only chats can be judged by a model")
+    replicas = [model for model in services.models if model.enabled and model.name == name]
+    chosen, drops = permitted(ctx, replicas, services)
+    if not chosen:
+        why = f"{drops[0][1].reason} [{drops[0][0]}]" if drops else "it is not there"
+        raise NoCandidatesError(f"{name} may not see the request: {why}")
+    return chosen[0]
 
 
 def _least_busy(models: Iterable[ModelConfig], services: Services) -> list[ModelConfig]:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import attrs
 
 from kvfleet.adapters.base import ChatResponse
-from kvfleet.adapters.call import Operation, Reply, Tally
-from kvfleet.builtin.beside import permitted
+from kvfleet.adapters.call import Reply, Tally
+from kvfleet.builtin.beside import judging_replica
 from kvfleet.builtin.execute import Fallback
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.builtin.held import Held, response_of
@@ -18,7 +18,7 @@ from kvfleet.builtin.logprobs import Logprobs
 from kvfleet.builtin.panel import Panel
 from kvfleet.config.fields import choice, number
 from kvfleet.config.schema import ModelConfig
-from kvfleet.errors import BackendError, Fault, NoCandidatesError
+from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Attempt, RoutingContext
 from kvfleet.plugin.judging import Grade, Submission
@@ -218,22 +218,12 @@ class Escalation:
             BackendError: if it fails.
             NoCandidatesError: if no filter lets the judge see the request.
         """
-        model = self._judge_model(name) if name else held.model
+        model = judging_replica(name, self.ctx, self.services) if name else held.model
         answer = await self._call(model, "judge" if name else "sample", _Asking(body))
         try:
             return await response_of(answer.reply)
         finally:
             await answer.reply.close()
-
-    def _judge_model(self, name: str) -> ModelConfig:
-        replicas = [model for model in self.services.models if model.enabled and model.name == name]
-        if self.ctx.request.operation is not Operation.CHAT:
-            raise NoCandidatesError("only chats can be judged by a model")
-        chosen, drops = permitted(self.ctx, replicas, self.services)
-        if not chosen:
-            why = f"{drops[0][1].reason} [{drops[0][0]}]" if drops else "it is not there"
-            raise NoCandidatesError(f"{name} may not see the request: {why}")
-        return chosen[0]
 
     # Limits, and the end
 

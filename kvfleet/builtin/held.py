@@ -16,7 +16,7 @@ from kvfleet.errors import BackendError
 from kvfleet.plugin.contract import Answer
 from kvfleet.plugin.judging import Grade
 
-__all__ = ["Held", "response_of"]
+__all__ = ["Held", "response_in", "response_of"]
 
 
 @attrs.define
@@ -98,6 +98,16 @@ async def response_of(reply: Reply) -> ChatResponse:
     if reply.events is None:
         return ChatResponse.from_openai(orjson.loads(reply.body))
     return _joined([chunk async for piece in reply.events for chunk in chunks_of(piece)])
+
+
+def response_in(content: bytes) -> ChatResponse | None:
+    """A whole answer as it was kept: a JSON object, or a stream's events one after the other; None if it is neither."""
+    if content.startswith(b"{"):
+        return _read(content)
+    try:
+        return _joined(chunks_of(content))
+    except (orjson.JSONDecodeError, AttributeError, TypeError):
+        return None
 
 
 def _read(body: bytes) -> ChatResponse | None:

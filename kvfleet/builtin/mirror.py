@@ -1,4 +1,4 @@
-"""One mirrored call, made through the pipeline's own execute stage with the shadow model as the only candidate."""
+"""One call beside a route, made through the pipeline's own execute stage with its model as the only candidate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from kvfleet.adapters.call import Call, Reply
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.eval.asking import Asked, ask, whole_call
-from kvfleet.eval.shadow import SHADOW_HEADER
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RoutingContext
 from kvfleet.router.scoring import Ranking
@@ -19,27 +18,37 @@ from kvfleet.router.scoring import Ranking
 __all__ = ["mirror"]
 
 
-async def mirror(ctx: RoutingContext, model: ModelConfig, services: Services, timeout_s: float) -> Asked:
-    """Put an answered request to a shadow model; what goes wrong is part of what is found.
+async def mirror(
+    ctx: RoutingContext, model: ModelConfig, services: Services, timeout_s: float, *, mark: str = "shadow"
+) -> Asked:
+    """Put a request to a model beside its route; what goes wrong is part of what is found.
 
-    The execute stage decides what the model is sent: one that redacts for models that are not private does so here.
+    The execute stage decides what the model is sent: one that redacts for models that are not private does so here. The
+    call carries the header ``x-kvfleet-MARK: 1``.
     """
-    attempt = _Attempt(ctx, model, services, timeout_s)
+    attempt = _Attempt(ctx, model, services, timeout_s, mark)
     if services.execute is None:
         return Asked(error="there is no pipeline to execute it", fault=Fault.PROTOCOL.value)
-    with contextlib.suppress(RouteError):  # the attempt knows why
-        await services.execute(ctx, Ranking((model,), (1.0,)), attempt)
+    started_s = services.clock.now_s()
+    reserved = services.load.started(model.id)
+    try:
+        with contextlib.suppress(RouteError):  # the attempt knows why
+            await services.execute(ctx, Ranking((model,), (1.0,)), attempt)
+    finally:
+        is_ok = attempt.asked is not None and attempt.asked.response is not None
+        services.load.finished(reserved, services.clock.now_s() - started_s, ok=is_ok)
     return attempt.asked or Asked(error="the execute stage made no call", fault=Fault.PROTOCOL.value)
 
 
 @attrs.define
 class _Attempt:
-    """What the execute stage is given to call: the shadow model and nobody else, for a whole answer, marked."""
+    """What the execute stage is given to call: that model and nobody else, for a whole answer, marked."""
 
     ctx: RoutingContext
     model: ModelConfig
     services: Services
     timeout_s: float
+    mark: str
     asked: Asked | None = None
 
     async def __call__(
@@ -58,7 +67,11 @@ class _Attempt:
             request.operation,
             request.body if rewrite is None else rewrite.body,
             timeout_s=self.timeout_s,
-            headers=(*request.headers, ("x-request-id", f"{request.request_id}-shadow"), SHADOW_HEADER),
+            headers=(
+                *request.headers,
+                ("x-request-id", f"{request.request_id}-{self.mark}"),
+                (f"x-kvfleet-{self.mark}", "1"),
+            ),
         )
         self.asked = await self._ask(call, rewrite)
         if self.asked.response is None:

@@ -191,14 +191,11 @@ class ShadowObserver:
         services, model = self._services, job.model
         services.metrics.record_shadow(model.name)
         self._counts["mirrored"] += 1
-        started_s = services.clock.now_s()
-        reserved = services.load.started(model.id)
         asked: Asked | None = None
         try:
             asked = await mirror(job.outcome.context, model, services, self.timeout_s)
         finally:
             is_ok = asked is not None and asked.response is not None
-            services.load.finished(reserved, services.clock.now_s() - started_s, ok=is_ok)
             fault = "cancelled" if asked is None else asked.fault
             services.metrics.count("kvfleet_shadow_outcomes_total", model.name, fault)
             self._counts["failed"] += not is_ok

@@ -215,6 +215,7 @@ class Route:
             cost_usd=cost,
             ttfb_s=self._ttfb_s,
             duration_s=self.clock.now_s() - self._started_s,
+            traceparent=self._handle.traceparent,
             content=self._content,
         )
         for lease in self.decision.leases:

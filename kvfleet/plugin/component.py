@@ -16,13 +16,14 @@ from kvfleet.cache.knowledge import CacheKnowledge
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
-from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, RoutingContext
+from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, Outcome, RoutingContext
 from kvfleet.router.embedding import Embeddings
 from kvfleet.router.scoring import Ranking
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace.spans import Span
 
 __all__ = ["Component", "Services", "Stability"]
 
@@ -117,6 +118,9 @@ class Services:
             what it does to requests and answers (redaction) is done to these too.
         excluded: Who, of any models, the pipeline's filters keep from a request: each drop with its stage's name. It
             is for stages that call models beside the route, which must obey what the route obeys.
+        rate: Tells the strategies that learn how good an answer was, 0 to 1, by its request's identifier; gives the
+            model that answered, or None if nobody remembers it, or somebody has rated it already.
+        annotate: Adds a span to the record of a route that has ended, wherever that is kept or exported.
         limit_usd: The most that this one request may cost, by the stages that limit it; None for no limit.
         most_usd: From what one answer of each candidate's model may cost, the most a route may: that of the dearest,
             unless the execute stage may pay for several.
@@ -135,6 +139,8 @@ class Services:
     adapters: Mapping[str, InferenceAdapter] = attrs.field(factory=dict)
     execute: Callable[[RoutingContext, Ranking, Attempt], Awaitable[Answer]] | None = None
     excluded: Callable[[RoutingContext, Sequence[ModelConfig]], Sequence[tuple[str, Drop]]] = _everybody
+    rate: Callable[[str, float], str | None] = lambda _, __: None
+    annotate: Callable[[Outcome, Span], None] = lambda _, __: None
     limit_usd: Callable[[RoutingContext], float | None] = lambda _: None
     most_usd: Callable[[Mapping[str, float]], float] | None = None
     embeddings: Embeddings | None = None

@@ -312,6 +312,7 @@ class Outcome:
         cost_usd: What the route cost, answers that were not given included; None if a price is unknown.
         ttfb_s, duration_s: From the start to the first byte, and to the end.
         trace: The finished record.
+        traceparent: The route's place in the distributed trace, as W3C has it.
         content: The whole answer as the caller got it, if a component of the pipeline has ``wants_content = True``; for
             a stream its events, one after the other. Empty otherwise, and where any of it was not kept.
     """
@@ -326,6 +327,7 @@ class Outcome:
     cost_usd: float | None = None
     ttfb_s: float | None = None
     duration_s: float = 0.0
+    traceparent: str = ""
     content: bytes = attrs.field(default=b"", repr=False)
 
     @property

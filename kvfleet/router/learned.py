@@ -276,6 +276,11 @@ class LearnedStrategy:
         self._keeper.is_dirty = True
         return answered.model
 
+    def is_rated(self, identifier: str) -> bool:
+        """True if somebody has rated that answer already."""
+        answered = self._answers.get(identifier)
+        return answered is not None and answered.score is not None
+
     # Showing and keeping ---------------------------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:

@@ -124,6 +124,13 @@ METRICS: tuple[MetricInfo, ...] = (
     ),
     MetricInfo("kvfleet_feedback_total", "counter", ("model",), "Answers that somebody rated."),
     MetricInfo(
+        "kvfleet_judge_grade", "histogram", ("model",), "How good judges found a model's answers, 0..1.", _SHARES
+    ),
+    MetricInfo(
+        "kvfleet_judge_outcomes_total", "counter", ("outcome",), "Sampled answers: `graded`, `unknown`, `queue_full`."
+    ),
+    MetricInfo("kvfleet_judge_cost_usd_total", "counter", ("model",), "What judges' calls cost; on nobody's budget."),
+    MetricInfo(
         "kvfleet_trace_store_dropped_total", "counter", (), "Traces the local store could not take.", is_read=True
     ),
     MetricInfo(

@@ -34,7 +34,10 @@ _WORSE = {"s": "Longer expected time", "usd": "Higher price"}
 
 
 class TraceSink(Protocol):
-    """Takes finished traces."""
+    """Takes finished traces.
+
+    One that copies them may have `amend(trace, span)` as well, to be told of a span that came late.
+    """
 
     def write(self, trace: Trace) -> None:
         """Take one. Never blocks, never raises."""

@@ -103,6 +103,10 @@ SHADOW_EXCLUDED = _name(
     "Shadow models a sampled request is not mirrored to, and why, as `model: reason [stage]`.",
 )
 
+JUDGE_SAMPLED = _name(
+    "kvfleet.judge.sampled", "route", "bool", "True if the answer is graded once it has left; absent otherwise."
+)
+
 # Stages
 STAGE_KIND = _name(
     "kvfleet.stage.kind",
@@ -171,6 +175,11 @@ BUDGET_RESERVED_USD = _name(
 BUDGET_REMAINING_USD = _name(
     "kvfleet.budget.remaining", "admit", "double", "Left of the tightest of these budgets, less what is held.", "usd"
 )
+GRADE = _name(
+    "kvfleet.judge.grade", "observe", "double", "How good judges found the answer, 0 to 1; absent if unknown."
+)
+GRADE_REASON = _name("kvfleet.judge.reason", "observe", "string", "Which judge decided, and why; never content.")
+GRADE_TAUGHT = _name("kvfleet.judge.taught", "observe", "bool", "True if a strategy that learns has learned it.")
 RETRY_AFTER_S = _name(
     "kvfleet.retry_after", "filter, admit, attempt", "double", "Seconds after which to try again.", "s"
 )

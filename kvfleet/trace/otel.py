@@ -87,6 +87,9 @@ class Bridge(Protocol):
     def end_route(self, handle: RouteHandle, trace: Trace) -> None:
         """End the route, as its record says, and export the stages if it is sampled."""
 
+    def add_late(self, traceparent: str, span: Span) -> None:
+        """Export a span of a route that has ended, by the route's ``traceparent``."""
+
     async def aclose(self, deadline_s: float = 5.0) -> None:
         """Send what is still waiting, for at most so long. Twice is safe."""
 
@@ -127,6 +130,9 @@ class OwnBridge:
         """See `Bridge`; nothing is exported."""
 
     def end_route(self, handle: RouteHandle, trace: Trace) -> None:
+        """See `Bridge`; nothing is exported."""
+
+    def add_late(self, traceparent: str, span: Span) -> None:
         """See `Bridge`; nothing is exported."""
 
     async def aclose(self, deadline_s: float = 5.0) -> None:
@@ -198,6 +204,11 @@ class OTelBridge:
                 if not is_attempt(span):
                     self._end(self._tracer.start_span(span.name, context, start_time=span.start_ns), span)
         self._end(live, trace.route)
+
+    def add_late(self, traceparent: str, span: Span) -> None:
+        """See `Bridge`."""
+        context = self._propagator.extract({"traceparent": traceparent}, self._empty)
+        self._end(self._tracer.start_span(span.name, context, start_time=span.start_ns), span)
 
     def _end(self, live: Any, span: Span) -> None:
         if live.is_recording():

@@ -15,7 +15,7 @@ from typing import Any, Self
 import attrs
 
 from kvfleet.errors import TraceError
-from kvfleet.trace.rows import TraceRow, row_of
+from kvfleet.trace.rows import TraceRow, row_of, unpack
 from kvfleet.trace.segments import unpack_segment
 from kvfleet.trace.spans import Trace
 from kvfleet.trace.store import connect
@@ -109,7 +109,7 @@ class TraceReader:
             newest = next(self._newest_first(), None)
             if newest is None:
                 raise TraceError(f"the trace store at {self.path} is empty; send the gateway a request first")
-            return newest[1]
+            return self._whole(newest[1])
         found = self._matching(reference) if reference else ()
         if not found:
             raise TraceError(f"no trace {reference!r} in {self.path}; `kvfleet trace list` shows what is there")
@@ -117,7 +117,16 @@ class TraceReader:
             shown = "; ".join(_describe(row) for row, _ in found[:_MOST_SHOWN])
             more = "" if len(found) <= _MOST_SHOWN else "; …"
             raise TraceError(f"{reference!r} is the beginning of several: {shown}{more}; give more of one")
-        return found[0][1]
+        return self._whole(found[0][1])
+
+    def _whole(self, trace: Trace) -> Trace:
+        """The trace with the spans that came late; one that came early enough is in it already."""
+        query = "SELECT body FROM late WHERE trace_id = ? AND span_id = ? ORDER BY rowid"
+        with self._reading():
+            found = self._connection.execute(query, (trace.trace_id, trace.route.span_id)).fetchall()
+        late = [unpack(body).route for (body,) in found]
+        trace.records += [span for span in late if span not in trace.spans]
+        return trace
 
     def _matching(self, reference: str) -> Sequence[Found]:
         """What is called exactly so, or else what begins so; a few of them."""

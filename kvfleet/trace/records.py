@@ -64,6 +64,7 @@ class StageRecord:
         match, similarity, age_s: How its answer was found, and how old it is, if the stage says so.
         refusal: Why an admission refused.
         retry_after_s: When to come back after a refusal; for a filter, when the first of its drops may be back.
+        grade, verdict: How good judges found the answer once it had left, 0..1, and which of them decided, and why.
         is_policy: True if the stage must hold.
         is_skipped: True if it failed and the pipeline went on without it.
         error: What went wrong; empty if nothing did.
@@ -89,6 +90,8 @@ class StageRecord:
     age_s: float | None = None
     refusal: str = ""
     retry_after_s: float | None = None
+    grade: float | None = None
+    verdict: str = ""
     is_policy: bool = False
     is_skipped: bool = False
     error: str = ""
@@ -119,6 +122,8 @@ class StageRecord:
             age_s=number(a, names.ANSWER_AGE_S),
             refusal=text(a, names.REFUSAL),
             retry_after_s=number(a, names.RETRY_AFTER_S),
+            grade=number(a, names.GRADE),
+            verdict=text(a, names.GRADE_REASON),
             is_policy=flag(a, names.STAGE_POLICY),
             is_skipped=flag(a, names.STAGE_SKIPPED),
             error=(span.message or text(a, names.ERROR_TYPE) or "error") if span.status is Status.ERROR else "",
@@ -162,6 +167,8 @@ class StageRecord:
             "age_s": self.age_s,
             "refusal": self.refusal,
             "retry_after_s": self.retry_after_s,
+            "grade": self.grade,
+            "verdict": self.verdict,
             "policy": self.is_policy,
             "skipped": self.is_skipped,
             "error": self.error,

@@ -147,6 +147,9 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
     elif stage.kind == "answer" and not stage.error:
         pieces.append(("had the answer", paint.good) if stage.is_answer else ("had no answer", _bare))
         pieces += [(piece, _bare) for piece in _from_memory(stage)]
+    if stage.verdict:
+        grade = "cannot tell" if stage.grade is None else f"grade {stage.grade:.2f}"
+        pieces.append((f"{grade} ({stage.verdict})", _bare))
     if stage.refusal:
         again = "" if stage.retry_after_s is None else f"; again in {duration(stage.retry_after_s * 1000)}"
         pieces.append((f"refused: {stage.refusal}{again}", paint.bad))

@@ -21,13 +21,16 @@ __all__ = ["APPLICATION_ID", "SCHEMA", "VERSION", "TraceRow", "default_path", "p
 APPLICATION_ID = 0x6B76666C
 """What SQLite keeps in the file's header, so that another program's database is not taken for a store."""
 
-VERSION = 2
+VERSION = 3
 _LONGEST = 256
 
 SCHEMA = (
     # Each row holds what was written at once: `count` traces, of which `last` is the number of the last one.
     """CREATE TABLE segments (
     last INTEGER PRIMARY KEY AUTOINCREMENT, count INTEGER NOT NULL, newest_ns INTEGER NOT NULL, body BLOB NOT NULL)""",
+    # Spans of traces written before, each packed alone; `last` is the number of the newest trace at that time.
+    "CREATE TABLE late (last INTEGER NOT NULL, trace_id TEXT NOT NULL, span_id TEXT NOT NULL, body BLOB NOT NULL)",
+    "CREATE INDEX late_by_last ON late (last)",
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {VERSION}",
 )

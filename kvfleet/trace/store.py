@@ -23,9 +23,9 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.findings import Finding
 from kvfleet.config.schema import TraceStoreConfig
 from kvfleet.errors import ConfigError, TraceError
-from kvfleet.trace.rows import APPLICATION_ID, SCHEMA, VERSION, default_path
+from kvfleet.trace.rows import APPLICATION_ID, SCHEMA, VERSION, default_path, pack
 from kvfleet.trace.segments import Packer
-from kvfleet.trace.spans import Trace
+from kvfleet.trace.spans import Span, Trace
 
 __all__ = ["TraceStore", "connect"]
 
@@ -40,6 +40,36 @@ _PRUNE_AT_ONCE = 8
 _GREATEST = 2**63 - 1
 _AGE_CHECK_S = 60.0
 _INSERT = "INSERT INTO segments (last, count, newest_ns, body) VALUES (?, ?, ?, ?)"
+_INSERT_LATE = "INSERT INTO late (last, trace_id, span_id, body) VALUES (?, ?, ?, ?)"
+
+
+@attrs.frozen
+class _Late:
+    """A span of a trace that was handed over before."""
+
+    trace: Trace
+    span: Span
+
+
+@attrs.define
+class _Batch:
+    """What is written at once: traces, of which the newest began then, and spans of earlier ones, packed."""
+
+    packer: Packer = attrs.field(factory=Packer)
+    newest_ns: int = 0
+    late: list[tuple[str, str, bytes]] = attrs.field(factory=list)
+
+    def add(self, one: Trace | _Late, most: int) -> None:
+        """Take one more; see `Packer.add`."""
+        if isinstance(one, _Late):
+            body = pack(Trace(one.trace.trace_id, [one.span]))
+            self.late.append((one.trace.trace_id, one.trace.route.span_id, body))
+        else:
+            self.packer.add(one, most)
+            self.newest_ns = max(self.newest_ns, one.route.start_ns)
+
+    def __len__(self) -> int:
+        return self.packer.count + len(self.late)
 
 
 @attrs.define
@@ -58,7 +88,7 @@ class TraceStore:
     clock: Clock = attrs.field(factory=SystemClock)
     _refused: int = attrs.field(init=False, default=0)
     _failed: int = attrs.field(init=False, default=0)
-    _queue: deque[Trace | threading.Event] = attrs.field(init=False, factory=deque)
+    _queue: deque[Trace | _Late | threading.Event] = attrs.field(init=False, factory=deque)
     _wake: threading.Event = attrs.field(init=False, factory=threading.Event)
     _stop: threading.Event = attrs.field(init=False, factory=threading.Event)
     _thread: threading.Thread | None = attrs.field(init=False, default=None)
@@ -99,13 +129,19 @@ class TraceStore:
         self._thread.start()
 
     def write(self, trace: Trace) -> None:
-        """Keep a finished trace, which must not be changed any more. Never blocks, never raises."""
+        """Keep a finished trace, which must not be changed any more, but for `amend`. Never blocks, never raises."""
         queue = self._queue
         if len(queue) >= _QUEUE_LENGTH or self._thread is None:
             self._refused += 1
             return
         queue.append(trace)
         if not self._wake.is_set():
+            self._wake.set()
+
+    def amend(self, trace: Trace, span: Span) -> None:
+        """Keep one more span of a trace that was handed over before. Never blocks, never raises."""
+        if len(self._queue) < _QUEUE_LENGTH and self._thread is not None:
+            self._queue.append(_Late(trace, span))
             self._wake.set()
 
     def flush(self, deadline_s: float = 5.0) -> bool:
@@ -145,34 +181,33 @@ class TraceStore:
     def _drain(self, connection: sqlite3.Connection) -> None:
         """Write everything in the queue. A failing disk costs traces, never the thread."""
         while self._queue:
-            packer, newest_ns = self._take()
-            if not packer.count:
+            batch = self._take()
+            if not batch:
                 continue
             try:
-                self._keep(connection, packer, newest_ns)
+                self._keep(connection, batch)
             except Exception as error:  # noqa: BLE001 - whatever SQLite's module raises must not end the thread
-                self._lost(packer.count, error)
+                self._lost(batch.packer.count, error)
         try:
             self._prune_by_age(connection)
         except sqlite3.Error as error:
             self._lost(0, error)
 
-    def _take(self) -> tuple[Packer, int]:
-        """The next traces, packed, and when the newest began; none beyond a waiting `flush`."""
-        packer, newest_ns, most = Packer(), 0, self._transaction_bytes
-        while self._queue and packer.count < _BATCH_LENGTH and packer.size < most:
-            if isinstance(self._queue[0], threading.Event) and packer.count:
+    def _take(self) -> _Batch:
+        """The next traces and late spans; none beyond a waiting `flush`."""
+        batch, most = _Batch(), self._transaction_bytes
+        while self._queue and len(batch) < _BATCH_LENGTH and batch.packer.size < most:
+            if isinstance(self._queue[0], threading.Event) and batch:
                 break
             one = self._queue.popleft()
             if isinstance(one, threading.Event):
                 one.set()
                 continue
             try:
-                packer.add(one, most)
-                newest_ns = max(newest_ns, one.route.start_ns)
+                batch.add(one, most)
             except Exception as error:  # noqa: BLE001 - a record that cannot be packed must not end the thread
-                self._lost(1, error)
-        return packer, newest_ns
+                self._lost(0 if isinstance(one, _Late) else 1, error)
+        return batch
 
     def _lost(self, number: int, error: Exception) -> None:
         self._failed += number
@@ -181,15 +216,16 @@ class TraceStore:
             self._has_warned = True
             log.warning("trace_store_failed path=%s lost=%d error=%s", self.path, number, error)
 
-    def _keep(self, connection: sqlite3.Connection, packer: Packer, newest_ns: int) -> None:
-        body = packer.done()
-        self._prune_by_size(connection, coming=len(body))
+    def _keep(self, connection: sqlite3.Connection, batch: _Batch) -> None:
+        body = batch.packer.done() if batch.packer.count else b""
+        size = len(body) + sum(len(one) for _, _, one in batch.late)
+        self._prune_by_size(connection, coming=size)
         try:
-            _insert(connection, packer.count, newest_ns, body)
+            _insert(connection, batch, body)
         except sqlite3.OperationalError:
             # The file has reached its hard limit: fragments that the estimate did not see.
-            _prune_oldest(connection, 2 * len(body))
-            _insert(connection, packer.count, newest_ns, body)
+            _prune_oldest(connection, 2 * size)
+            _insert(connection, batch, body)
 
     def _prune_by_size(self, connection: sqlite3.Connection, coming: int) -> None:
         # Pages are not filled to the brim.
@@ -298,12 +334,15 @@ def _as_trace_error(path: Path) -> Iterator[None]:
         raise TraceError(f"the trace store at {path} cannot be used: {error.strerror or error}; {remedy}") from error
 
 
-def _insert(connection: sqlite3.Connection, count: int, newest_ns: int, body: bytes) -> None:
-    """Add a segment; its traces get the next numbers, and no number is given twice."""
+def _insert(connection: sqlite3.Connection, batch: _Batch, body: bytes) -> None:
+    """Add a segment; its traces get the next numbers, and no number is given twice. Late spans get the last one."""
+    count = batch.packer.count
     with _transaction(connection):
         row = connection.execute("SELECT seq FROM sqlite_sequence WHERE name = 'segments'").fetchone()
         last = (row[0] if row else 0) + count
-        connection.execute(_INSERT, (last, count, newest_ns, body))
+        if count:
+            connection.execute(_INSERT, (last, count, batch.newest_ns, body))
+        connection.executemany(_INSERT_LATE, [(last, *one) for one in batch.late])
 
 
 def _prune_oldest(connection: sqlite3.Connection, missing: float, end: int = _GREATEST) -> int:
@@ -315,6 +354,7 @@ def _prune_oldest(connection: sqlite3.Connection, missing: float, end: int = _GR
         if freed >= missing:
             break
     with _transaction(connection):
+        connection.execute("DELETE FROM late WHERE last <= ?", (last,))
         return connection.execute("DELETE FROM segments WHERE last <= ?", (last,)).rowcount
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
+import orjson
 import pytest
 
+from kvfleet.builtin.judge import JudgeObserver
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 from kvfleet.errors import ComponentError, Fault
@@ -303,6 +305,72 @@ class TestFeedback:
             shown = gateway.router.services.metrics.render().decode()
             assert 'kvfleet_feedback_total{model="fast"} 1.0' in shown
             assert 'kvfleet_reward_count{model="fast",strategy="exp3"} 1.0' in shown
+
+
+class TestJudge:
+    """`observe.judge` behind a running gateway."""
+
+    async def test_grades_turn_the_traffic(self) -> None:
+        """A model whose answers a judge model finds bad loses against one that is slower; nobody rated anything."""
+        async with judged({"fast": FakeReply(text="No idea what you mean.", latency_s=0.1), "slow": FakeReply(text="Yes.", latency_s=0.3)}) as gateway:  # fmt: skip
+            for _ in range(150):
+                await gateway.ask()
+                await graded(gateway)
+            served = Counter([(await gateway.ask()).header("x-kvfleet-model") for _ in range(50)])
+            assert served["slow"] > 35
+            known = gateway.learner("epsilon_greedy").stats()["arms"]
+            assert (known["fast"]["mean_rating"], known["slow"]["mean_rating"]) == (0.0, 1.0)
+            shown = (await call(gateway.app, "GET", "/metrics")).body.decode()
+            assert 'kvfleet_judge_outcomes_total{outcome="graded"}' in shown
+            assert 'kvfleet_feedback_total{model="fast"}' not in shown
+
+    async def test_a_person_is_right(self) -> None:
+        """What a client rated is not overruled by a judge."""
+        async with judged({"fast": FakeReply(text="No idea what you mean.", latency_s=0.1)}) as gateway:
+            await gateway.ask()
+            await gateway.rate({"request_id": "r1", "score": 0.9})
+            await graded(gateway)
+            assert gateway.learner("epsilon_greedy").stats()["arms"]["fast"]["mean_rating"] == pytest.approx(0.9)
+
+    async def test_a_stream_is_graded_too(self) -> None:
+        """What was streamed is put together for the judge."""
+        async with judged({"fast": FakeReply(text="Yes, it is Paris.", latency_s=0.1)}) as gateway:
+            body = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}], "stream": True}
+            assert (await call(gateway.app, "POST", "/v1/chat/completions", body)).status == 200
+            await graded(gateway)
+            stage = next(stage for stage in gateway.last.stages if stage.name == "judge")
+            assert stage.grade == 1.0
+            assert "Paris" not in str(gateway.traces[-1])
+
+
+def judged(scripts: Mapping[str, FakeReply]) -> AbstractAsyncContextManager[Live]:
+    """A gateway whose every answer is graded, by a model that likes all but ignorance."""
+    judge = ModelConfig(name="judge", endpoint="http://judge", provider="vllm", **FREE)  # type: ignore[arg-type]
+    known = {"fast": FAST, "slow": SLOW}
+    stages = (
+        StageConfig(use="filter.shadow_only", options={"shadow_models": ["judge"]}),
+        *_pipeline("select.epsilon_greedy", {"min_samples": 5}),
+        StageConfig(
+            use="observe.judge",
+            options={"sample_rate": 1.0, "judges": [{"use": "model", "with": {"model": "judge"}}]},
+        ),
+    )
+    return live(
+        models=(*(known[name] for name in scripts), judge),
+        scripts={
+            **scripts,
+            "judge": lambda call: FakeReply(text="0" if b"No idea" in orjson.dumps(call.body) else "10"),
+        },
+        pipeline=stages,
+    )
+
+
+async def graded(gateway: Live) -> None:
+    """Wait until every grade is given."""
+    await gateway.router.settled()
+    found = next(stage.component for stage in gateway.router.pipeline.observe if stage.name == "judge")
+    assert isinstance(found, JudgeObserver)
+    await found.settled()
 
 
 class TestState:

@@ -16,14 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 
 from kvfleet.config.schema import OtlpConfig, TelemetryConfig
 from kvfleet.errors import ConfigError
 from kvfleet.trace import names
 from kvfleet.trace.otel import OTelBridge, OwnBridge, clean_tracestate, make_bridge, parse_traceparent, wants_export
 from kvfleet.trace.spans import SpanKind
-from tests.trace.building import fallback
-from tests.trace.test_roundtrip import drive
+from tests.trace.building import fallback, stage
+from tests.trace.test_roundtrip import drive, exporting
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -79,6 +80,20 @@ def test_a_callers_decision_travels_on(flag: str) -> None:
     attempt = bridge.start_attempt(handle, "chat m", 2)
     assert parse_traceparent(attempt.traceparent) == (TRACE, attempt.span_id, flag)
     assert attempt.tracestate == "a=1,b=2"
+
+
+@pytest.mark.parametrize("flag", ["00", "01"])
+def test_a_span_that_comes_late(flag: str) -> None:
+    """A grade given once the route has ended is a child of the route, and exported if the route was."""
+    bridge, exporter = exporting(ParentBased(ALWAYS_ON))
+    trace = fallback()
+    handle = drive(bridge, trace, f"00-{TRACE}-{SPAN}-{flag}")
+    exporter.clear()
+    bridge.add_late(handle.traceparent, stage("observe", "judge", 0, 5, GRADE=0.5))
+    found = [(one.name, one.parent.span_id, dict(one.attributes)[names.GRADE]) for one in exporter.get_finished_spans()]
+    late = ("kvfleet.observe.judge", int(handle.span_id, 16), 0.5)
+    assert found == ([late] if flag == "01" else [])
+    OwnBridge().add_late(handle.traceparent, stage("observe", "judge", 0, 5))
 
 
 def test_a_tracestate_that_must_not_travel() -> None:

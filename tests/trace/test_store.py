@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import sqlite3
 import stat
@@ -22,7 +23,7 @@ from kvfleet.trace.rows import default_path, pack, unpack
 from kvfleet.trace.segments import Packer, unpack_segment
 from kvfleet.trace.spans import Shape, Span, SpanKind, Status, Step, Trace
 from kvfleet.trace.store import TraceStore
-from tests.trace.building import START_NS, fallback, nobody, page, traces
+from tests.trace.building import START_NS, fallback, nobody, page, stage, traces
 
 
 def numbered(number: int, *, bulk: int = 0, start_ns: int = START_NS) -> Trace:
@@ -157,6 +158,45 @@ def test_filters(store: TraceStore, filters: dict[str, object], found: list[int]
     store.flush()
     with TraceReader(store.path) as reader:
         assert [row.id for row in reader.list(**filters)] == found
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+def test_a_span_that_comes_late(store: TraceStore, is_at_once: bool) -> None:
+    """It is in the trace that is read, once; nothing is listed twice, and other routes stay as they were."""
+    graded, other = page(), page()
+    other.route.span_id = "cd" * 8
+    for trace in (graded, other):
+        store.write(trace)
+    if not is_at_once:
+        store.flush()
+    graded.records.append(stage("observe", "judge", 10, 5, GRADE=0.5))
+    store.amend(graded, graded.spans[-1])
+    assert store.flush()
+    with TraceReader(store.path) as reader:
+        assert [row.span_id for row in reader.list()] == [other.route.span_id, graded.route.span_id]
+        assert reader.get(graded.route.span_id) == graded
+        assert reader.get("last") == other
+
+
+def test_late_spans_go_with_their_traces(tmp_path: Path) -> None:
+    """The file holds its size with them, too, and none outlives its trace for long."""
+    path = tmp_path / "traces.sqlite"
+    store = TraceStore(path, max_bytes=1_000_000, clock=young())
+    store.open()
+    for number in range(600):
+        trace = numbered(number, bulk=1000)
+        store.write(trace)
+        store.amend(trace, stage("observe", "judge", 10, 5, GRADE_REASON="because " * 20))
+        if number % 50 == 49:
+            store.flush()
+    store.close()
+    assert store.dropped == 0
+    assert size_of(path) <= 1_000_000
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        (traces_,) = connection.execute("SELECT sum(count) FROM segments").fetchone()
+        (late,) = connection.execute("SELECT count(*) FROM late").fetchone()
+    assert 50 <= traces_ < 400
+    assert late <= traces_ + 256
 
 
 def test_an_ambiguous_beginning(store: TraceStore) -> None:
@@ -396,13 +436,13 @@ def test_a_newer_version(store: TraceStore) -> None:
     """A store of another version is refused with what to do."""
     store.close()
     connection = sqlite3.connect(store.path)
-    connection.execute("PRAGMA user_version = 3")
+    connection.execute("PRAGMA user_version = 4")
     connection.close()
     with pytest.raises(
-        TraceError, match="has version 3, and this kvfleet reads version 2; use the kvfleet that wrote it"
+        TraceError, match="has version 4, and this kvfleet reads version 3; use the kvfleet that wrote it"
     ):
         TraceReader(store.path)
-    with pytest.raises(TraceError, match="has version 3"):
+    with pytest.raises(TraceError, match="has version 4"):
         TraceStore(store.path).open()
 
 
