@@ -112,5 +112,5 @@ def browser(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """The benchmarks, as ratios measured in one run."""
     session.install(".", "-e", ".")
-    for script in ("decision", "trace", "transport", "gateway", "pii"):
+    for script in ("decision", "index", "trace", "transport", "gateway", "pii"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)

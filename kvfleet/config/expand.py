@@ -14,9 +14,11 @@ import attrs
 
 from kvfleet.config.convert import unstructure
 from kvfleet.config.findings import Path
-from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
+from kvfleet.config.schema import SELF_HOSTED_PROVIDERS, FleetConfig, ModelConfig, StageConfig
 
-__all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path"]
+__all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path", "strategy_of"]
+
+_TOLD_APART = ("quality_score", "cost_per_1k_input_tokens", "cost_per_1k_output_tokens")
 
 Options = dict[str, Any]
 _DOMAIN = re.compile(r"(?<![\w.'\"])domain\b")
@@ -58,13 +60,27 @@ def _uses(config: FleetConfig) -> list[str]:
         ("score.hardware_load", True),
         ("score.compliance", config.scoring_weights.compliance > 0),
         ("score.capacity", config.scoring_weights.capacity > 0),
-        (f"select.{config.strategy}", True),
+        (f"select.{strategy_of(config)}", True),
         ("execute.fallback", True),
         ("observe.metrics", True),
         ("observe.log", config.telemetry.log_route_decisions),
         ("observe.shadow", config.shadow.enabled),
     ]
     return [use for use, is_on in wanted if is_on]
+
+
+def strategy_of(config: FleetConfig) -> str:
+    """The strategy that chooses if no request asks for another.
+
+    A file that names none gets `expected_latency` if all its models are self-hosted and alike in quality and price, so
+    that nothing but time tells their replicas apart; else `hybrid_score`.
+    """
+    models = [model for model in config.models if model.enabled]
+    if not config.origin.file or config.origin.sets(("strategy",)) or not models:
+        return config.strategy
+    is_own = all(model.provider in SELF_HOSTED_PROVIDERS for model in models)
+    are_alike = all(len({getattr(model, name) for model in models}) == 1 for name in _TOLD_APART)
+    return "expected_latency" if is_own and are_alike else config.strategy
 
 
 def _has_policy(config: FleetConfig) -> bool:

@@ -566,7 +566,9 @@ class FleetConfig:
     fleet_name: str = text("default", doc="The fleet's name in traces and metrics.")
     models: tuple[ModelConfig, ...] = listing((), doc="The models and where they run.", ge=1)
     strategy: str = text(
-        "hybrid_score", doc="How the best candidate is chosen; `kvfleet components` lists the strategies."
+        "hybrid_score",
+        doc="How the best candidate is chosen; `kvfleet components` lists the strategies. A file that names none gets "
+        "`expected_latency` if its models are self-hosted and alike in quality and price.",
     )
     scoring_weights: ScoringWeights = section(ScoringWeights, doc="Weights of `hybrid_score`.")
     default_model: str = text("", doc="The model of the `static` strategy.", refers_to="model")

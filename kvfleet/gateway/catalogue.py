@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvfleet.config.expand import strategy_of
 from kvfleet.config.schema import AUTO_MODEL, AliasConfig, FleetConfig, ModelConfig
 
 __all__ = ["catalogue"]
@@ -19,7 +20,7 @@ def catalogue(config: FleetConfig, created: int) -> Mapping[str, dict[str, Any]]
         config: The fleet.
         created: Unix time in seconds, which OpenAI's clients require.
     """
-    found = {AUTO_MODEL: _object(AUTO_MODEL, created, {"kind": "auto", "strategy": config.strategy})}
+    found = {AUTO_MODEL: _object(AUTO_MODEL, created, {"kind": "auto", "strategy": strategy_of(config)})}
     for name, alias in config.aliases.items():
         found[name] = _object(name, created, _alias_hints(alias))
     for model in config.models:

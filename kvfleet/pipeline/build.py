@@ -10,7 +10,7 @@ import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.config.convert import structure, unstructure
-from kvfleet.config.expand import expand, options_from_section, section_path
+from kvfleet.config.expand import expand, options_from_section, section_path, strategy_of
 from kvfleet.config.fields import info_of, options_of
 from kvfleet.config.findings import Finding, Path
 from kvfleet.config.options import option_types
@@ -121,7 +121,7 @@ def read(config: FleetConfig, table: ComponentTable) -> tuple[list[Built], list[
 def _read_stage(
     config: FleetConfig, table: ComponentTable, stage: StageConfig, findings: list[Finding]
 ) -> Built | None:
-    use = f"{Kind.SELECT}.{config.strategy}" if stage.use == Kind.SELECT else stage.use
+    use = f"{Kind.SELECT}.{strategy_of(config)}" if stage.use == Kind.SELECT else stage.use
     place: Path = stage.path or (("strategy",) if use.startswith("select.") else section_path(use))
     try:
         component = table.find_stage(use)
