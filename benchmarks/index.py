@@ -1,7 +1,7 @@
 """What the index of prompt blocks costs: time of a match, and memory of an entry.
 
-Run ``python benchmarks/index.py``. Times are CPU microseconds, the least of several rounds; the prompt has 32 KB, and each
-replica holds a beginning of it of its own length, which is the dearest case.
+Run ``python benchmarks/index.py``. Times are CPU microseconds, the least of several rounds; the prompt has 32 KB, and
+each replica holds a beginning of it of its own length, which is the dearest case.
 """
 
 from __future__ import annotations

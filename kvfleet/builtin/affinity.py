@@ -76,7 +76,7 @@ class PrefixAffinity:
         500_000, ge=1, unit="tokens", doc="Size of a replica's KV cache, until its engine tells."
     )
     max_entries: int = number(
-        1_000_000, ge=1, doc="Most blocks remembered, over all replicas; each takes about 130 bytes."
+        1_000_000, ge=1, doc="Most blocks remembered, over all replicas; each takes about 170 bytes."
     )
     isolate_tenants: bool = flag(doc="Tenants share no cache, because engines salt it or each has its own.")
     min_trust: float = number(
