@@ -114,3 +114,4 @@ def bench(session: nox.Session) -> None:
     session.install(".", "-e", ".")
     for script in ("decision", "index", "trace", "transport", "gateway", "pii"):
         session.run("python", f"benchmarks/{script}.py", *session.posargs)
+    session.run("python", "benchmarks/routing.py", "-n", "300", "--only", "shared_prefix", "--only", "agent_sessions")
