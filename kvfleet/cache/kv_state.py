@@ -35,7 +35,7 @@ _SILENT_BLOCKS = 64
 _FIRST_WAIT_S = 30.0
 _LONGEST_WAIT_S = 960.0
 _FORGIVEN_S = 3600.0
-_MOST_DISAPPOINTMENTS = 8
+_MOST_DISAPPOINTMENTS = 16
 
 
 class KVMode(enum.StrEnum):
@@ -253,11 +253,14 @@ class CacheState:
             self.is_whole = True  # what could still be missing is less than can be in the cache
 
     def answered(self, expected_tokens: float, cached_tokens: int) -> None:
-        """An answer's own account of the cache, against what was claimed; too many disappointments are doubts."""
+        """An answer's own account of the cache, against what was claimed; too many disappointments are doubts.
+
+        One is no proof: what was there may be gone when a request has waited for its turn.
+        """
         block = max((blocks.engine_block_tokens for blocks in self.blocks()), default=0)
         if not block or expected_tokens < 2 * block:
             return
-        if cached_tokens >= expected_tokens - 2 * block:
+        if cached_tokens >= expected_tokens / 2:
             self._disappointments = 0
             return
         self._disappointments += 1

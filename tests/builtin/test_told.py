@@ -184,7 +184,7 @@ async def test_the_error_of_exact_expectations_is_measured(fleet: Fleet) -> None
 async def test_an_engine_whose_answers_belie_its_events(fleet: Fleet) -> None:
     """Is believed no longer."""
     fleet.store(1, PROMPT[:80])
-    for _ in range(8):
+    for _ in range(16):
         await fleet.answer(A, cached=0)
     assert fleet.state().judge()[0] is KVMode.APPROXIMATE
 

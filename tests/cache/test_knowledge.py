@@ -178,7 +178,7 @@ def test_answers_that_disappoint() -> None:
     scene = Scene(a)
     scene.connect()
     scene.tell(stored([1, 2, 3], PROMPT))
-    for _ in range(8):
+    for _ in range(16):
         scene.caches.answered(a.id, 12, 0)
     scene.caches.answered("x", 12, 0)
     assert scene.held(PROMPT) == {}

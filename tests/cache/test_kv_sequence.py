@@ -346,13 +346,13 @@ class TestDoubts:
         """Now and then a block is gone before a request arrives; always is another matter."""
         scene.connect()
         scene.hear(scene.engine.store([*A, *B, *C]))
-        for _ in range(7):
+        for _ in range(15):
             scene.stream.answered(12, 0)
-        scene.stream.answered(12, 12)
+        scene.stream.answered(12, 8)
         scene.stream.answered(7, 0)
         scene.stream.answered(12, 4)
         assert scene.mode is KVMode.EXACT
-        for _ in range(8):
+        for _ in range(15):
             scene.stream.answered(12, 0)
         assert (scene.mode, scene.why) == (KVMode.APPROXIMATE, "answers had less cached than the events say")
 
