@@ -1,8 +1,9 @@
 """A conversation as the text a model reads: a chat template, as Hugging Face's tokenizers carry one, run in a sandbox.
 
-What engines do to a request's messages before the template sees them is done here too: the arguments of tool calls
-become objects, and texts in parts become one text unless the template wants the parts (as in vLLM's
-``entrypoints/chat_utils.py``).
+What engines do to a request before the template sees it is done here too, as vLLM 0.32 does it (in its
+``entrypoints/chat_utils.py`` and the models of its requests): tools have the fields that are known of them, in one
+order and null where absent; the arguments of tool calls become objects; texts in parts become one text unless the
+template wants the parts; a developer is the system where the template knows none.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ class ChatTemplate:
 
     Attributes:
         takes_parts: True if it understands content in parts.
+        knows_developers: True if it has a word for the role ``developer``.
     """
 
     _template: Any = attrs.field(repr=False)
     _words: Mapping[str, Any] = attrs.field(repr=False)
     takes_parts: bool = False
+    knows_developers: bool = False
 
     @classmethod
     def load(cls, folder: Path, file: Path | None = None) -> ChatTemplate | None:
@@ -61,7 +64,7 @@ class ChatTemplate:
             return None
         words = {key: value for key, value in config.items() if key.endswith("_token")}
         tokens = {key: value.get("content") if isinstance(value, Mapping) else value for key, value in words.items()}
-        return cls(_compiled(source), tokens, _TAKES_PARTS.search(source) is not None)
+        return cls(_compiled(source), tokens, _TAKES_PARTS.search(source) is not None, "developer" in source)
 
     def render(self, body: Mapping[str, Any]) -> str:
         """A chat request's prompt.
@@ -76,7 +79,7 @@ class ChatTemplate:
         words = {
             **self._words,
             "messages": messages,
-            "tools": body.get("tools") or None,
+            "tools": [_tool(tool) for tool in body.get("tools") or ()] or None,
             "documents": body.get("documents"),
             **({"reasoning_effort": body["reasoning_effort"]} if body.get("reasoning_effort") else {}),
             "add_generation_prompt": body.get("add_generation_prompt", True),
@@ -91,6 +94,8 @@ class ChatTemplate:
         if not isinstance(message, Mapping):
             raise UnrenderableError("a message is not an object")
         found = {**message, "content": self._content(message.get("content"))}
+        if found.get("role") == "developer" and not self.knows_developers:
+            found["role"] = "system"
         if isinstance(calls := message.get("tool_calls"), Sequence):
             found["tool_calls"] = [_with_arguments(call) for call in calls]
         return found
@@ -102,6 +107,15 @@ class ChatTemplate:
         if len(texts) < len(content):
             raise UnrenderableError("a message has more than text in it")
         return [{"type": "text", "text": text} for text in texts] if self.takes_parts else "\n".join(texts)
+
+
+def _tool(tool: Any) -> Any:
+    """A tool with the fields that an engine's own model of it has."""
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type", "function") != "function":
+        return tool
+    known = {key: function.get(key) for key in ("name", "description", "parameters")}
+    return {"type": "function", "function": known | {key: function[key] for key in ("strict",) if key in function}}
 
 
 def _text_of(part: Any) -> Any:

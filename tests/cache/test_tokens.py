@@ -116,10 +116,10 @@ class TestPrompts:
 
     def test_a_chat(self, tokenizer: LocalTokenizer) -> None:
         """As the template lays it out, tools first."""
-        found = tokenizer.tokenise(Operation.CHAT, chat(USER, tools=[{"type": "function"}]))
+        found = tokenizer.tokenise(Operation.CHAT, chat(USER, tools=[{"type": "search"}]))
         text = tokenizer._tokenizer.decode(ids(found), skip_special_tokens=False)
         assert text == (
-            '<|im_start|>tools\n[{"type": "function"}]<|im_end|>\n<|im_start|>user\nHello there.<|im_end|>\n'
+            '<|im_start|>tools\n[{"type": "search"}]<|im_end|>\n<|im_start|>user\nHello there.<|im_end|>\n'
             "<|im_start|>assistant\n"
         )
 
@@ -181,6 +181,26 @@ class TestTemplates:
         assert "Paris<|im_end|>" in self.render(tmp_path, TEMPLATE, chat(message))
         odd = {"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}, 3]}
         assert self.render(tmp_path, "{{ messages[0].tool_calls[0].function.arguments }}", chat(odd)) == "{"
+
+    def test_tools_are_as_engines_read_them(self, tmp_path: Path) -> None:
+        """One order, null for what is absent, and nothing that is not known."""
+        tool = {
+            "function": {"parameters": {"b": 1, "a": 2}, "name": "f", "odd": 1, "strict": True},
+            "type": "function",
+            "odd": 2,
+        }
+        found = self.render(tmp_path, "{{ tools | tojson }}", chat(USER, tools=[tool]))
+        assert found == (
+            '[{"type": "function", "function": {"name": "f", "description": null, "parameters": {"b": 1, "a": 2}, '
+            '"strict": true}}]'
+        )
+        assert self.render(tmp_path, "{{ tools }}", chat(USER, tools=[])) == "None"
+
+    def test_a_developer(self, tmp_path: Path) -> None:
+        """Is the system, unless the template knows developers."""
+        says = chat({"role": "developer", "content": "x"})
+        assert self.render(tmp_path / "1", "{{ messages[0].role }}", says) == "system"
+        assert self.render(tmp_path / "2", "{# developer #}{{ messages[0].role }}", says) == "developer"
 
     def test_texts_in_parts(self, tmp_path: Path) -> None:
         """Become one, unless the template takes them apart itself."""

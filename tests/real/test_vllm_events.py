@@ -144,6 +144,12 @@ def prompt(rng: random.Random, words: int) -> list[Any]:
         {"messages": ASK},
         {"messages": [{"role": "system", "content": "Be brief."}, *ASK_COUNT], "tools": [TOOL]},
         {"messages": TOOL_TURN, "tools": [TOOL]},
+        {"messages": ASK, "tools": [{"function": {"odd": 1, "name": "f"}, "type": "function", "odd": 2}]},
+        {
+            "messages": ASK,
+            "tools": [{"type": "function", "function": {"name": "f", "description": "é <b>", "strict": True}}],
+        },
+        {"messages": [{"role": "developer", "content": "Be brief."}, *ASK]},
         {
             "messages": [
                 {"role": "user", "content": [{"type": "text", "text": t} for t in ("One part,", "and another.")]}
