@@ -22,14 +22,17 @@ from kvfleet.adapters.mock_wire import Writer, error_body, plan
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import choice, flag, number, text
 from kvfleet.config.schema import ModelConfig
+from kvfleet.config.simulation import PRESET_NAMES
 from kvfleet.errors import BackendError, Fault
 from kvfleet.sim.engine import Engine
 from kvfleet.sim.live import LiveEngine
+from kvfleet.sim.presets import PRESETS
 from kvfleet.sim.spec import EngineSpec
 
 __all__ = ["FAULT_STATUS", "MockAdapter", "injected_fault"]
 
 _NO_FAULT = "none"
+_NO_PRESET = "none"
 _CONTEXT_TOKENS = 8192
 _PREFIX = {
     Operation.CHAT: "chatcmpl",
@@ -84,6 +87,11 @@ class MockAdapter(InferenceAdapter):
     max_batch: int = number(8, ge=1, unit="requests", doc="Most requests in the batch; the others queue.")
     max_queue: int = number(256, ge=0, unit="requests", doc="Most requests in the queue; one more is refused with 503.")
     cache_tokens: int = number(32_768, ge=1, unit="tokens", doc="Size of the KV cache.")
+    preset: str = choice(
+        _NO_PRESET,
+        of=(_NO_PRESET, *PRESET_NAMES),
+        doc="A real engine's pace, batch, token budget and cache size, in place of those above.",
+    )
     block_tokens: int = number(16, ge=1, unit="tokens", doc="Tokens in one block of the KV cache.")
     context_tokens: int | None = number(
         None,
@@ -123,6 +131,10 @@ class MockAdapter(InferenceAdapter):
     @property
     def spec(self) -> EngineSpec:
         """Size and pace of the engine."""
+        context_tokens = self.context_tokens or _CONTEXT_TOKENS
+        if self.preset != _NO_PRESET:
+            sized = PRESETS[self.preset].sized(self.block_tokens, context_tokens=context_tokens, speed=self.speed)
+            return attrs.evolve(sized, max_waiting=self.max_queue)
         step_s = self.decode_ms_per_token / 1000
         return EngineSpec(
             token_budget=max(self.token_budget, self.max_batch),
@@ -130,7 +142,7 @@ class MockAdapter(InferenceAdapter):
             max_waiting=self.max_queue,
             cache_blocks=max(1, self.cache_tokens // self.block_tokens),
             block_tokens=self.block_tokens,
-            context_tokens=self.context_tokens or _CONTEXT_TOKENS,
+            context_tokens=context_tokens,
             step_s=step_s * (1 - self.decode_slowdown),
             prefill_s_per_token=1 / self.prefill_tokens_per_s,
             decode_s_per_seq=step_s * self.decode_slowdown,

@@ -31,7 +31,7 @@ __all__ = ["mock_engine"]
 _CONTEXT_TOKENS = 8192
 _ENGINE = (
     *("speed", "prefill_tokens_per_s", "decode_ms_per_token", "decode_slowdown", "token_budget", "max_batch"),
-    *("max_queue", "cache_tokens", "block_tokens", "context_tokens", "answer_tokens", "reply", "echo"),
+    *("max_queue", "cache_tokens", "block_tokens", "context_tokens", "answer_tokens", "reply", "echo", "preset"),
 )
 """The mock provider's options that are options here as well."""
 
@@ -53,7 +53,7 @@ def _engine_options() -> Decorator:
 def _type(option: Option) -> Any:
     """What click makes of an option's type and range."""
     if option.type is str:
-        return click.STRING
+        return click.Choice(option.info.choices) if option.info.choices else click.STRING
     low, is_open = (option.info.gt, True) if option.info.ge is None else (option.info.ge, False)
     kind: Any = click.FloatRange if option.type is float else click.IntRange
     return kind(min=low, max=option.info.le, min_open=low is not None and is_open)

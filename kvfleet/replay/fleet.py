@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,83 +15,10 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.config.yaml import parse_yaml
 from kvfleet.errors import ConfigError
+from kvfleet.sim.presets import PRESETS
 from kvfleet.sim.spec import EngineSpec
 
-__all__ = ["PRESETS", "Preset", "check_names", "names_of", "read_fleet_description", "spec_of", "specs_of"]
-
-
-@attrs.frozen(kw_only=True)
-class Preset:
-    """An engine by what it is: the model and the machine.
-
-    Attributes:
-        doc: In words.
-        spec: Its pace; blocks are counted when a trace is known.
-        cache_tokens: Tokens of its KV cache.
-    """
-
-    doc: str
-    spec: EngineSpec
-    cache_tokens: int
-
-
-PRESETS: Mapping[str, Preset] = {
-    "a100-8b": Preset(
-        doc="A model of 8 billion parameters in bf16 on one A100 80 GB.",
-        spec=EngineSpec(
-            token_budget=2048,
-            max_running=256,
-            step_s=0.0105,
-            prefill_s_per_token=1.03e-4,
-            prefill_s_per_token_context=3.4e-9,
-            decode_s_per_context_token=8.2e-8,
-        ),
-        cache_tokens=410_000,
-    ),
-    "h100-8b": Preset(
-        doc="A model of 8 billion parameters in bf16 on one H100 80 GB.",
-        spec=EngineSpec(
-            token_budget=8192,
-            max_running=512,
-            step_s=0.0068,
-            prefill_s_per_token=3.2e-5,
-            prefill_s_per_token_context=1.1e-9,
-            decode_s_per_context_token=4.9e-8,
-        ),
-        cache_tokens=410_000,
-    ),
-    "l4-8b": Preset(
-        doc="A model of 8 billion parameters in bf16 on one L4 24 GB.",
-        spec=EngineSpec(
-            token_budget=2048,
-            max_running=128,
-            step_s=0.0677,
-            prefill_s_per_token=2.64e-4,
-            prefill_s_per_token_context=8.7e-9,
-            decode_s_per_context_token=5.5e-7,
-        ),
-        cache_tokens=35_000,
-    ),
-    "h100x4-70b": Preset(
-        doc="A model of 70 billion parameters in bf16 on four H100 80 GB.",
-        spec=EngineSpec(
-            token_budget=8192,
-            max_running=512,
-            step_s=0.0161,
-            prefill_s_per_token=7.1e-5,
-            prefill_s_per_token_context=1.3e-9,
-            decode_s_per_context_token=3.1e-8,
-        ),
-        cache_tokens=420_000,
-    ),
-}
-"""Engines by name.
-
-Their paces are worked out from the machines' data sheets, not measured: half the peak of dense bf16 arithmetic for
-prompts (2 operations for a parameter and a token; 4 * layers * width for a pair of tokens), four fifths of the memory's
-bandwidth for answers (the weights once a step, the KV cache of each token looked back on) and 2.5 ms a step for all
-else; the KV cache has what nine tenths of the memory leave. They are for comparing pipelines with each other.
-"""
+__all__ = ["check_names", "names_of", "read_fleet_description", "spec_of", "specs_of"]
 
 
 def spec_of(options: EngineOptions, block_tokens: int) -> EngineSpec:
@@ -106,7 +33,9 @@ def spec_of(options: EngineOptions, block_tokens: int) -> EngineSpec:
         "context_tokens": options.context_tokens,
         "step_s": None if options.step_ms is None else options.step_ms / 1000,
         "prefill_s_per_token": None if rate is None else 1 / rate,
-        "prefill_s_per_token_context": None if rate is None else 0.0,  # a rate that was given is the whole rate
+        # A rate that was given is the whole rate.
+        "prefill_s_per_token_context": None if rate is None else 0.0,
+        "hidden_tokens": None if rate is None else 0,
     }
     return attrs.evolve(
         preset.spec,

@@ -20,6 +20,7 @@ from kvfleet.adapters.mock_content import sentence
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.errors import BackendError, Fault
+from kvfleet.sim.presets import PRESETS
 from kvfleet.testing.fakes import VirtualTime
 
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -531,3 +532,11 @@ class TestConfiguration:
         assert (answer.content, answer.finish_reason, answer.endpoint) == ("Hello there.", "stop", "mock://one")
         pieces = [chunk.content async for chunk in adapter.chat_stream(request)]
         assert "".join(pieces) == "Hello there."
+
+    def test_a_preset_is_a_real_engines_pace_and_size(self) -> None:
+        """Named in the options; block size, context, queue and speed stay one's own."""
+        spec = MockAdapter(preset="h100-8b", block_tokens=32, context_tokens=4096, max_queue=7, speed=2.0).spec
+        expected = attrs.evolve(
+            PRESETS["h100-8b"].spec, block_tokens=32, cache_blocks=12_812, context_tokens=4096, max_waiting=7, speed=2.0
+        )
+        assert spec == expected

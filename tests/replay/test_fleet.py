@@ -9,7 +9,8 @@ import pytest
 from kvfleet.config.simulation import PRESET_NAMES, EngineOptions, SimulatedFleet
 from kvfleet.errors import ConfigError
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.replay.fleet import PRESETS, read_fleet_description, spec_of
+from kvfleet.replay.fleet import read_fleet_description, spec_of
+from kvfleet.sim.presets import PRESETS
 from tests.replay.fleets import fleet
 
 REPLICAS = ModelRegistry.from_configs(fleet(3).models).replicas
