@@ -17,7 +17,7 @@ from kvfleet.router.embedding import PromptEmbedding
 from kvfleet.router.multimodal import ModalityDetection
 from kvfleet.router.routes import RouteMatch
 from kvfleet.router.semantic import KEYWORDS, PromptDomain
-from kvfleet.telemetry.load import Work
+from kvfleet.telemetry.reservations import Work
 from kvfleet.trace.spans import AttributeValue
 
 __all__ = [

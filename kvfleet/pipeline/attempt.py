@@ -20,7 +20,7 @@ from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest, Unused
 from kvfleet.telemetry.cost import cost_usd
 from kvfleet.telemetry.fleet_limits import LimitTicket
-from kvfleet.telemetry.load import Reservation, Work
+from kvfleet.telemetry.reservations import Reservation, Work
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle

@@ -21,7 +21,7 @@ from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Outcome, RoutingContext, Unused
 from kvfleet.telemetry.cost import cost_usd
-from kvfleet.telemetry.load import Work
+from kvfleet.telemetry.reservations import Work
 from kvfleet.trace import names
 from kvfleet.trace.otel import Bridge, RouteHandle
 from kvfleet.trace.spans import AttributeValue, Span, SpanKind, Status, Trace

@@ -13,7 +13,8 @@ import attrs
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.router.scoring import Ranking, ScoringContext, rank
-from kvfleet.telemetry.load import FleetLoad, HasLoad, ReplicaLoad
+from kvfleet.telemetry.load import FleetLoad, HasLoad
+from kvfleet.telemetry.reservations import ReplicaLoad
 
 __all__ = [
     "BlockCostStrategy",

@@ -22,8 +22,9 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Services
 from kvfleet.router.scoring import Column, Unit
 from kvfleet.telemetry.fleet_limits import FleetLimits
-from kvfleet.telemetry.load import FleetLoad, Work
+from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.rate_limits import RateLimitTracker
+from kvfleet.telemetry.reservations import Work
 from tests.builtin.making import context, model, user
 
 TALK = [user("x" * 4000)]

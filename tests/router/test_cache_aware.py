@@ -20,7 +20,8 @@ from kvfleet.router.cache_aware import (
     WeightedPrefixStrategy,
 )
 from kvfleet.router.scoring import ScoringContext
-from kvfleet.telemetry.load import FleetLoad, Work
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.reservations import Work
 
 FLEET = tuple(ModelConfig(name="m", endpoint=f"http://{i}") for i in range(3))
 

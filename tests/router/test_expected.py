@@ -11,7 +11,8 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Services
 from kvfleet.router.expected import ExpectedLatencyStrategy
 from kvfleet.router.scoring import Column, ScoringContext, Unit
-from kvfleet.telemetry.load import FleetLoad, Work
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.reservations import Work
 
 FLEET = tuple(ModelConfig(name="m", endpoint=f"http://{i}") for i in range(3))
 PROMPT = 8000.0

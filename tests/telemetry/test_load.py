@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
-from kvfleet.telemetry.load import FleetLoad, Work
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.reservations import Work
 
 
 def replica(name: str, endpoint: str, p50_ms: float = 500) -> ModelConfig:
