@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 import httpx
 
-from kvfleet.clock import Clock
+from kvfleet.clock import Clock, FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.gateway.server import running
 from kvfleet.registry.models import ModelRegistry
@@ -106,7 +106,7 @@ async def live(
         config: The fleet.
         scripts: What the engines of a model say, by its name or by its endpoint; models named None keep their own
             adapters, as mock engines do that are to behave like engines.
-        clock: The time; the system's if None.
+        clock: The time; the system's if None. A frozen one is moved by the latencies of scripted replies.
         state_dir: Where components keep what outlives the process.
         api_key: A key for clients.
         seed: Of the decisions.
@@ -115,11 +115,13 @@ async def live(
     config = attrs.evolve(config, telemetry=attrs.evolve(config.telemetry, trace_store=QUIET.trace_store))
     scripts = scripts or {}
     kept = Kept()
+    frozen = clock if isinstance(clock, FrozenClock) else None
     replicas = [
         one for one in ModelRegistry.from_configs(config.models).replicas if scripts.get(one.name, "") is not None
     ]
     engines = {
-        one.id: FakeAdapter(endpoint=one.endpoint, model_id=one.name, script=_script(one, scripts)) for one in replicas
+        one.id: FakeAdapter(endpoint=one.endpoint, model_id=one.name, time=frozen, script=_script(one, scripts))
+        for one in replicas
     }
     router = Router(
         config, table=TABLE, clock=clock, adapters=engines, sinks=[kept], polls=polls, seed=seed, state_dir=state_dir

@@ -53,8 +53,9 @@ class Row:
 
     @property
     def is_kept(self) -> bool:
-        """True if there are tests, all of them are there, and all passed."""
-        return {*self.tests, *self.live} == {"passed"} and not self.missing
+        """True if there are tests, all of them are there, none failed, and not all were skipped."""
+        ended = {*self.tests, *self.live}
+        return "passed" in ended and ended <= {"passed", "skipped"} and not self.missing
 
     def cells(self) -> tuple[str, str, str, str]:
         """Name, tests, live tests and verdict."""

@@ -45,7 +45,8 @@ async def test_replicas_are_used() -> None:
 
 async def test_a_conversation_and_a_system_prompt_stay_where_they_are_known() -> None:
     """The second turn, and another question under the same instructions; but not where one would have to queue."""
-    async with live(FleetConfig(models=(REPLICATED,))) as gateway:
+    scripts = {"m": FakeReply(text="m speaking.", latency_s=0.1)}
+    async with live(FleetConfig(models=(REPLICATED,)), scripts=scripts, clock=FrozenClock()) as gateway:
         talk = [SYSTEM, user("What is a cat?")]
         first = await endpoint(gateway, *talk)
         assert (

@@ -85,18 +85,25 @@ def test_a_promise_has_tests_that_exist(promise: Promise) -> None:
 
 def test_the_table_tells_what_is_not_kept() -> None:
     """A failure, a test that is not there, and a promise without tests."""
-    outcomes = {"a.py::test_x[1]": "passed", "a.py::test_x[2]": "failed", "b.py::T::test_y": "passed"}
+    outcomes = {
+        "a.py::test_x[1]": "passed",
+        "a.py::test_x[2]": "failed",
+        "b.py::T::test_y": "passed",
+        "d.py::test_s": "skipped",
+    }
     promises = [
         Promise("part", "kept", ("b.py",), ("b.py::T::test_y",)),
         Promise("part", "broken", ("a.py::test_x",)),
         Promise("part", "lost", ("b.py", "c.py::test_z")),
         Promise("part", "empty", ()),
+        Promise("part", "partly", ("b.py", "d.py")),
+        Promise("part", "skipped", ("d.py",)),
     ]
     table = rows(promises, outcomes)
-    assert [row.is_kept for row in table] == [True, False, False, False]
+    assert [row.is_kept for row in table] == [True, False, False, False, True, False]
     assert table[1].cells() == ("broken", "1 failed, 1 passed", "-", "NOT KEPT")
     assert "there is no c.py::test_z" in shown(table)
-    assert shown(table).endswith("4 promises, 1 kept")
+    assert shown(table).endswith("6 promises, 2 kept")
 
 
 def test_a_test_that_is_not_there_does_not_exist() -> None:
