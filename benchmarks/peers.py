@@ -1,0 +1,347 @@
+"""kvfleet beside other gateways, over HTTP, in front of the same mock engines: latency, cache, balance and CPU.
+
+Run ``python benchmarks/peers.py --peers-dir DIR --install --trace mooncake_conversation.jsonl``. One process of
+``kvfleet mock-engine`` is eight engines; the client (``peers_load.py``) is another; gateways (``peers_gateways.py``)
+run one at a time and take turns, each fresh and with empty caches for each workload. Three workloads:
+
+- ``mooncake``: whole conversations out of Mooncake's trace, its hour squeezed into the run; sent at their times;
+- ``agents``: sessions of agents in a closed loop, named by the header X-Session-ID;
+- ``bursts``: one system prompt for everybody, a trickle of questions, and 24 at once every six seconds.
+
+Lengths are an eighth of the real ones, and engines slow enough (170 ms for 256 tokens of a prompt, 40 ms for a token of
+an answer) that what client and gateway cost does not decide. Read the ratios, in parentheses: to the best peer in the
+same table that is not kvfleet. Cached shares and requests of each engine are the engines' own counts. CPU is that of
+the gateway's whole tree of processes, which includes what it does beside requests while the load lasts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from gateway import free_ports, pinned
+from peers_gateways import GATEWAYS, KVFLEET, Gateway, NotHereError, Place, install, version_of
+from peers_load import MODEL, WORKLOADS, body, words
+
+ENGINES = 8
+ENGINE_OPTIONS = {
+    "prefill-tokens-per-s": 1500,
+    "decode-ms-per-token": 40,
+    "token-budget": 256,
+    "cache-tokens": 16_384,
+    "context-tokens": 32_768,
+    "answer-tokens": 24,
+    "max-queue": 1000,
+}
+_TICKS = os.sysconf("SC_CLK_TCK")
+_WARM_UP = 4
+_UNLIKE = 1 << 40  # a text that no workload has
+_START_S = 120.0
+_COUNTS = {
+    "requests": "vllm:request_success_total",
+    "read": "vllm:prompt_tokens_total",
+    "cached": "vllm:prompt_tokens_cached_total",
+}
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], folder: Path, core: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with its children, for the length of a block; its words go to a file."""
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [*pinned(core), *command], cwd=folder, stdout=log, stderr=log, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            for kind in (signal.SIGTERM, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, kind)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(10)
+
+
+def tree_cpu_s(root: int) -> float:
+    """CPU seconds of a process and of all below it, those that have ended included."""
+    children: dict[int, list[int]] = {}
+    spent: dict[int, float] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                children.setdefault(int(fields[1]), []).append(int(entry.name))
+                spent[int(entry.name)] = sum(map(int, fields[11:15])) / _TICKS
+    found, waiting = 0.0, [root]
+    while waiting:
+        pid = waiting.pop()
+        found += spent.get(pid, 0.0)
+        waiting += children.get(pid, [])
+    return found
+
+
+# Engines -------------------------------------------------------------------------------------------------------------
+
+
+def post(url: str, payload: bytes) -> bool:
+    """Whether a request is answered with 200."""
+    request = urllib.request.Request(url, payload, {"content-type": "application/json"})  # noqa: S310 - loopback
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - loopback
+            answer.read()
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def counts(engines: Sequence[str]) -> list[dict[str, float]]:
+    """What each engine has counted."""
+    found = []
+    for url in engines:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:  # noqa: S310 - loopback
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines() if line[:1] != "#"]
+        found.append(
+            {
+                key: sum(float(value) for name, _, value in lines if name.partition("{")[0] == metric)
+                for key, metric in _COUNTS.items()
+            }
+        )
+    return found
+
+
+def wait_until(answers: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process to serve.
+
+    Raises:
+        NotHereError: if it ends, or never does.
+    """
+    until = time.monotonic() + _START_S
+    while not answers():
+        if process.poll() is not None:
+            raise NotHereError(f"ended with {process.returncode} at its start")
+        if time.monotonic() > until:
+            raise NotHereError(f"gave no answer within {_START_S:.0f} s")
+        time.sleep(0.3)
+
+
+# The measurement -----------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Row:
+    """What a gateway did with a workload, over all rounds."""
+
+    workload: str
+    gateway: Gateway
+    version: str
+    failure: str = ""
+    answers: list[Mapping[str, Any]] = attrs.field(factory=list)
+    cpu_s: float = 0.0
+    read: float = 0.0
+    cached: float = 0.0
+    imbalances: list[float] = attrs.field(factory=list)
+
+    def figures(self) -> dict[str, float]:
+        """The table's figures by name; without an answer there are none."""
+        good = [one for one in self.answers if one["status"] == 200 and one["first_s"] is not None]
+        if not good:
+            return {}
+        first = [one["first_s"] * 1000 for one in good]
+        end = [one["end_s"] * 1000 for one in good]
+        gaps = [(e - f) / (one["chunks"] - 1) for f, e, one in zip(first, end, good, strict=True) if one["chunks"] > 1]
+        return {
+            "requests": len(self.answers),
+            "failed": len(self.answers) - len(good),
+            "ttft_p50_ms": statistics.median(first),
+            "ttft_p90_ms": _p90(first),
+            "ttft_mean_ms": statistics.fmean(first),
+            "tpot_p50_ms": statistics.median(gaps) if gaps else 0.0,
+            "end_p50_ms": statistics.median(end),
+            "end_p90_ms": _p90(end),
+            "cached_pct": 100 * self.cached / self.read if self.read else 0.0,
+            "imbalance": statistics.fmean(self.imbalances),
+            "cpu_ms": 1000 * self.cpu_s / len(self.answers),
+        }
+
+
+def _p90(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.9 * (len(values) - 1))]
+
+
+def run_one(row: Row, place: Place, load: Sequence[str]) -> None:
+    """Start a gateway, send a workload through it, and add what happened to its row."""
+    url = f"http://127.0.0.1:{place.port}/v1/chat/completions"
+    with running(row.gateway.command(place), place.folder, 1) as process:
+        wait_until(lambda: post(url, body(words(_UNLIKE, 64), 2)), process)
+        for number in range(_WARM_UP):
+            post(url, body(words(_UNLIKE + number, 64), 2))
+        for engine in place.engines:
+            post(f"{engine}/reset_prefix_cache", b"")
+        before, cpu_s = counts(place.engines), tree_cpu_s(process.pid)
+        sent = subprocess.run([*load, "--url", url], capture_output=True, text=True, check=False)
+        cpu_s = tree_cpu_s(process.pid) - cpu_s
+    if sent.returncode:
+        raise RuntimeError(sent.stderr[-2000:])
+    _add(row, json.loads(sent.stdout)["answers"], cpu_s, before, counts(place.engines))
+
+
+def _add(
+    row: Row,
+    answers: Sequence[Mapping[str, Any]],
+    cpu_s: float,
+    before: Sequence[Mapping[str, float]],
+    after: Sequence[Mapping[str, float]],
+) -> None:
+    rose = [{key: b[key] - a[key] for key in a} for a, b in zip(before, after, strict=True)]
+    row.answers += answers
+    row.cpu_s += cpu_s
+    row.read += sum(one["read"] for one in rose)
+    row.cached += sum(one["cached"] for one in rose)
+    served = [one["requests"] for one in rose]
+    row.imbalances.append(max(served) / max(statistics.fmean(served), 1e-9))
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """A row for each workload and gateway; gateways take turns, in another order each round."""
+    chosen = [one for one in GATEWAYS if any(word in one.name for word in options.only.split(","))]
+    rows = {
+        (name, one.name): Row(name, one, version_of(options.peers_dir, one.name))
+        for name in options.workloads.split(",")
+        for one in chosen
+    }
+    ports = free_ports(ENGINES + 2)
+    engines = tuple(f"http://127.0.0.1:{port}" for port in ports[:ENGINES])
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        words_ = [f"--{name}={value}" for name, value in ENGINE_OPTIONS.items()]
+        command = [KVFLEET, "mock-engine", "-n", str(ENGINES), "-m", MODEL, *words_]
+        process = stack.enter_context(running([*command, "-p", str(ports[0])], Path(folder), 0))
+        wait_until(lambda: all(post(f"{url}/reset_prefix_cache", b"") for url in engines), process)
+        for round_, name in itertools.product(range(options.rounds), options.workloads.split(",")):
+            turn = round_ * 4 % len(chosen)
+            for one in [*chosen[turn:], *chosen[:turn]]:
+                own = Path(tempfile.mkdtemp(dir=folder))
+                place = Place(options.peers_dir, own, ports[-2], ports[-1], engines)
+                attempt(rows[name, one.name], place, load_command(options, name, round_))
+    return list(rows.values())
+
+
+def load_command(options: argparse.Namespace, name: str, round_: int) -> list[str]:
+    """The client's command; each round has its own seed."""
+    command = [*pinned(0), sys.executable, str(Path(__file__).parent / "peers_load.py"), "--workload", name]
+    command += ["--seconds", str(options.seconds), "--seed", str(options.seed + round_)]
+    return [*command, "--trace", str(options.trace)] if options.trace else command
+
+
+def attempt(row: Row, place: Place, load: Sequence[str]) -> None:
+    """One run, which a peer that is not there does not stop."""
+    if row.failure:
+        return
+    try:
+        run_one(row, place, load)
+    except NotHereError as error:
+        row.failure = str(error)
+    figures = row.figures()
+    told = f"TTFT p50 {figures['ttft_p50_ms']:.0f} ms" if figures else row.failure or "no answer"
+    print(f"{time.strftime('%H:%M:%S')} {row.workload}, {row.gateway.name}: {told}", file=sys.stderr, flush=True)
+
+
+# The report ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "ttft_p50_ms": "TTFT p50, ms",
+    "ttft_p90_ms": "TTFT p90, ms",
+    "tpot_p50_ms": "TPOT p50, ms",
+    "end_p50_ms": "end p50, ms",
+    "end_p90_ms": "end p90, ms",
+    "cached_pct": "cached, %",
+    "imbalance": "busiest / mean",
+    "cpu_ms": "CPU, ms/request",
+}
+_RATIOS = ("ttft_p50_ms", "ttft_p90_ms", "tpot_p50_ms", "end_p50_ms", "end_p90_ms", "cpu_ms")
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """The lines of one workload's table; ratios in parentheses are to the best peer."""
+    figures = [row.figures() for row in rows]
+    peers = [one for row, one in zip(rows, figures, strict=True) if one and not row.gateway.is_ours]
+    best = {key: min((one[key] for one in peers), default=0.0) for key in _RATIOS}
+    yield "| gateway | answers | " + " | ".join(COLUMNS.values()) + " |"
+    yield "|---" * (len(COLUMNS) + 2) + "|"
+    for row, one in zip(rows, figures, strict=True):
+        name = f"{row.gateway.name} {row.version}".strip()
+        if not one:
+            yield f"| {name} | {row.failure or 'none'} |" + " |" * len(COLUMNS)
+            continue
+        cells = [_cell(key, one[key], best.get(key, 0.0)) for key in COLUMNS]
+        yield f"| {name} | {one['requests'] - one['failed']:.0f} of {one['requests']:.0f} | " + " | ".join(cells) + " |"
+
+
+def _cell(key: str, value: float, best: float) -> str:
+    digits = 0 if key in _RATIOS and key != "cpu_ms" else 1
+    text = f"{value:.2f}" if key == "imbalance" else f"{value:.{digits}f}"
+    return f"{text} ({value / best:.2f})" if best else text
+
+
+def main() -> None:
+    """Measure, and print a table for each workload, or JSON with ``--json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers-dir", type=Path, required=True, help="folder of the peers' virtual environments")
+    parser.add_argument("--install", action="store_true", help="install those that are not there yet")
+    parser.add_argument(
+        "--trace", type=Path, help="Mooncake's conversation trace; without it that workload is left out"
+    )
+    parser.add_argument("--workloads", default="", help="of " + ", ".join(WORKLOADS) + "; all if not given")
+    parser.add_argument("--only", default="", help="gateways whose name has one of these words, by commas")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    options.workloads = options.workloads or ",".join(WORKLOADS if options.trace else WORKLOADS[1:])
+    if options.install:
+        install(options.peers_dir)
+    report(measure(options), as_json=options.json)
+
+
+def report(rows: Sequence[Row], *, as_json: bool) -> None:
+    """Print what was measured."""
+    if as_json:
+        told = [(row, row.figures()) for row in rows]
+        print(
+            json.dumps(
+                [
+                    {
+                        "workload": row.workload,
+                        "gateway": row.gateway.name,
+                        "version": row.version,
+                        "failure": row.failure,
+                        **one,
+                    }
+                    for row, one in told
+                ]
+            )
+        )
+        return
+    for name, group in itertools.groupby(rows, key=lambda row: row.workload):
+        print(f"\n{name}\n")
+        print("\n".join(table(list(group))))
+
+
+if __name__ == "__main__":
+    main()
