@@ -78,6 +78,17 @@ def running(command: Sequence[str], folder: Path, core: int) -> Iterator[subproc
                     process.wait(10)
 
 
+@contextlib.contextmanager
+def client(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The client, which gets its requests ready and then waits for a word; ended at the end of the block."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
 def tree_cpu_s(root: int) -> float:
     """CPU seconds of a process and of all below it, those that have ended included."""
     children: dict[int, list[int]] = {}
@@ -187,18 +198,18 @@ def _p90(values: Sequence[float]) -> float:
 def run_one(row: Row, place: Place, load: Sequence[str]) -> None:
     """Start a gateway, send a workload through it, and add what happened to its row."""
     url = f"http://127.0.0.1:{place.port}/v1/chat/completions"
-    with running(row.gateway.command(place), place.folder, 1) as process:
+    with running(row.gateway.command(place), place.folder, 1) as process, client([*load, "--url", url]) as sender:
         wait_until(lambda: post(url, body(words(_UNLIKE, 64), 2)), process)
         for number in range(_WARM_UP):
             post(url, body(words(_UNLIKE + number, 64), 2))
         for engine in place.engines:
             post(f"{engine}/reset_prefix_cache", b"")
         before, cpu_s = counts(place.engines), tree_cpu_s(process.pid)
-        sent = subprocess.run([*load, "--url", url], capture_output=True, text=True, check=False)
+        told, complaint = sender.communicate("go\n")
         cpu_s = tree_cpu_s(process.pid) - cpu_s
-    if sent.returncode:
-        raise RuntimeError(sent.stderr[-2000:])
-    _add(row, json.loads(sent.stdout)["answers"], cpu_s, before, counts(place.engines))
+    if sender.returncode:
+        raise RuntimeError(complaint[-2000:])
+    _add(row, json.loads(told)["answers"], cpu_s, before, counts(place.engines))
 
 
 def _add(

@@ -1,9 +1,11 @@
 """The load of ``peers.py``: workloads made of traces, and a client that sends them and times the answers.
 
 A process of its own (``python benchmarks/peers_load.py --url … --workload …``), so that its CPU is nobody else's. It
-prints one JSON object. Prompts are texts: each block of a trace becomes the same words wherever it stands, so what is
-shared in the trace is shared in the text. A token is four bytes, as the mock engines count. All lengths are divided by
-`SCALE`, which keeps bytes and chunks few enough for a small machine.
+begins when a line comes on its standard input, and prints one JSON object.
+
+Prompts are texts: each block of a trace becomes the same words wherever it stands, so what is shared in the trace is
+shared in the text. A token is four bytes, as the mock engines count. All lengths are divided by `SCALE`, which keeps
+bytes and chunks few enough for a small machine.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
@@ -172,12 +175,11 @@ def _note(found: dict[str, Any], event: bytes, at_s: float) -> None:
         found |= {"prompt_tokens": usage.get("prompt_tokens"), "cached_tokens": details.get("cached_tokens")}
 
 
-async def send_all(url: str, trace: RequestTrace, seconds: float) -> list[Answer]:
-    """Send a trace; a session's later requests wait for the answer before, and for its thinking time.
+async def send_all(url: str, trace: RequestTrace, bodies: Sequence[bytes], seconds: float) -> list[Answer]:
+    """Send a trace's requests; a session's later requests wait for the answer before, and for its thinking time.
 
     Nothing new is sent after so many seconds.
     """
-    bodies = [body(prompt(trace, number), answer_tokens(one)) for number, one in enumerate(trace.requests)]
     chains: dict[str, list[int]] = {}
     for number, one in enumerate(trace.requests):
         chains.setdefault(one.session or f"alone-{number}", []).append(number)
@@ -212,8 +214,10 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help="Mooncake's conversation trace")
     options = parser.parse_args()
     trace = workload(options.workload, options.seconds, options.seed, options.trace)
+    bodies = [body(prompt(trace, number), answer_tokens(one)) for number, one in enumerate(trace.requests)]
+    sys.stdin.readline()
     used_s = time.process_time()
-    answers = asyncio.run(send_all(options.url, trace, options.seconds))
+    answers = asyncio.run(send_all(options.url, trace, bodies, options.seconds))
     told: Mapping[str, Any] = {"answers": [attrs.asdict(one) for one in answers], "cpu_s": time.process_time() - used_s}
     print(json.dumps(told))
 
