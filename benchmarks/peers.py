@@ -10,8 +10,9 @@ run one at a time and take turns, each fresh and with empty caches for each work
 
 Lengths are an eighth of the real ones, and engines slow enough (170 ms for 256 tokens of a prompt, 40 ms for a token of
 an answer) that what client and gateway cost does not decide. Read the ratios, in parentheses: to the best peer in the
-same table that is not kvfleet. Cached shares and requests of each engine are the engines' own counts. CPU is that of
-the gateway's whole tree of processes, which includes what it does beside requests while the load lasts.
+same table, which is the one that is not kvfleet and has the lowest median of the whole time. Cached shares and requests
+of each engine are the engines' own counts. CPU is that of the gateway's whole tree of processes, which includes what it
+does beside requests while the load lasts.
 """
 
 from __future__ import annotations
@@ -291,7 +292,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """The lines of one workload's table; ratios in parentheses are to the best peer."""
     figures = [row.figures() for row in rows]
     peers = [one for row, one in zip(rows, figures, strict=True) if one and not row.gateway.is_ours]
-    best = {key: min((one[key] for one in peers), default=0.0) for key in _RATIOS}
+    best = min(peers, key=lambda one: one["end_p50_ms"], default=dict.fromkeys(_RATIOS, 0.0))
     yield "| gateway | answers | " + " | ".join(COLUMNS.values()) + " |"
     yield "|---" * (len(COLUMNS) + 2) + "|"
     for row, one in zip(rows, figures, strict=True):
@@ -299,7 +300,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         if not one:
             yield f"| {name} | {row.failure or 'none'} |" + " |" * len(COLUMNS)
             continue
-        cells = [_cell(key, one[key], best.get(key, 0.0)) for key in COLUMNS]
+        cells = [_cell(key, one[key], best[key] if key in _RATIOS else 0.0) for key in COLUMNS]
         yield f"| {name} | {one['requests'] - one['failed']:.0f} of {one['requests']:.0f} | " + " | ".join(cells) + " |"
 
 
