@@ -7,6 +7,7 @@ for every stage (`benchmarks/decision.py`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,14 @@ from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.contract import Affinity, Answer, Drop, Fact, Kind, Lease, Refusal, RoutingContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.trace import names
-from kvfleet.trace.spans import AttributeValue, Span, Step, Trace
+from kvfleet.trace.spans import AttributeValue, Shape, Span, Step, Trace
 
 __all__ = ["Decision"]
+
+Said = tuple[Shape, tuple[Any, ...], tuple[str, ...]]
+"""What a stage's record says: its shape, its values, and what they stand for."""
+
+_step: Callable[[tuple[Any, ...]], Step] = functools.partial(tuple.__new__, Step)  # without a Python call
 
 
 @attrs.define
@@ -37,6 +43,7 @@ class Decision:
         leases: What admissions reserved; the route releases them.
         excluded: Who was dropped, by which stage, and how.
         ranking: The choice, once made.
+        given: A stage's own answer, once there is one.
     """
 
     pipeline: Pipeline
@@ -46,8 +53,9 @@ class Decision:
     leases: list[Lease] = attrs.field(factory=list)
     excluded: list[tuple[BoundStage, Drop]] = attrs.field(factory=list)
     ranking: Ranking | None = None
+    given: Answer | None = None
     _ids: tuple[str, ...] = attrs.field(init=False, default=())
-    _record: Step | Span | None = attrs.field(init=False, default=None)
+    _span: Span | None = attrs.field(init=False, default=None)
 
     async def run(self, select: BoundStage) -> Answer | None:
         """Run the stages and the choice; an answer if a stage had one, else `ranking` is set.
@@ -55,39 +63,50 @@ class Decision:
         Raises:
             RouteError: if nobody is left, the request is refused, or a stage fails that must not.
         """
-        self._ids = tuple([c.id for c in self.ctx.candidates])
+        self._ids = _ids_of(self.ctx.candidates)
         if not self._ids:
             raise self._nobody_left()
         time_ns, append = self.clock.time_ns, self.trace.records.append
-        now_ns = time_ns()
+        end_ns = time_ns()
         for stage in (*self.pipeline.stages, select):
+            start_ns = end_ns
             try:
                 step = _PURE.get(stage.kind)
-                if step is not None:
-                    step(self, stage)
-                elif (answer := await _WAITING[stage.kind](self, stage)) is not None:
-                    return answer
+                said = step(self, stage) if step is not None else await _WAITING[stage.kind](self, stage)
+                end_ns = time_ns()
             except RouteError as error:
                 self._span_of(stage).fail(error.code)
+                self._write(start_ns)
                 raise
             except Exception as error:  # noqa: BLE001 - the plugin border: whatever a stage raises is named after it
-                self._failed(stage, error)
-            finally:
-                record = self._record or stage.span()
-                self._record = None
-                record.start_ns = now_ns
-                record.end_ns = now_ns = time_ns()
-                append(record)
+                try:
+                    self._failed(stage, error)
+                finally:
+                    end_ns = self._write(start_ns)
+                continue
+            if said is None:
+                self._write(start_ns)
+                if self.given is not None:
+                    return self.given
+            else:
+                append(_step((*said, start_ns, end_ns)))
         return None
 
-    # The record
+    # What goes another way than usual is recorded as a span, which can say anything
 
     def _span_of(self, stage: BoundStage) -> Span:
-        """The record of the stage under way as a span, which can say more than a step."""
-        record = self._record
-        if not isinstance(record, Span):
-            self._record = record = stage.span() if record is None else record.span()
-        return record
+        """The span of the stage under way."""
+        if self._span is None:
+            self._span = stage.span()
+        return self._span
+
+    def _write(self, start_ns: int) -> int:
+        """Write the span of a stage that began then; the time now."""
+        span, self._span = self._span, None
+        assert span is not None  # noqa: S101 - whoever calls has asked for it
+        span.start_ns, span.end_ns = start_ns, self.clock.time_ns()
+        self.trace.records.append(span)
+        return span.end_ns
 
     def _failed(self, stage: BoundStage, error: Exception) -> None:
         """Record a stage's failure; go on only where the pipeline says so.
@@ -104,9 +123,9 @@ class Decision:
         brought_by = f" (from {stage.distribution})" if stage.distribution else ""
         raise StageError(f"stage {stage.key}{brought_by} failed: {what}", details={"stage": stage.key}) from error
 
-    # The stages, by kind
+    # The stages, by kind: each gives what goes into the record of the usual case, or None if it made the span
 
-    async def classify(self, stage: BoundStage) -> None:
+    async def classify(self, stage: BoundStage) -> Said:
         """Add the facts found."""
         found: Mapping[Fact[Any], Any] = await stage.run(self.ctx)
         self.ctx.facts.update(found)  # type: ignore[attr-defined]
@@ -115,7 +134,7 @@ class Decision:
             shown[fact.attribute] = fact.describe(value)
             for detail, what in fact.details(value).items():
                 shown[f"{fact.attribute}.{detail}"] = what
-        self._record = Step(stage.shape(tuple(shown)), tuple(shown.values()))
+        return stage.shape(tuple(shown)), tuple(shown.values()), ()
 
     async def admit(self, stage: BoundStage) -> None:
         """Keep the lease, or refuse the request."""
@@ -133,24 +152,22 @@ class Decision:
         refused = QuotaError if got.code == QuotaError.code else AdmissionError
         raise refused(got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key})
 
-    async def answer(self, stage: BoundStage) -> Answer | None:
-        """The short-circuit answer, if there is one."""
-        answer: Answer | None = await stage.run(self.ctx)
+    async def answer(self, stage: BoundStage) -> None:
+        """Take the short-circuit answer, if there is one."""
+        self.given = answer = await stage.run(self.ctx)
         attributes = self._span_of(stage).attributes
         attributes[names.ANSWERED] = answer is not None
         if answer is not None:
             attributes.update(answer.details)
-        return answer
 
-    def filter(self, stage: BoundStage) -> None:
+    def filter(self, stage: BoundStage) -> Said | None:
         """Drop whom the filter drops."""
         drops = stage.run(self.ctx)
         if drops and not isinstance(drops, list | tuple):
             drops = list(drops)
         before = len(self._ids)
         if not drops:
-            self._record = Step(stage.shape(_PASSED), (before, before))
-            return
+            return stage.shape(_PASSED), (before, before), ()
         gone = {drop.candidate.id for drop in drops}
         keep = [i for i, one in enumerate(self._ids) if one not in gone]
         attributes = self._span_of(stage).attributes
@@ -169,6 +186,7 @@ class Decision:
         self._keep(keep)
         if not keep:
             raise self._nobody_left()
+        return None
 
     def _keep(self, keep: Sequence[int]) -> None:
         """Go on with some of the candidates, and with their part of every column."""
@@ -177,7 +195,7 @@ class Decision:
         self.ctx = attrs.evolve(ctx, candidates=tuple([ctx.candidates[i] for i in keep]), columns=columns)
         self._ids = tuple([self._ids[i] for i in keep])
 
-    def affinity(self, stage: BoundStage) -> None:
+    def affinity(self, stage: BoundStage) -> Said:
         """Keep the greatest expectation of each candidate."""
         found: Affinity = stage.run(self.ctx)
         tokens, ids = found.tokens, self._ids
@@ -191,9 +209,9 @@ class Decision:
                 if count > known.get(one, 0.0):
                     known[one] = count
         modes = tuple([mode._value_ for mode in found.modes])
-        self._record = Step(stage.shape(_EXPECTED, names.SCORED), (tuple(map(float, tokens)), modes), ids)
+        return stage.shape(_EXPECTED, names.SCORED), (tuple(map(float, tokens)), modes), ids
 
-    def score(self, stage: BoundStage) -> None:
+    def score(self, stage: BoundStage) -> Said:
         """Add a column, if it is sound."""
         column: Column = stage.run(self.ctx)
         ids, values, unit = self._ids, column.values, column.unit
@@ -205,9 +223,9 @@ class Decision:
         floats = tuple(map(float, values))  # type: ignore[arg-type]
         _check_values(stage, unit, floats)
         self.ctx.columns[stage.name] = column  # type: ignore[index]
-        self._record = Step(stage.shape(_COLUMN, names.SCORED), (stage.name, unit._value_, floats), ids)
+        return stage.shape(_COLUMN, names.SCORED), (stage.name, unit._value_, floats), ids
 
-    def choose(self, stage: BoundStage) -> None:
+    def choose(self, stage: BoundStage) -> Said:
         """Rank the candidates."""
         ctx = self.ctx
         ranking = Ranking.of(ctx.candidates, stage.run(ctx.candidates, scoring_context(ctx)))
@@ -222,8 +240,7 @@ class Decision:
             *[tuple(map(float, parts)) for parts in terms.values()],
             *details.values(),
         )
-        ids = tuple([model.id for model in ranking.models])
-        self._record = Step(stage.shape((*_RANKED, *more), names.SCORED), values, ids)
+        return stage.shape((*_RANKED, *more), names.SCORED), values, _ids_of(ranking.models)
 
     def _nobody_left(self) -> NoCandidatesError:
         by_policy = bool(self.excluded) and all(stage.is_policy for stage, _ in self.excluded)
@@ -240,13 +257,13 @@ class Decision:
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.
-_PURE: dict[Kind, Callable[[Decision, BoundStage], None]] = {
+_PURE: dict[Kind, Callable[[Decision, BoundStage], Said | None]] = {
     Kind.SCORE: Decision.score,
     Kind.FILTER: Decision.filter,
     Kind.AFFINITY: Decision.affinity,
     Kind.SELECT: Decision.choose,
 }
-_WAITING: dict[Kind, Callable[[Decision, BoundStage], Awaitable[Answer | None]]] = {
+_WAITING: dict[Kind, Callable[[Decision, BoundStage], Awaitable[Said | None]]] = {
     Kind.CLASSIFY: Decision.classify,
     Kind.ADMIT: Decision.admit,
     Kind.ANSWER: Decision.answer,
@@ -256,6 +273,10 @@ _PASSED = (names.CANDIDATES_IN, names.CANDIDATES_OUT)
 _EXPECTED = (names.SCORE_VALUES, names.SCORE_MODES)
 _COLUMN = (names.SCORE_COLUMN, names.SCORE_UNIT, names.SCORE_VALUES)
 _RANKED = (names.SCORE_VALUES, names.SCORE_UNIT, names.SELECT_MODE)
+
+
+def _ids_of(models: Sequence[ModelConfig]) -> tuple[str, ...]:
+    return tuple([model.id for model in models])
 
 
 def scoring_context(ctx: RoutingContext) -> ScoringContext:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import attrs
 
@@ -82,11 +82,11 @@ class Shape:
     about: str = ""
 
 
-class Step:
+class Step(NamedTuple):
     """A span of which only the values are kept, as long as nobody looks at it.
 
     A route records a dozen of these, and they are written to the store as they are: a `Span` with a dictionary of
-    attributes for each would cost more than the stages themselves.
+    attributes for each would cost more than the stages themselves. A tuple is the cheapest there is to make.
 
     Attributes:
         shape: Everything else.
@@ -95,16 +95,11 @@ class Step:
         start_ns, end_ns: As in a span.
     """
 
-    __slots__ = ("about", "end_ns", "shape", "start_ns", "values")
-
-    def __init__(
-        self, shape: Shape, values: tuple[Any, ...], about: tuple[str, ...] = (), start_ns: int = 0, end_ns: int = 0
-    ) -> None:
-        self.shape = shape
-        self.values = values
-        self.about = about
-        self.start_ns = start_ns
-        self.end_ns = end_ns
+    shape: Shape
+    values: tuple[Any, ...]
+    about: tuple[str, ...] = ()
+    start_ns: int = 0
+    end_ns: int = 0
 
     def span(self) -> Span:
         """The same as a span."""
