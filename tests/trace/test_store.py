@@ -72,7 +72,8 @@ def stepped(trace: Trace) -> Trace:
         if span.status is not Status.UNSET or span.kind is not SpanKind.INTERNAL or span.span_id or span.message:
             records.append(span)
             continue
-        about = attributes.pop(names.SCORED, None)
+        is_about = isinstance(attributes.get(names.SCORED), tuple)
+        about = attributes.pop(names.SCORED) if is_about else None
         key = (span.name, *attributes, str(about is None))
         shape = shapes.setdefault(
             key, Shape(span.name, {}, tuple(attributes), names.SCORED if about is not None else "")
