@@ -22,7 +22,7 @@ from kvfleet.policy.residency import ResidencyEngine, ResidencyRule
 from kvfleet.policy.tenant import TenantManager
 from kvfleet.telemetry.cost import Price
 
-__all__ = ["PolicyFilter", "ResidencyFilter", "TenantFilter"]
+__all__ = ["PolicyFilter", "ResidencyFilter", "TenantFilter", "price_drop"]
 
 _PII_NAMES = frozenset({"has_pii", "pii_types"})
 _NEEDS_TARGETS = "require_model"
@@ -192,12 +192,18 @@ class TenantFilter:
             if most_ms is not None and model.latency_p50_ms > most_ms:
                 reason = f"it usually takes {model.latency_p50_ms:g} ms, and the tenant's limit is {most_ms:g}"
                 yield Drop(model, reason, "max_latency_ms")
-            elif most_usd is not None:
-                price = Price.of(model)
-                cost = None if price is None else price.cost_usd(prompt, answer)
-                if cost is None or cost > most_usd:
-                    what = "the request may cost an unknown amount" if cost is None else f"it may cost {money(cost)}"
-                    yield Drop(model, f"{what}, and the tenant's limit is {money(most_usd)}", "max_cost_per_request")
+            elif most_usd is not None and (drop := price_drop(model, (prompt, answer), most_usd, "the tenant's limit")):
+                yield drop
+
+
+def price_drop(model: ModelConfig, tokens: tuple[int, int], most_usd: float, whose: str) -> Drop | None:
+    """A drop if a request of so many tokens, of prompt and answer, may cost more there; None if it does not."""
+    price = Price.of(model)
+    cost = None if price is None else price.cost_usd(*tokens)
+    if cost is not None and cost <= most_usd:
+        return None
+    what = "the request may cost an unknown amount" if cost is None else f"it may cost {money(cost)}"
+    return Drop(model, f"{what}, and {whose} is {money(most_usd)}", "max_cost_per_request")
 
 
 @hookimpl

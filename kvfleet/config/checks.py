@@ -119,6 +119,8 @@ def _check_guards(config: FleetConfig) -> Iterator[Finding]:
         ("admit.budget", "budget" if config.budget.enabled else "tenants", has_budget),
         ("filter.policy", "policy", config.policy.enabled),
         ("filter.tenant", "tenants", bool(config.tenants)),
+        ("filter.service_level", "slo", config.slo.enabled),
+        ("filter.overload", "slo", config.slo.enabled and config.slo.load_shed_threshold is not None),
         ("filter.shadow_only", "shadow", config.shadow.exclusive),
         ("observe.shadow", "shadow", config.shadow.enabled),
     )

@@ -24,7 +24,7 @@ from kvfleet.config.fields import FieldInfo
 from kvfleet.config.findings import NOWHERE, Finding, Origin, Path, did_you_mean
 from kvfleet.config.options import Option, options
 from kvfleet.config.plain import to_plain
-from kvfleet.config.schema import FleetConfig, GatewayConfig, StageConfig
+from kvfleet.config.schema import GatewayConfig, StageConfig
 from kvfleet.config.secrets import Problem, Secret, SecretReader
 from kvfleet.config.wording import bounds, named, remedy_for, wanted
 from kvfleet.errors import ConfigError
@@ -38,12 +38,6 @@ _STAGE = re.compile(r"[a-z_]+(?:\.[a-z][a-z0-9_]*)?")
 _STAGE_KEYS = ("use", "name", "on_error", "with")
 
 _RETIRED: Mapping[type, Mapping[str, tuple[str, str]]] = {
-    FleetConfig: {
-        "slo": (
-            "is not available in this version",
-            "remove it; `strategy: slo` chooses the cheapest that meets a target",
-        )
-    },
     GatewayConfig: {"enabled": ("means nothing", "remove it; `kvfleet serve` is what starts the gateway")},
 }
 """Keys of earlier versions: a finding of their own, because they are no typing mistakes."""

@@ -49,7 +49,9 @@ def _uses(config: FleetConfig) -> list[str]:
         ("answer.semantic_cache", config.semantic_cache.enabled),
         ("filter.capabilities", True),
         ("filter.health", True),
+        ("filter.service_level", config.slo.enabled),
         ("filter.rate_limits", True),
+        ("filter.overload", _sheds(config)),
         ("admit.budget", _has_budget(config)),
         ("classify.tokens", affinity and _has_tokens(config)),
         ("affinity.prefix", affinity),
@@ -97,6 +99,10 @@ def _has_budget(config: FleetConfig) -> bool:
     budgets = [tenant.budget for tenant in config.tenants.values()]
     budgets += [key.budget for key in config.gateway.keys.values()]
     return config.budget.enabled or any(budget.enabled for budget in budgets)
+
+
+def _sheds(config: FleetConfig) -> bool:
+    return config.slo.enabled and config.slo.load_shed_threshold is not None
 
 
 def _looks_for_pii(config: FleetConfig) -> bool:
@@ -169,6 +175,18 @@ def _budget(config: FleetConfig) -> Options:
 
 def _ledger(config: FleetConfig) -> Options:
     return {**_budget(config), "fleet": config.fleet_name}
+
+
+def _service_level(config: FleetConfig) -> Options:
+    slo = config.slo
+    limits = {
+        name: getattr(slo, name) for name in ("target_p95_latency_ms", "max_cost_per_request", "min_quality_score")
+    }
+    return {name: limit for name, limit in limits.items() if limit is not None} if slo.enabled else {}
+
+
+def _overload(config: FleetConfig) -> Options:
+    return {"load_shed_threshold": config.slo.load_shed_threshold} if _sheds(config) else {}
 
 
 def _fallback(config: FleetConfig) -> Options:
@@ -245,6 +263,8 @@ def _concurrency(config: FleetConfig) -> Options:
 _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.policy": (("policy",), _policy),
     "filter.tenant": (("tenants",), _tenants),
+    "filter.service_level": (("slo",), _service_level),
+    "filter.overload": (("slo",), _overload),
     "filter.shadow_only": (("shadow",), _shadow_only),
     "observe.shadow": (("shadow",), _shadow),
     "execute.fallback": (("fallback",), _fallback),

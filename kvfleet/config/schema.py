@@ -39,6 +39,7 @@ __all__ = [
     "RateLimitsConfig",
     "RouteRuleConfig",
     "RouteStrategy",
+    "SLOConfig",
     "ScoringWeights",
     "SemanticCacheConfig",
     "ShadowConfig",
@@ -400,6 +401,23 @@ class BudgetConfig:
 
 
 @attrs.frozen(kw_only=True)
+class SLOConfig:
+    """What every answer of the fleet is to keep to; `null` takes one of the limits away."""
+
+    enabled: bool = flag(doc="Hold the fleet to it.")
+    target_p95_latency_ms: float | None = number(
+        5000.0, gt=0, unit="ms", doc="Time to an answer; who takes longer 5 times in 100 is left to others."
+    )
+    max_cost_per_request: float | None = number(
+        0.1, gt=0, unit="usd", doc="Candidates with which a request may cost more are dropped."
+    )
+    min_quality_score: float | None = number(0.5, ge=0, le=1, doc="Models that are less good are dropped.")
+    load_shed_threshold: float | None = number(
+        0.9, gt=0, le=1, doc="Load from which on an engine gets no more requests; a 429 if all have reached it."
+    )
+
+
+@attrs.frozen(kw_only=True)
 class TenantConfig:
     """What one tenant may use, and prefers."""
 
@@ -583,6 +601,7 @@ class FleetConfig:
     semantic_cache: SemanticCacheConfig = section(SemanticCacheConfig, doc="Answers from memory.")
     policy: PolicyConfig = section(PolicyConfig, doc="Who may see what.")
     budget: BudgetConfig = section(BudgetConfig, doc="What the whole fleet may spend, all tenants together.")
+    slo: SLOConfig = section(SLOConfig, doc="What every answer is to keep to.")
     tenants: Mapping[str, TenantConfig] = mapping(doc="Tenants, by the identifier requests carry.")
     aliases: Mapping[str, AliasConfig] = mapping(
         doc="Model names of the fleet's own.", example={"fast": {"strategy": "latency_first"}}

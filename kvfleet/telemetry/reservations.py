@@ -144,6 +144,13 @@ class ReplicaLoad:
         return max(own, counted + own - self.reported_in_flight)
 
     @property
+    def waiting(self) -> int:
+        """Requests in the engine's queue: its own count, moved on by what we did since; 0 if it had none."""
+        if self.reported is None or not self.reported.waiting:
+            return 0
+        return max(self.reported.waiting + len(self.open) - self.reported_in_flight, 0)
+
+    @property
     def waiting_of_others(self) -> int:
         """Requests in the engine's queue that are not ours."""
         if self.reported is None or not self.reported.waiting:

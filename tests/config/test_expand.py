@@ -58,6 +58,7 @@ def test_every_section_switches_its_stages_on() -> None:
         gateway={"max_concurrent": 4},
         tenants={"t": {}},
         scoring_weights={"compliance": 0.1, "capacity": 0.1},
+        slo={"enabled": True},
         telemetry={"log_route_decisions": True},
     ) == [
         "classify.prompt",
@@ -68,7 +69,9 @@ def test_every_section_switches_its_stages_on() -> None:
         "filter.tenant",
         "filter.capabilities",
         "filter.health",
+        "filter.service_level",
         "filter.rate_limits",
+        "filter.overload",
         "affinity.prefix",
         "score.cost",
         "score.latency",
@@ -134,6 +137,13 @@ def test_a_route_rule_about_domains_brings_the_classifier() -> None:
             {"default_data_class": "public", "pii": True},
         ),
         ("filter.tenant", "tenants", {"t": {"region": "eu"}}, {"tenants": {"t": {"region": "eu"}}}),
+        (
+            "filter.service_level",
+            "slo",
+            {"enabled": True, "target_p95_latency_ms": 800, "min_quality_score": None},
+            {"target_p95_latency_ms": 800, "max_cost_per_request": 0.1},
+        ),
+        ("filter.overload", "slo", {"enabled": True, "load_shed_threshold": 0.7}, {"load_shed_threshold": 0.7}),
         (
             "execute.fallback",
             "fallback",

@@ -172,9 +172,9 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
             id="negative-budget",
         ),
         pytest.param(
-            MODEL + "slo: {}\n",
-            "f.yaml:3:1: slo: is not available in this version; remove it; `strategy: slo` chooses the cheapest that meets a target",
-            id="slo-not-available",
+            MODEL + "slo: {load_shed_threshold: 90}\n",
+            "f.yaml:3:7: slo.load_shed_threshold: must be more than 0 and at most 1, not 90",
+            id="a-share-in-percent",
         ),
         pytest.param(
             MODEL + "gateway: {enabled: true}\n",
