@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import click
@@ -43,7 +44,7 @@ def test_every_command_has_a_help(name: str) -> None:
     assert "\\b" not in result.output
 
 
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"init", "run", "serve"}))
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"init", "mock-engine", "run", "serve"}))
 def test_everything_that_prints_can_print_json(name: str) -> None:
     """`--json` everywhere: on the command, or on each of its subcommands."""
     command = cli.get_command(click.Context(cli), name)
@@ -90,7 +91,7 @@ def test_a_plugin_adds_a_command(tmp_path: Path) -> None:
     install(tmp_path, "acme-hello", COMMAND)
     assert kvfleet(tmp_path, "hello").stdout == "hello\n"
     shown = kvfleet(tmp_path, "--help")
-    assert "From plugins:\n  hello       Say hello." in shown.stdout
+    assert re.search(r"From plugins:\n  hello +Say hello\.", shown.stdout)
     assert "mine now" not in shown.stdout
     assert "Warning: plugin acme_hello (acme-hello 1.0) may not replace the command 'run'" in shown.stderr
 
