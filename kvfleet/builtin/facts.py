@@ -51,9 +51,14 @@ def prompt_texts(operation: Operation, body: Mapping[str, Any]) -> Iterator[str]
         yield from _strings(body.get("documents"))
 
 
+_OBJECTS = frozenset({dict})
+
+
 def messages_of(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The messages of a body that are messages; what is malformed is the engine's to refuse."""
     messages = body.get("messages")
+    if type(messages) is list and _OBJECTS.issuperset(map(type, messages)):
+        return messages  # as JSON has them: nothing is to be left out
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         return ()
     return [message for message in messages if isinstance(message, Mapping)]

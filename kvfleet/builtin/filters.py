@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Mapping
+import functools
+import operator
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -77,6 +79,7 @@ class CapabilityFilter:
     _lacks: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _windows: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _smallest: int = attrs.field(init=False, default=0)
+    _lacked: int = attrs.field(init=False, default=-1, repr=False)
     _texts: dict[int, tuple[str, str]] = attrs.field(init=False, factory=dict, repr=False)
 
     def provision(self, services: Services) -> None:
@@ -84,10 +87,13 @@ class CapabilityFilter:
         self._lacks = {model.id: _lacks(model) for model in services.models}
         self._windows = {model.id: _window(model) for model in services.models}
         self._smallest = min(self._windows.values(), default=0)
+        self._lacked = functools.reduce(operator.or_, self._lacks.values(), 0) if self._lacks else -1
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """The drops."""
-        need = int(_needs(ctx))
+        need = _needs(ctx)
+        if not need & self._lacked:  # nobody in the fleet lacks any of it
+            return self._too_long(ctx, ())
         lacks = self._lacks
         drops = []
         for model in ctx.candidates:
@@ -99,7 +105,7 @@ class CapabilityFilter:
                 drops.append(Drop(model, reason, rule))
         return drops + self._too_long(ctx, {drop.candidate.id for drop in drops})
 
-    def _too_long(self, ctx: RoutingContext, dropped: set[str]) -> list[Drop]:
+    def _too_long(self, ctx: RoutingContext, dropped: Container[str]) -> list[Drop]:
         """Those of the rest whose window is too small."""
         prompt = ctx.fact(PROMPT).token_estimate + ctx.fact(MODALITY).estimated_image_tokens
         answer = _answer_tokens(ctx.request.body)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import add
 
 import attrs
 
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.config.fields import number
+from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
@@ -98,13 +99,19 @@ class LatencyScorer:
         return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), found.terms)
 
 
-@attrs.frozen
+@attrs.define
 class QualityScorer:
     """How good the model's answers are, as declared, 0 to 1."""
 
+    _last: tuple[Sequence[ModelConfig], Column] | None = attrs.field(init=False, default=None, repr=False, eq=False)
+
     def score(self, ctx: RoutingContext) -> Column:
-        """The column, a utility."""
-        return Column(Unit.UTILITY, [model.quality_score for model in ctx.candidates])
+        """The column, a utility; the same one for the same candidates."""
+        candidates, last = ctx.candidates, self._last
+        if last is None or last[0] is not candidates:
+            column = Column(Unit.UTILITY, [model.quality_score for model in candidates])
+            self._last = last = (candidates, column)
+        return last[1]
 
 
 @attrs.frozen
@@ -133,14 +140,21 @@ class HardwareLoadScorer:
         return Column(Unit.UTILITY, self._load.free(ctx.now_s, ctx.candidates))
 
 
-@attrs.frozen
+@attrs.define
 class ComplianceScorer:
     """Whether the model is cleared for the request's data class: 1 or 0."""
 
+    _last: tuple[Sequence[ModelConfig], str, Column] | None = attrs.field(
+        init=False, default=None, repr=False, eq=False
+    )
+
     def score(self, ctx: RoutingContext) -> Column:
-        """The column, a utility."""
-        data_class = ctx.data_class
-        return Column(Unit.UTILITY, [float(data_class in model.allowed_data_classes) for model in ctx.candidates])
+        """The column, a utility; the same one for the same candidates and data class."""
+        candidates, data_class, last = ctx.candidates, ctx.data_class, self._last
+        if last is None or last[0] is not candidates or last[1] != data_class:
+            column = Column(Unit.UTILITY, [float(data_class in m.allowed_data_classes) for m in candidates])
+            self._last = last = (candidates, data_class, column)
+        return last[2]
 
 
 @attrs.define

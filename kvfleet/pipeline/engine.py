@@ -8,7 +8,8 @@ for every stage (`benchmarks/decision.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import operator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -17,18 +18,19 @@ from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
-from kvfleet.pipeline.stage import BoundStage, Pipeline
-from kvfleet.plugin.contract import Affinity, Answer, Drop, Fact, Kind, Lease, Refusal, RoutingContext
+from kvfleet.pipeline.stage import BoundStage, Pipeline, Said
+from kvfleet.plugin.contract import Affinity, Answer, CacheMode, Drop, Fact, Kind, Lease, Refusal, RoutingContext
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.trace import names
-from kvfleet.trace.spans import AttributeValue, Shape, Span, Step, Trace
+from kvfleet.trace.spans import AttributeValue, Span, Step, Trace
 
 __all__ = ["Decision"]
 
-Said = tuple[Shape, tuple[Any, ...], tuple[str, ...]]
-"""What a stage's record says: its shape, its values, and what they stand for."""
-
-_step: Callable[[tuple[Any, ...]], Step] = functools.partial(tuple.__new__, Step)  # without a Python call
+# What a loop in Python would do, in C.
+_step: Callable[[tuple[Any, ...]], Step] = functools.partial(tuple.__new__, Step)
+_floats: Callable[[Iterable[float]], Iterator[float]] = functools.partial(map, float)
+_id_of: Callable[[ModelConfig], str] = operator.attrgetter("id")
+_value_of: Callable[[CacheMode], str] = operator.attrgetter("_value_")
 
 
 @attrs.define
@@ -63,7 +65,7 @@ class Decision:
         Raises:
             RouteError: if nobody is left, the request is refused, or a stage fails that must not.
         """
-        self._ids = _ids_of(self.ctx.candidates)
+        self._ids = self.pipeline.ids(self.ctx.candidates)
         if not self._ids:
             raise self._nobody_left()
         time_ns, append = self.clock.time_ns, self.trace.records.append
@@ -167,7 +169,7 @@ class Decision:
             drops = list(drops)
         before = len(self._ids)
         if not drops:
-            return stage.shape(_PASSED), (before, before), ()
+            return stage.usual, (before, before), ()
         gone = {drop.candidate.id for drop in drops}
         keep = [i for i, one in enumerate(self._ids) if one not in gone]
         attributes = self._span_of(stage).attributes
@@ -208,12 +210,22 @@ class Decision:
             for one, count in zip(ids, tokens, strict=True):
                 if count > known.get(one, 0.0):
                     known[one] = count
-        modes = tuple([mode._value_ for mode in found.modes])
-        return stage.shape(_EXPECTED, names.SCORED), (tuple(map(float, tokens)), modes), ids
+        modes = tuple(map(_value_of, found.modes))
+        return stage.usual, (tuple(map(float, tokens)), modes), ids
 
-    def score(self, stage: BoundStage) -> Said:
+    def score(self, stage: BoundStage) -> Said | None:
         """Add a column, if it is sound."""
-        column: Column = stage.run(self.ctx)
+        ctx = self.ctx
+        column: Column = stage.run(ctx)
+        checked = stage.checked
+        if column is not checked.column or self._ids is not checked.ids:
+            checked.said = self._check(stage, column)
+            checked.column, checked.ids = column, self._ids
+        ctx.columns[stage.name] = column  # type: ignore[index]
+        return checked.said
+
+    def _check(self, stage: BoundStage, column: Column) -> Said:
+        """What the record says of a column that is sound."""
         ids, values, unit = self._ids, column.values, column.unit
         if len(values) != len(ids):
             raise ContractError(f"{stage.key} gave {len(values)} values for {len(ids)} candidates")
@@ -222,8 +234,7 @@ class Decision:
             values = [value for value in values if value is not None]
         floats = tuple(map(float, values))  # type: ignore[arg-type]
         _check_values(stage, unit, floats)
-        self.ctx.columns[stage.name] = column  # type: ignore[index]
-        return stage.shape(_COLUMN, names.SCORED), (stage.name, unit._value_, floats), ids
+        return stage.usual, (stage.name, unit._value_, floats), ids
 
     def choose(self, stage: BoundStage) -> Said:
         """Rank the candidates."""
@@ -232,15 +243,14 @@ class Decision:
         _check_ranking(stage, ranking, ctx.candidates)
         self.ranking = ranking
         terms, details = ranking.terms, ranking.details
-        more = (*[names.TERM_PREFIX + name for name in terms], *[names.INSTEAD_PREFIX + name for name in details])
         values = (
             tuple(map(float, ranking.totals)),
             ranking.unit._value_,
             ranking.mode,
-            *[tuple(map(float, parts)) for parts in terms.values()],
+            *map(tuple, map(_floats, terms.values())),
             *details.values(),
         )
-        return stage.shape((*_RANKED, *more), names.SCORED), values, _ids_of(ranking.models)
+        return stage.shape_of_ranking(terms, details), values, tuple(map(_id_of, ranking.models))
 
     def _nobody_left(self) -> NoCandidatesError:
         by_policy = bool(self.excluded) and all(stage.is_policy for stage, _ in self.excluded)
@@ -268,15 +278,6 @@ _WAITING: dict[Kind, Callable[[Decision, BoundStage], Awaitable[Said | None]]] =
     Kind.ADMIT: Decision.admit,
     Kind.ANSWER: Decision.answer,
 }
-
-_PASSED = (names.CANDIDATES_IN, names.CANDIDATES_OUT)
-_EXPECTED = (names.SCORE_VALUES, names.SCORE_MODES)
-_COLUMN = (names.SCORE_COLUMN, names.SCORE_UNIT, names.SCORE_VALUES)
-_RANKED = (names.SCORE_VALUES, names.SCORE_UNIT, names.SELECT_MODE)
-
-
-def _ids_of(models: Sequence[ModelConfig]) -> tuple[str, ...]:
-    return tuple([model.id for model in models])
 
 
 def scoring_context(ctx: RoutingContext) -> ScoringContext:

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
 
+from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import Kind
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue, Shape, Span
 
-__all__ = ["BoundStage", "Pipeline"]
+__all__ = ["BoundStage", "Checked", "Pipeline", "Said"]
 
 _MOST_SHAPES = 64
+_MOST_CANDIDATE_SETS = 1024
+_USUAL: Mapping[Kind, tuple[tuple[str, ...], str]] = {
+    Kind.FILTER: ((names.CANDIDATES_IN, names.CANDIDATES_OUT), ""),
+    Kind.AFFINITY: ((names.SCORE_VALUES, names.SCORE_MODES), names.SCORED),
+    Kind.SCORE: ((names.SCORE_COLUMN, names.SCORE_UNIT, names.SCORE_VALUES), names.SCORED),
+}
+"""What the spans of a kind say, by name, and about what."""
+
+
+Said = tuple[Shape, tuple[Any, ...], tuple[str, ...]]
+"""What a stage's record says: its shape, its values, and what they stand for."""
+
+
+@attrs.define(eq=False)
+class Checked:
+    """A column that was found sound, for which candidates, and what the record says of it."""
+
+    column: Any = None
+    ids: tuple[str, ...] = ()
+    said: Said | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +50,8 @@ class BoundStage:
         is_policy: True for a filter that must hold: an exclusion by it alone is a 403.
         span_name: Precomputed.
         attributes: What every span of this stage carries.
+        usual: The shape of its spans in the usual case; says nothing for kinds that have none.
+        checked: The last column that was found sound: a scorer may give the same one again.
     """
 
     kind: Kind
@@ -40,7 +63,14 @@ class BoundStage:
     is_policy: bool = False
     span_name: str = ""
     attributes: Mapping[str, AttributeValue] = attrs.field(factory=dict)
+    usual: Shape = attrs.field(init=False, repr=False, eq=False)
+    checked: Checked = attrs.field(init=False, factory=Checked, repr=False, eq=False)
     _shapes: dict[tuple[str, ...], Shape] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _rankings: dict[tuple[str, ...], Shape] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    @usual.default
+    def _make_usual(self) -> Shape:
+        return Shape(self.span_name, self.attributes, *_USUAL.get(self.kind, ((), "")))
 
     @classmethod
     def bind(
@@ -89,6 +119,17 @@ class BoundStage:
                 self._shapes[names] = found
         return found
 
+    def shape_of_ranking(self, terms: Iterable[str], details: Iterable[str]) -> Shape:
+        """The shape of the choice's spans with these terms and details."""
+        key = (*terms, "", *details)
+        found = self._rankings.get(key)
+        if found is None:
+            parts = [names.TERM_PREFIX + name for name in terms] + [names.INSTEAD_PREFIX + name for name in details]
+            found = self.shape((names.SCORE_VALUES, names.SCORE_UNIT, names.SELECT_MODE, *parts), names.SCORED)
+            if len(self._rankings) < _MOST_SHAPES:
+                self._rankings[key] = found
+        return found
+
     def span(self) -> Span:
         """A span of this stage that says nothing yet."""
         return Span(self.span_name, 0, 0, dict(self.attributes))
@@ -119,6 +160,19 @@ class Pipeline:
     markers: tuple[BoundStage, ...] = ()
     placers: tuple[BoundStage, ...] = ()
     hash: str = ""
+    _ids: dict[int, tuple[Sequence[ModelConfig], tuple[str, ...]]] = attrs.field(
+        init=False, factory=dict, repr=False, eq=False
+    )
+
+    def ids(self, candidates: Sequence[ModelConfig]) -> tuple[str, ...]:
+        """The candidates' ids; the same tuple for the same candidates, of which requests that ask alike have one."""
+        found = self._ids.get(id(candidates))
+        if found is not None:  # it is still the same object, because it is kept here
+            return found[1]
+        ids = tuple([model.id for model in candidates])
+        if len(self._ids) < _MOST_CANDIDATE_SETS:
+            self._ids[id(candidates)] = (candidates, ids)
+        return ids
 
     @property
     def all_stages(self) -> tuple[BoundStage, ...]:

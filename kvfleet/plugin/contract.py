@@ -392,7 +392,10 @@ class Scorer(Protocol):
     """Gives each candidate a number."""
 
     def score(self, ctx: RoutingContext) -> Column:
-        """One column with a unit; a value, or None for unknown, for each candidate in order."""
+        """One column with a unit; a value, or None for unknown, for each candidate in order.
+
+        A column that was given is not changed any more; the same one may be given again.
+        """
 
 
 @runtime_checkable
