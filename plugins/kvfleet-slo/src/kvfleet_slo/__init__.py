@@ -97,8 +97,9 @@ class TargetFilter:
         target = ctx.fact(LATENCY_TARGET).seconds
         if target is None:
             return
-        times = self._load.times(ctx.now_s)
-        expected = [(times.get(model.id, model.latency_p50_ms / 1000), model) for model in ctx.candidates]
+        cached = [ctx.affinity.get(model.id, 0.0) for model in ctx.candidates]
+        waits = self._load.waits(ctx.candidates, 0.0, cached, ctx.now_s)
+        expected = [(q + p, model) for q, p, model in zip(waits.queue_s, waits.prompt_s, ctx.candidates, strict=True)]
         late = [(seconds, model) for seconds, model in expected if seconds > target * self.margin]
         all_late = late and len(late) == len(expected)
         spared = min(late, key=lambda pair: pair[0])[1] if all_late and self.keep_fastest else None
