@@ -38,6 +38,7 @@ _KINDS = {
 # missing; the cause tells
 _CONNECTION = frozenset({"ConnectError", "ConnectTimeout", "ConnectionError", "ClientConnectorError"})
 _MISSING = frozenset({"ImportError"})
+_WRAPPER = "MidStreamFallbackError"
 _STATUSES = {
     401: Fault.UNAUTHORIZED,
     403: Fault.UNAUTHORIZED,
@@ -53,6 +54,7 @@ _SAYS = {
     Fault.OVERLOADED: "the provider is overloaded",
     Fault.TIMEOUT: "the provider sent no answer in time",
     Fault.CONNECT: "the provider cannot be reached",
+    Fault.DISCONNECTED: "the provider's stream ended before it was finished",
     Fault.BAD_REQUEST: "the provider refused the request",
     Fault.CONTEXT_LENGTH: "the prompt is longer than the model's context window",
     Fault.CONTENT_POLICY: "the provider refused the request for its content",
@@ -69,9 +71,12 @@ def error_of(error: Exception, *, received: bool) -> BackendError:
         error: Whatever LiteLLM raised.
         received: True if parts of an answer had arrived before.
     """
+    error = _unwrapped(error)
     status = getattr(error, "status_code", None)
     status = status if isinstance(status, int) else None
     kind = _kind(error, status)
+    if received and kind is Fault.CONNECT:  # it was connected: it said something
+        kind, status = Fault.DISCONNECTED, None
     says = _SAYS.get(kind, f"LiteLLM failed ({type(error).__name__})")
     headers = _headers(error)
     return BackendError(
@@ -83,6 +88,12 @@ def error_of(error: Exception, *, received: bool) -> BackendError:
         headers=headers,
         received=received,
     )
+
+
+def _unwrapped(error: Exception) -> Exception:
+    """What went wrong with the provider, where LiteLLM has put its own router's invitation to fall back around it."""
+    inner = getattr(error, "original_exception", None)
+    return inner if type(error).__name__ == _WRAPPER and isinstance(inner, Exception) else error
 
 
 def _kind(error: Exception, status: int | None) -> Fault:
