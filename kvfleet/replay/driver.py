@@ -145,7 +145,7 @@ class Replay:
         )
         self.router.facts = self._facts
         for model in self.router.models:
-            self.hosts[model.id].told = watch(self.router.services.caches, model.id)
+            self.hosts[model.id].listen(watch(self.router.services.caches, model.id))
         names = {model.name for model in self.router.models if self.hosts[model.id].told is not None}
         if names:
             teller = PromptTeller(sorted(names), self.trace.block_tokens)
@@ -186,7 +186,7 @@ class Replay:
         check_names(fleet, models, self.config.origin if is_own else NOWHERE, ("simulation",) if is_own else ())
         specs = specs_of(fleet, models, self.trace.block_tokens)
         for model in models:
-            host = self.hosts[model.id] = EngineHost(Engine(specs[model.id]))
+            host = self.hosts[model.id] = EngineHost(Engine(specs[model.id], tells_all=False))
             adapters[model.id] = SimulatedAdapter(
                 endpoint=model.endpoint, model_id=model.get_model_id(), host=host, traced=self._under_way
             )

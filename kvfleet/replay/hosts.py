@@ -45,6 +45,10 @@ class EngineHost:
     _timer: asyncio.Handle | None = attrs.field(init=False, default=None)
     _is_due: bool = attrs.field(init=False, default=False)
 
+    def listen(self, told: BlocksListener | None) -> None:
+        """Let somebody be told of blocks, or nobody."""
+        self.told, self.engine.tells_all = told, told is not None
+
     def submit(self, job: Job) -> _Flight:
         """Hand a request to the engine.
 
@@ -82,7 +86,6 @@ class EngineHost:
         self._set_timer(loop)
 
     def _wake(self, loop: asyncio.AbstractEventLoop, at_s: float) -> None:
-        # The loop may wake a hair early; the engine is then told the time that was meant.
         self._advance(max(at_s, loop.time()))
         self._set_timer(loop)
 

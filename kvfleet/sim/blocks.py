@@ -20,8 +20,8 @@ class BlockPool:
     computed twice is kept once.
 
     >>> pool = BlockPool(3)
-    >>> pool.take(2), pool.share(10), pool.share(11)
-    ([], True, True)
+    >>> pool.take(2), pool.share([10, 11])
+    ([], [])
     >>> pool.release([10, 11], private=0)
     >>> pool.match([10, 11, 12]), pool.available
     (2, 3)
@@ -79,29 +79,38 @@ class BlockPool:
         """
         empty = self.capacity - self.held - len(self._released)
         self._private += count
-        return [self._released.popitem(last=False)[0] for _ in range(count - empty)]
+        return [self._released.popitem(last=False)[0] for _ in range(count - empty)] if count > empty else []
 
-    def share(self, block: int) -> bool:
-        """Give a private block, now full, its hash; False if that hash was there, which is held in its stead."""
-        self._private -= 1
-        if block in self._pins:
-            self._pins[block] += 1
-            return False
-        is_known = block in self._released
-        self._released.pop(block, None)
-        self._pins[block] = 1
-        return not is_known
+    def share(self, blocks: Sequence[int]) -> list[int]:
+        """Give private blocks, now full, their hashes; gives the places of those hashes that were there already.
+
+        A hash that somebody holds is held in the new block's stead, which is empty again.
+        """
+        pins, released = self._pins, self._released
+        self._private -= len(blocks)
+        known = []
+        for place, block in enumerate(blocks):
+            if block in pins:
+                pins[block] += 1
+                known.append(place)
+                continue
+            if block in released:
+                del released[block]
+                known.append(place)
+            pins[block] = 1
+        return known
 
     def release(self, shared: Sequence[int], private: int) -> None:
         """Let go of a request's blocks; the end of the prefix will be taken before its beginning."""
         self._private -= private
+        pins, released = self._pins, self._released
         for block in reversed(shared):
-            holders = self._pins[block] - 1
+            holders = pins[block] - 1
             if holders:
-                self._pins[block] = holders
+                pins[block] = holders
             else:
-                del self._pins[block]
-                self._released[block] = None
+                del pins[block]
+                released[block] = None
 
     def clear(self) -> None:
         """Forget every released block."""

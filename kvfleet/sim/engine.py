@@ -74,10 +74,13 @@ class Engine:
     Args:
         spec: Size and pace.
         longest_run: Most decode steps taken as one; 1 for the plain loop, which gives the same times.
+        tells_all: False if nobody asks for more than `FirstToken`, `Finished` and `Preempted`; the others are then not
+            told, which is faster.
     """
 
     spec: EngineSpec = attrs.field(factory=EngineSpec)
     longest_run: int = attrs.field(default=_LONGEST_RUN, kw_only=True)
+    tells_all: bool = attrs.field(default=True, kw_only=True)
     preemptions: int = attrs.field(init=False, default=0)
     _pool: BlockPool = attrs.field(init=False, repr=False)
     _clock: float = attrs.field(init=False, default=0.0)
@@ -259,7 +262,8 @@ class Engine:
         at_s = run.end_s(run.ended)
         if self._decoding:
             self._context += steps * len(self._decoding)
-            self._events.append(Decoded(at_s, tuple(self._decoding), steps))
+            if self.tells_all:
+                self._events.append(Decoded(at_s, tuple(self._decoding), steps))
             self._finish(at_s)
         for job in run.filled:
             if job.stage is Stage.PREFILL:  # not cancelled meanwhile
@@ -295,7 +299,10 @@ class Engine:
         if not job.output_tokens:
             self._close(job, at_s)
             return
-        self._events.append(Decoded(at_s, (job,), 1) if job.generated else FirstToken(at_s, job))
+        if not job.generated:
+            self._events.append(FirstToken(at_s, job))
+        elif self.tells_all:
+            self._events.append(Decoded(at_s, (job,), 1))
         job.generated += 1
         if job.generated >= job.output_tokens:
             self._close(job, at_s)
@@ -423,7 +430,8 @@ class Engine:
             job.cached_tokens = job.computed
             self._queries_tokens += job.prompt_tokens
             self._hits_tokens += job.cached_tokens
-            self._events.append(Started(self._clock, job, job.cached_tokens))
+            if self.tells_all:
+                self._events.append(Started(self._clock, job, job.cached_tokens))
 
     def _compute(self, job: Job, tokens: int) -> bool:
         """Take the blocks of a chunk, and share those it fills; False if the request itself had to give way."""
@@ -449,7 +457,7 @@ class Engine:
 
     def _take(self, blocks: int) -> None:
         forgotten = self._pool.take(blocks)
-        if forgotten:
+        if forgotten and self.tells_all:
             self._noted.append(forgotten)
 
     def _preempt(self, job: Job) -> None:
@@ -470,15 +478,19 @@ class Engine:
     def _share(self, job: Job, full: int) -> None:
         """Give a request's full blocks their hashes, as far as they are known."""
         first, last = job.shared, min(full, len(job.hashes))
+        if first >= last:
+            return
+        known = self._pool.share(job.hashes[first:last])
+        job.shared = last
+        if not self.tells_all:
+            return
         start = first
-        for index in range(first, last):
-            if not self._pool.share(job.hashes[index]):
-                if start < index:
-                    self._noted.append((job, start, index))
-                start = index + 1
+        for place in known:
+            if start < first + place:
+                self._noted.append((job, start, first + place))
+            start = first + place + 1
         if start < last:
             self._noted.append((job, start, last))
-        job.shared = max(first, last)
 
     def _tell_blocks(self, at_s: float) -> None:
         """Turn what happened to blocks in a step into events, at its end."""

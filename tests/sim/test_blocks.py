@@ -13,8 +13,7 @@ def hold(pool: BlockPool, blocks: list[int]) -> list[int]:
     hits = pool.match(blocks)
     pool.pin(blocks[:hits])
     forgotten = pool.take(len(blocks) - hits)
-    for block in blocks[hits:]:
-        pool.share(block)
+    pool.share(blocks[hits:])
     return forgotten
 
 
@@ -59,7 +58,7 @@ class TestBlockPool:
         pool = BlockPool(4)
         hold(pool, [1])
         pool.take(1)
-        assert pool.share(1) is False
+        assert pool.share([1]) == [0]
         assert pool.held == 1
 
     def test_a_released_private_block_is_taken_first(self) -> None:

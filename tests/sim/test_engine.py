@@ -344,9 +344,11 @@ specs = st.builds(
 # Powers of two: sums are exact, so a moment that is a step's end in one run is one in the other as well.
 
 
-def history(spec: EngineSpec, arrivals: list[Arrival], *, longest_run: int, often: bool = False) -> list[Event]:
+def history(
+    spec: EngineSpec, arrivals: list[Arrival], *, longest_run: int, often: bool = False, tells_all: bool = True
+) -> list[Event]:
     """All events of a history; `often` asks the engine at every step on the way."""
-    one = Engine(spec, longest_run=longest_run)
+    one = Engine(spec, longest_run=longest_run, tells_all=tells_all)
     jobs = [arrival.job(index) for index, arrival in enumerate(arrivals)]
     acts = [(each.at_s, 0, index) for index, each in enumerate(arrivals)]
     acts += [
@@ -412,6 +414,15 @@ def test_jumping_over_steps_changes_nothing(spec: EngineSpec, arrivals: list[Arr
     assert told(jumped) == told(plain) == told(asked)
     by_key = [{each.key: count for each, count in tokens_of(events).items()} for events in (plain, jumped, asked)]
     assert by_key[0] == by_key[1] == by_key[2]
+
+
+@settings(deadline=None)
+@given(specs, arrivals)
+def test_telling_less_changes_nothing(spec: EngineSpec, arrivals: list[Arrival]) -> None:
+    """An engine nobody follows closely tells of first tokens, ends and preemptions at the same times as any other."""
+    some: Any = (FirstToken, Finished, Preempted)
+    plain = [event for event in history(spec, arrivals, longest_run=1 << 30) if isinstance(event, some)]
+    assert told(history(spec, arrivals, longest_run=1 << 30, tells_all=False)) == told(plain)
 
 
 @settings(deadline=None)
