@@ -18,6 +18,7 @@ from kvfleet.config.schema import (
     ModelCapabilities,
     ModelConfig,
     TelemetryConfig,
+    TenantConfig,
 )
 from kvfleet.errors import (
     AttemptsExhaustedError,
@@ -185,6 +186,23 @@ async def test_names_are_resolved() -> None:
             assert explanation.selected_model == answers
         assert explanation.strategy == "latency_first"
         assert not explanation.strategy_overridden
+
+
+async def test_a_tenant_has_a_strategy_of_its_own() -> None:
+    """It decides the tenant's requests, behind what an alias or the request itself says, and nobody else's."""
+    aliases = {"fast": AliasConfig(strategy="latency_first")}
+    tenants = {"a": TenantConfig(strategy="quality_first"), "b": TenantConfig()}
+    async with Fleet(aliases=aliases, tenants=tenants) as fleet:
+        asked: list[tuple[str, dict[str, Any]]] = [
+            ("quality_first", {"tenant_id": "a"}),
+            ("hybrid_score", {"tenant_id": "b"}),
+            ("latency_first", {"tenant_id": "a", "model": "fast"}),
+            ("cost_first", {"tenant_id": "a", "strategy_override": "cost_first"}),
+        ]
+        for strategy, request in asked:
+            _, explanation = await fleet.router.route(prompt="Hi", **request)
+            assert explanation.strategy == strategy
+            assert explanation.strategy_overridden == ("strategy_override" in request)
 
 
 async def test_unknown_names_are_the_callers_mistake() -> None:

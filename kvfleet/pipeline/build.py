@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,7 +12,7 @@ from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.config.convert import structure, unstructure
 from kvfleet.config.expand import expand, options_from_section, section_path, strategy_of
 from kvfleet.config.fields import info_of, options_of
-from kvfleet.config.findings import Finding, Path
+from kvfleet.config.findings import Finding, Path, did_you_mean
 from kvfleet.config.options import option_types
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 from kvfleet.errors import ComponentError, ConfigError
@@ -47,6 +47,7 @@ def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
     """
     built, findings = read(config, table)
     findings += _check_adapters(config, table)
+    findings += _check_strategies(config, _strategies(config, table, built), table)
     services = Services(models=config.models, find=table.get)
     findings += _provision(config, [entry.instance for entry in built], services, _places(config, built))
     return findings + list(table.lint(config))
@@ -64,18 +65,21 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
     bound = [_bind(entry) for entry in built]
     select = next(stage for stage in bound if stage.kind is Kind.SELECT)
     execute = next(stage for stage in bound if stage.kind is Kind.EXECUTE)
-    strategies = {select.name: select, **_other_strategies(config, table, built)}
+    others = _other_strategies(config, table, built)
+    strategies = _with_aliases({select.name: select, **others}, table)
+    if findings := _check_strategies(config, strategies, table):
+        raise ConfigError(findings)
     before = tuple(stage for stage in bound if stage.kind not in (Kind.SELECT, Kind.EXECUTE, Kind.OBSERVE))
     watching = [stage for stage in bound if stage.kind is Kind.OBSERVE]
     also = [
         BoundStage.bind(Kind.OBSERVE, stage.name, stage.component, distribution=stage.distribution)
-        for stage in (*before, *strategies.values(), execute)
+        for stage in (*before, select, *others.values(), execute)
         if callable(getattr(stage.component, "observe", None))
     ]
     pipeline = Pipeline(
         stages=before,
         select=select,
-        strategies=_with_aliases(strategies, table),
+        strategies=strategies,
         execute=execute,
         observe=tuple(watching),
         listeners=tuple(also),
@@ -198,6 +202,31 @@ def _with_aliases(strategies: Mapping[str, BoundStage], table: ComponentTable) -
         if component.cls in of_component
     }
     return {**found, **strategies}
+
+
+def _strategies(config: FleetConfig, table: ComponentTable, built: Sequence[Built]) -> Mapping[str, BoundStage]:
+    """The strategies of a pipeline that is only checked, by every name a request may ask by."""
+    own = {entry.name: _bind(entry) for entry in built if entry.component.kind is Kind.SELECT}
+    return _with_aliases({**own, **_other_strategies(config, table, built)}, table)
+
+
+def _check_strategies(config: FleetConfig, known: Iterable[str], table: ComponentTable) -> list[Finding]:
+    """Strategies that aliases and tenants name, and that no request could have."""
+    named = {("aliases", name, "strategy"): alias.strategy for name, alias in config.aliases.items()}
+    named |= {("tenants", name, "strategy"): tenant.strategy for name, tenant in config.tenants.items()}
+    usable = frozenset(known)
+    return [
+        config.origin.finding(path, *_unusable(name, usable, table), code="unknown-strategy")
+        for path, name in named.items()
+        if name and name not in usable
+    ]
+
+
+def _unusable(name: str, usable: frozenset[str], table: ComponentTable) -> tuple[str, str]:
+    """Why nobody can have a strategy by this name, and what to do."""
+    if name in table.names(Kind.SELECT):
+        return f"select.{name} needs options", "write it out in a pipeline: that has it as its own strategy"
+    return f"unknown strategy {name!r}", did_you_mean(name, usable)
 
 
 def _places(config: FleetConfig, built: Sequence[Built]) -> dict[int, Path]:

@@ -28,14 +28,18 @@ class Names:
     registry: ModelRegistry
     pipeline: Pipeline
     _known: frozenset[str] = attrs.field(init=False)
+    _of_tenants: dict[str, str] = attrs.field(init=False)
     _sets: dict[tuple[Operation, frozenset[str]], tuple[ModelConfig, ...]] = attrs.field(init=False, factory=dict)
 
     def __attrs_post_init__(self) -> None:
         """Collect the names that may be asked for."""
         self._known = frozenset({AUTO_MODEL, *self.config.aliases, *(model.name for model in self.config.models)})
+        self._of_tenants = {name: one.strategy for name, one in self.config.tenants.items() if one.strategy}
 
     def resolve(self, request: RouteRequest) -> RouteRequest:
-        """The request with an identifier, and its model's name resolved to the models it may mean.
+        """The request with an identifier, its model's name resolved to the models it may mean, and its strategy.
+
+        A strategy is the request's own, else its alias's, else its tenant's.
 
         Raises:
             ModelNotFoundError: if nobody is called that.
@@ -52,6 +56,8 @@ class Names:
             )
         if request.model != AUTO_MODEL:
             changes |= self._model(request)
+        if self._of_tenants and not request.strategy and request.tenant in self._of_tenants:
+            changes.setdefault("strategy", self._of_tenants[request.tenant])
         return request.changed(**changes) if changes else request
 
     def _model(self, request: RouteRequest) -> dict[str, Any]:

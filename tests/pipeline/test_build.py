@@ -39,6 +39,16 @@ def findings(tmp_path: Path, text: str) -> list[str]:
             ["f.yaml:3:1: strategy: there is no select.cost_frist; did you mean select.cost_first?"],
         ),
         (
+            "aliases: {fast: {strategy: latencyfirst}}\ntenants: {a: {strategy: canary}, b: {strategy: ucb1}}\n",
+            [
+                "f.yaml:3:18: aliases.fast.strategy: unknown strategy 'latencyfirst'; did you mean latency_first?",
+                (
+                    "f.yaml:4:15: tenants.a.strategy: select.canary needs options; write it out in a pipeline: that has "
+                    "it as its own strategy"
+                ),
+            ],
+        ),
+        (
             "pipeline:\n  - filter.capabilities\n  - select\n  - execute\n",
             [
                 (
