@@ -429,7 +429,8 @@ class TenantConfig:
     )
     region: str = text("", doc="The region its requests come from, if the request does not say.")
     strategy: str = text(
-        "", doc="The strategy for its requests; the pipeline's own if empty. A request's header or alias goes before it."
+        "",
+        doc="The strategy for its requests, behind a request's own or its alias's; the pipeline's if empty.",
     )
     max_cost_per_request: float | None = number(
         None, gt=0, unit="usd", doc="Candidates with which a request is expected to cost more are dropped."
