@@ -27,7 +27,8 @@ _TOO_LONG = re.compile(
 _CONTENT_POLICY = re.compile(
     r"content[_ ](?:filter|policy|management)|responsible\s?ai|moderation_blocked", re.IGNORECASE
 )
-_URL = re.compile(r"\b(?:https?|wss?)://\S+|\b(?:\d{1,3}\.){3}\d{1,3}:\d{1,5}\b")
+# A URL, and an address with its port, also as Python writes the pair: ('10.0.0.5', 8000).
+_URL = re.compile(r"""\b(?:https?|wss?)://\S+|\b(?:\d{1,3}\.){3}\d{1,3}(?::|["'], ?)\d{1,5}\b""")
 _MAX_MESSAGE = 2000
 
 # What a status means where the body does not say more. 402, 405 and 501 are no fault of the caller or of the replica's

@@ -13,11 +13,13 @@ from kvfleet.config.schema import ModelConfig
 
 __all__ = ["ReplicaNames"]
 
-# `scheme://host…`, `host:port` (either may follow `model@`), and a bare IPv4 address as in "('10.0.0.5', 8000)".
+# `scheme://host…`, `host:port` (either may follow `model@`), the pair as Python writes it, "('gpu-1', 8000)", and a bare
+# IPv4 address.
 _ADDRESS = re.compile(
     r"(?P<model>[^\s\"'@]+@)?"
     r"(?P<place>[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>(),;\]}]+"
     r"|(?:\[[0-9A-Fa-f:]+\]|[A-Za-z0-9_.-]+):\d{1,5}(?!\d))"
+    r"|[\"'](?P<host>[A-Za-z0-9_.:-]+)[\"'], ?(?P<port>\d{1,5})(?!\d)"
     r"|(?<![\d.])\d{1,3}(?:\.\d{1,3}){3}(?![\d.])"
 )
 
@@ -67,6 +69,8 @@ class ReplicaNames:
 
     def _name_of(self, match: re.Match[str]) -> str:
         model, place = match["model"] or "", match["place"] or match[0]
+        if match["host"]:
+            place = f"{match['host']}:{match['port']}"
         for known in (match[0], model + _netloc(place), place, _netloc(place)):
             if known in self._by_place:
                 return self._by_place[known]

@@ -1,0 +1,159 @@
+"""A client that asks a gateway once, and judges what came of it by what OpenAI's clients would make of it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import httpx
+
+from tests.faults.catalogue import Case
+from tests.faults.site import MODEL, TEXT
+
+
+class Verdict(enum.StrEnum):
+    """How a gateway did."""
+
+    PASS = "pass"
+    SAFE = "safe"
+    FAIL = "fail"
+
+
+@attrs.frozen
+class Judgement:
+    """A verdict, and why."""
+
+    verdict: Verdict
+    why: str
+
+    @property
+    def rank(self) -> int:
+        """Higher is worse."""
+        return list(Verdict).index(self.verdict)
+
+
+@attrs.define
+class Heard:
+    """What a client got.
+
+    Attributes:
+        status: 0 if there was no answer.
+        end: ``clean``, ``dropped`` or ``hang``.
+        body: All there was of it.
+        headers: As text.
+    """
+
+    status: int = 0
+    end: str = "clean"
+    body: bytes = b""
+    headers: str = ""
+
+
+async def ask(url: str, *, stream: bool, deadline_s: float) -> Heard:
+    """Ask once, over a connection of its own."""
+    heard = Heard()
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Say it."}], "stream": stream}
+    try:
+        async with (
+            asyncio.timeout(deadline_s),
+            httpx.AsyncClient(timeout=None) as client,  # noqa: S113 - the deadline is above
+            client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
+        ):
+            heard.status = answer.status_code
+            heard.headers = str(answer.headers)
+            async for piece in answer.aiter_raw():
+                heard.body += piece
+    except TimeoutError:
+        heard.end = "hang"
+    except httpx.HTTPError:
+        heard.end = "dropped"
+    return heard
+
+
+def judged(case: Case, heard: Heard, ports: Sequence[int]) -> Judgement:
+    """The verdict on one answer.
+
+    Pass is a right answer, or the right honest error where no answer was to be had; safe an honest error where one was;
+    fail all that misleads a client: a wrong or truncated answer called complete, a hang, a dropped connection, an error
+    that blames the caller, an address of an engine.
+    """
+    said = heard.body.decode(errors="replace")
+    if any(f":{port}" in said or f", {port}" in said or f":{port}" in heard.headers for port in ports):
+        return Judgement(Verdict.FAIL, "told an engine's address")
+    if heard.end == "hang":
+        return Judgement(Verdict.FAIL, "hung")
+    if heard.status >= 400:
+        return _refused(case, heard)
+    if heard.end == "dropped" and not (case.stream and _has_error(said)):
+        return Judgement(Verdict.FAIL, "dropped the connection")
+    if heard.status != 200:
+        return Judgement(Verdict.FAIL, f"answered with status {heard.status}")
+    return _streamed(case, said) if case.stream else _whole(case, said)
+
+
+def _refused(case: Case, heard: Heard) -> Judgement:
+    allowed = case.fault.statuses
+    fits = heard.status in allowed if allowed else heard.status == 429 or heard.status >= 500
+    if not fits:
+        return Judgement(Verdict.FAIL, f"blamed the caller with status {heard.status}")
+    if heard.end == "dropped":
+        return Judgement(Verdict.FAIL, "dropped the connection amid an error")
+    return _honest(case, f"said {heard.status}")
+
+
+def _honest(case: Case, why: str) -> Judgement:
+    return Judgement(Verdict.SAFE if case.can_recover else Verdict.PASS, why)
+
+
+def _whole(case: Case, said: str) -> Judgement:
+    try:
+        content = json.loads(said)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        return Judgement(Verdict.FAIL, "called complete what is no answer")
+    return _right(case, content)
+
+
+def _right(case: Case, content: object) -> Judgement:
+    if content != TEXT:
+        return Judgement(Verdict.FAIL, "called a wrong or truncated answer complete")
+    if case.fault.statuses:
+        return Judgement(Verdict.FAIL, "answered what was refused")
+    return Judgement(Verdict.PASS, "answered")
+
+
+def _has_error(said: str) -> bool:
+    return any("error" in data for data in _chunks(said) if isinstance(data, dict))
+
+
+def _chunks(said: str) -> list[Any]:
+    """Each event's data; None for one that is no JSON."""
+    found: list[Any] = []
+    for line in said.replace("\r\n", "\n").split("\n"):
+        if not line.startswith("data:") or line[5:].strip() == "[DONE]":
+            continue
+        try:
+            found.append(json.loads(line[5:]))
+        except ValueError:
+            found.append(None)
+    return found
+
+
+def _streamed(case: Case, said: str) -> Judgement:
+    content, finish = "", None
+    for data in _chunks(said):
+        if not isinstance(data, dict):
+            return Judgement(Verdict.FAIL, "passed on an event that no client can read")
+        if data.get("error"):
+            if not TEXT.startswith(content):
+                return Judgement(Verdict.FAIL, "passed on a wrong beginning")
+            return _honest(case, "ended in an error event")
+        for choice in data.get("choices") or ():
+            content += choice.get("delta", {}).get("content") or ""
+            finish = choice.get("finish_reason") or finish
+    if finish is None:
+        return Judgement(Verdict.FAIL, "called a truncated answer complete")
+    return _right(case, content)

@@ -1,0 +1,281 @@
+"""Engines that misbehave byte by byte: a server of its own for each, in the event loop of whoever asks for them.
+
+An engine answers chats with one known text, streamed or whole, continues it where it is asked to, and has the paths
+that gateways look at. A `Site` is one or two of them; a fault befalls the one that is asked first, and the other one is
+well, so that whoever tries again elsewhere gets an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import attrs
+
+MODEL = "mock"
+TEXT = "Über den Wolken — so the quick brown fox said — “jump”, and jumped: over 犬, twice."
+TOKENS = tuple(TEXT[i : i + 6] for i in range(0, len(TEXT), 6))
+
+SSE_HEAD = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n"
+    b"connection: keep-alive\r\n\r\n"
+)
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+LAST_CHUNK = b"0\r\n\r\n"
+
+
+def event(data: Any) -> bytes:
+    """One server-sent event."""
+    said = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + said.encode() + b"\n\n"
+
+
+def delta(content: str | None = None, finish: str | None = None) -> dict[str, Any]:
+    """One chunk of a streamed answer; with neither text nor end it is the first, which names the role."""
+    said: dict[str, Any] = {} if finish else {"content": content}
+    if content is None and finish is None:
+        said = {"role": "assistant", "content": ""}
+    choice = {"index": 0, "delta": said, "finish_reason": finish}
+    return {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]}
+
+
+def events_of(tokens: Sequence[str]) -> list[bytes]:
+    """A whole stream: role, tokens, end."""
+    return [event(delta()), *[event(delta(token)) for token in tokens], event(delta(finish="stop")), event("[DONE]")]
+
+
+def answer_of(text: str) -> bytes:
+    """A whole answer."""
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    made = {"id": "c-1", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [choice], "usage": usage}
+    return json.dumps(made, ensure_ascii=False).encode()
+
+
+def whole(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
+    """A whole HTTP answer."""
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{more}\r\n"
+    return head.encode() + body
+
+
+def refusal(status: str, message: str = "it went wrong", more: str = "") -> bytes:
+    """An HTTP error as vLLM has them."""
+    error = {"message": message, "type": "server_error", "param": None, "code": int(status[:3])}
+    return whole(json.dumps({"error": error}).encode(), status, more=more)
+
+
+class LeaveError(Exception):
+    """Raised by a behaviour to end the connection; with a reset, or in an orderly way."""
+
+    def __init__(self, *, resets: bool = False) -> None:
+        super().__init__()
+        self.resets = resets
+
+
+@attrs.define
+class Ask:
+    """One request at an engine, and the wire to answer it on.
+
+    Attributes:
+        body: Parsed.
+        number: From 1, of the chats that this engine got since the fault began.
+        engine: Who was asked.
+    """
+
+    body: dict[str, Any]
+    number: int
+    engine: Engine
+    writer: asyncio.StreamWriter
+
+    @property
+    def stream(self) -> bool:
+        """True if a stream was asked for."""
+        return bool(self.body.get("stream"))
+
+    async def say(self, *pieces: bytes) -> None:
+        """Send bytes."""
+        for piece in pieces:
+            self.writer.write(piece)
+        await self.writer.drain()
+
+    async def begin(self, tokens: int = 4) -> None:
+        """Begin a right answer: a stream's first tokens, or the first half of a whole answer."""
+        if self.stream:
+            await self.say(SSE_HEAD, *[chunk(one) for one in events_of(TOKENS)[: tokens + 1]])
+            return
+        said = whole(answer_of(TEXT))
+        await self.say(said[: len(said) - 150])
+
+    async def answer(self) -> None:
+        """Answer as a healthy engine does, and go on from where an answer was broken off."""
+        text = self._rest()
+        if text is None:
+            await self.say(refusal("400 Bad Request", "the last message is no beginning of the answer"))
+        elif not self.stream:
+            await self.say(whole(answer_of(text)))
+        else:
+            tokens = [text[i : i + 6] for i in range(0, len(text), 6)]
+            await self.say(SSE_HEAD, *[chunk(one) for one in events_of(tokens)], LAST_CHUNK)
+
+    def _rest(self) -> str | None:
+        if not self.body.get("continue_final_message"):
+            return TEXT
+        said = self.body["messages"][-1]
+        begun = said.get("content") if said.get("role") == "assistant" else None
+        if self.body.get("add_generation_prompt") is not False or begun is None or not TEXT.startswith(begun):
+            return None
+        return TEXT[len(begun) :]
+
+
+Behaviour = Callable[[Ask], Awaitable[None]]
+
+
+async def healthily(ask: Ask) -> None:
+    """Answer as one should."""
+    await ask.answer()
+
+
+@attrs.define(eq=False)
+class Engine:
+    """One backend.
+
+    Attributes:
+        site: Whose it is; decides how it behaves.
+        port: Where it listens.
+        chats: Chats it was asked for since the fault began.
+    """
+
+    site: Site
+    port: int = 0
+    chats: int = 0
+    _server: asyncio.Server | None = None
+    _open: set[asyncio.StreamWriter] = attrs.field(factory=set)
+
+    @property
+    def url(self) -> str:
+        """Where it is."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def listen(self) -> None:
+        """Accept connections, on the same port as before."""
+        if self._server is None:
+            self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True)
+            self.port = self._server.sockets[0].getsockname()[1]
+
+    async def vanish(self) -> None:
+        """Refuse connections, and close those that are open."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+        self.hang_up()
+        await asyncio.sleep(0)
+
+    def hang_up(self) -> None:
+        """Reset every connection."""
+        for writer in list(self._open):
+            _reset(writer)
+        self._open.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                line, *fields = head.decode("latin-1").split("\r\n")
+                sizes = [int(f.split(":")[1]) for f in fields if f.lower().startswith("content-length:")]
+                body = await reader.readexactly(sizes[0] if sizes else 0)
+                await self._answer(line.split(" "), body, writer)
+        except LeaveError as left:
+            if left.resets:
+                _reset(writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            self._open.discard(writer)
+            writer.close()
+
+    async def _answer(self, line: list[str], body: bytes, writer: asyncio.StreamWriter) -> None:
+        method, path, *_ = line
+        if method != "POST" or not path.endswith("/chat/completions"):
+            writer.write(_page(path))
+            await writer.drain()
+            return
+        self.chats += 1
+        ask = Ask(json.loads(body), self.chats, self, writer)
+        await self.site.behaviour_of(self)(ask)
+
+
+def _page(path: str) -> bytes:
+    """What gateways look at beside the chats."""
+    if path.startswith("/v1/models"):
+        listed = {"object": "list", "data": [{"id": MODEL, "object": "model", "created": 1, "owned_by": "wall"}]}
+        return whole(json.dumps(listed).encode())
+    told = {"model_path": MODEL, "tokenizer_path": MODEL, "is_generation": True, "served_model_name": MODEL}
+    return whole(json.dumps(told).encode())
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        sock = writer.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+@attrs.define(eq=False)
+class Site:
+    """One or two engines, one of which may be at fault."""
+
+    engines: list[Engine] = attrs.field(factory=list)
+    behaviour: Behaviour = healthily
+    culprit: Engine | None = None
+
+    def behaviour_of(self, engine: Engine) -> Behaviour:
+        """How an engine that is asked now behaves: whoever is asked first is at fault."""
+        self.culprit = self.culprit or engine
+        return self.behaviour if engine is self.culprit else healthily
+
+    async def befall(self, behaviour: Behaviour, *, refuses: bool = False) -> None:
+        """From now on the engine that is asked first behaves so, or the first one refuses connections."""
+        for engine in self.engines:
+            engine.chats = 0
+            await engine.listen()
+        self.behaviour, self.culprit = behaviour, None
+        if refuses:
+            self.culprit = self.engines[0]
+            await self.culprit.vanish()
+
+    async def heal(self) -> None:
+        """All is well again."""
+        self.behaviour, self.culprit = healthily, None
+        for engine in self.engines:
+            await engine.listen()
+
+    @property
+    def chats(self) -> int:
+        """How many chats all engines were asked for since the fault began."""
+        return sum(engine.chats for engine in self.engines)
+
+
+@contextlib.asynccontextmanager
+async def site(engines: int) -> AsyncIterator[Site]:
+    """Engines on free ports, for the length of a block."""
+    one = Site()
+    one.engines = [Engine(one) for _ in range(engines)]
+    for engine in one.engines:
+        await engine.listen()
+    try:
+        yield one
+    finally:
+        for engine in one.engines:
+            await engine.vanish()
