@@ -13,8 +13,8 @@ from kvfleet.config.schema import ModelConfig
 
 __all__ = ["ReplicaNames"]
 
-# `scheme://host…`, `host:port` (either may follow `model@`), the pair as Python writes it, "('gpu-1', 8000)", and a bare
-# IPv4 address.
+# `scheme://host…`, `host:port` (either may follow `model@`), the pair as Python writes it, as in "('gpu-1', 8000)",
+# and a bare IPv4 address.
 _ADDRESS = re.compile(
     r"(?P<model>[^\s\"'@]+@)?"
     r"(?P<place>[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>(),;\]}]+"
