@@ -31,17 +31,26 @@ _HOME_TOKENS = 1.0
 _ENOUGH_TOKENS = 64
 """Shorter expectations say nothing of an engine, whose cache has blocks."""
 _MOST_SESSIONS = 100_000
-_MOST_PLACED = 100_000
+_MOST_LOOKED = 10_000
 
 
 @attrs.define(eq=False)
-class _Placed:
-    """Where a request was sent before it was answered, and what was expected there."""
+class _Looked:
+    """What was looked up for a request, and where it was sent before it was answered.
 
+    Attributes:
+        prompt: Whose it is; kept, so that no other prompt has its identity meanwhile.
+        blocks: Its chain.
+        expected: By replica: the tokens of it that were sent there before.
+        told: By replica: what its engine says.
+    """
+
+    prompt: PromptFacts
+    blocks: PromptBlocks
+    expected: Mapping[str, float]
+    told: Mapping[str, Told]
     visits: list[tuple[str, Visit]] = attrs.field(factory=list)
-    expected: dict[str, float] = attrs.field(factory=dict)
     told_visits: list[tuple[str, Visit]] = attrs.field(factory=list)
-    told: dict[str, Told] = attrs.field(factory=dict)
 
 
 @attrs.define
@@ -88,7 +97,7 @@ class PrefixAffinity:
     _index: RoutedIndex = attrs.field(init=False, repr=False, eq=False)
     _told: ToldCaches = attrs.field(init=False, factory=ToldCaches, repr=False, eq=False)
     _trust: dict[str, Trust] = attrs.field(init=False, factory=dict, repr=False)
-    _placed: OrderedDict[int, _Placed] = attrs.field(init=False, factory=OrderedDict, repr=False)
+    _looked: dict[int, _Looked] = attrs.field(init=False, factory=dict, repr=False)
     _sessions: OrderedDict[tuple[str, str], tuple[str, float]] = attrs.field(
         init=False, factory=OrderedDict, repr=False
     )
@@ -116,56 +125,54 @@ class PrefixAffinity:
 
     def affinity(self, ctx: RoutingContext) -> Affinity:
         """The expectations."""
-        prompt = prompt_of(ctx)
-        blocks = self._blocks(ctx, prompt)
-        held, told = self._held(blocks, ctx.now_s), self._told.held(ctx)
-        if not held and not told:
-            return self._homes(ctx, prompt, blocks)
-        least = self.min_affinity * blocks.tokens
-        found = [
-            self._expected(model.id, held.get(model.id, 0.0), told.get(model.id), least) for model in ctx.candidates
-        ]
-        tokens, modes = [tokens for tokens, _ in found], [mode for _, mode in found]
-        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, prompt, blocks, modes)
+        looked = self._look(ctx)
+        held, candidates = looked.expected, ctx.candidates
+        tokens, modes = [held.get(model.id, 0.0) for model in candidates], [CacheMode.NONE] * len(candidates)
+        if held:
+            least = self.min_affinity * looked.blocks.tokens
+            for i, count in enumerate(tokens):
+                if count:
+                    tokens[i], modes[i] = self._routed(candidates[i].id, count, least)
+        if looked.told:
+            _listen(looked.told, candidates, tokens, modes)
+        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, looked, modes)
 
-    def _expected(self, replica: str, held: float, told: Told | None, least: float) -> tuple[float, CacheMode]:
-        """What is expected of one replica, and how that is known.
+    def _look(self, ctx: RoutingContext) -> _Looked:
+        """Look up who has a request's prompt, once for all that this component is asked about it."""
+        prompt = prompt_of(ctx)
+        found = self._looked.get(id(prompt))
+        if found is None:
+            blocks = self._blocks(ctx, prompt)
+            found = _Looked(prompt, blocks, self._held(blocks, ctx.now_s), self._told.held(ctx))
+            if not ctx.dry_run:
+                self._looked[id(prompt)] = found
+                if len(self._looked) > _MOST_LOOKED:
+                    del self._looked[next(iter(self._looked))]
+        return found
+
+    def _routed(self, replica: str, held: float, least: float) -> tuple[float, CacheMode]:
+        """What is to be expected of a replica to which so many of the tokens were sent, and how that is known.
 
         Args:
             replica: Which.
             held: The tokens that were sent there.
-            told: What its engine says.
-            least: Fewer tokens count as none, unless its engine says so.
+            least: Fewer tokens count as none.
         """
-        if told is not None and told.mode is not CacheMode.DEGRADED:
-            return told.tokens, told.mode
         known = self._trust.get(replica)
         routed = held * known.share if known is not None and held >= least else 0.0
-        if told is not None:  # a part of what is there
-            return max(routed, told.tokens), told.mode
         if known is None or not routed:
             return 0.0, CacheMode.NONE
         return routed, CacheMode.OBSERVED if known.reports else CacheMode.APPROXIMATE
 
     def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:
         """Count on the prompt being computed there."""
-        prompt = prompt_of(ctx)
-        blocks = self._blocks(ctx, prompt)
-        placed = self._placed.get(id(prompt))
-        if placed is None:
-            placed = self._placed[id(prompt)] = _Placed()
-            placed.expected = self._held(blocks, ctx.now_s)
-            while len(self._placed) > _MOST_PLACED:
-                self._placed.popitem(last=False)
-        visit = self._index.record(candidate.id, _whole(blocks), ctx.now_s, self.lease_s)
+        looked = self._look(ctx)
+        visit = self._index.record(candidate.id, _whole(looked.blocks), ctx.now_s, self.lease_s)
         if visit is not None:
-            placed.visits.append((candidate.id, visit))
-        told = self._told.held(ctx).get(candidate.id)
-        if told is not None:
-            placed.told[candidate.id] = told
+            looked.visits.append((candidate.id, visit))
         coming = self._told.placed(ctx, candidate)
         if coming is not None:
-            placed.told_visits.append((candidate.id, coming))
+            looked.told_visits.append((candidate.id, coming))
 
     async def observe(self, outcome: Outcome) -> None:
         """Learn where the prompt was computed, and what its engine said of its cache."""
@@ -176,37 +183,37 @@ class PrefixAffinity:
         served, ctx, error = outcome.served_by, outcome.context, outcome.error
         if ctx.dry_run:
             return
-        prompt = prompt_of(ctx)
-        placed = self._placed.pop(id(prompt), None) or _Placed()
+        looked = self._look(ctx)
+        self._looked.pop(id(looked.prompt), None)
         is_computed = served is not None and (error is None or error.code == "client_left")
-        for replica, visit in placed.visits:
+        for replica, visit in looked.visits:
             if not is_computed or served is None or replica != served.id:
                 self._index.retract(replica, visit)
-        for replica, visit in placed.told_visits:
+        for replica, visit in looked.told_visits:
             self._told.arrived(replica, visit)
         for replica in self._told.restarted(ctx.now_s):
             self._index.clear(replica)
         if served is None or not is_computed:
             return
-        blocks, told = self._blocks(ctx, prompt), placed.told.get(served.id)
-        self._count_hit(ctx, prompt, served)
+        told = looked.told.get(served.id)
+        self._count_hit(ctx, looked.prompt, served)
         if told is None or told.mode is CacheMode.DEGRADED:
-            self._learn_trust(blocks.tokens, placed.expected.get(served.id, 0.0), served, outcome.usage)
+            self._learn_trust(looked.blocks.tokens, looked.expected.get(served.id, 0.0), served, outcome.usage)
         else:
             self._learn_trust(told.prompt_tokens, told.tokens, served, outcome.usage)
             self._hold_to_it(told, served, outcome.usage)
-        self._keep(placed, blocks, served.id, ctx.now_s + outcome.duration_s)
-        self._note_size(served, blocks.block_tokens)
-        if prompt.session:
-            self._bind(ctx, prompt.session, served.id)
+        self._keep(looked, served.id, ctx.now_s + outcome.duration_s)
+        self._note_size(served, looked.blocks.block_tokens)
+        if looked.prompt.session:
+            self._bind(ctx, looked.prompt.session, served.id)
 
-    def _keep(self, placed: _Placed, blocks: PromptBlocks, replica: str, now_s: float) -> None:
+    def _keep(self, looked: _Looked, replica: str, now_s: float) -> None:
         """Remember that the replica computed the prompt."""
-        visits = [visit for placed_at, visit in placed.visits if placed_at == replica]
+        visits = [visit for placed_at, visit in looked.visits if placed_at == replica]
         if visits:
             self._index.confirm(visits[-1], now_s + self.session_ttl_s)
         else:
-            self._index.record(replica, _whole(blocks), now_s, self.session_ttl_s)
+            self._index.record(replica, _whole(looked.blocks), now_s, self.session_ttl_s)
 
     def state(self) -> Mapping[str, Any]:
         """How much is remembered, and how far each replica is believed."""
@@ -242,16 +249,14 @@ class PrefixAffinity:
                     held[replica] = tokens
         return held
 
-    def _homes(
-        self, ctx: RoutingContext, prompt: PromptFacts, blocks: PromptBlocks, modes: Sequence[CacheMode] = ()
-    ) -> Affinity:
+    def _homes(self, ctx: RoutingContext, looked: _Looked, modes: Sequence[CacheMode]) -> Affinity:
         """Nobody has the prompt: where its conversation was before, or the replicas on which its beginning falls.
 
         `modes` say how it is known of each that it has nothing.
         """
-        candidates = ctx.candidates
-        tokens, modes = [0.0] * len(candidates), modes or [CacheMode.NONE] * len(candidates)
-        bound = self._session(ctx, prompt)
+        candidates, blocks = ctx.candidates, looked.blocks
+        tokens = [0.0] * len(candidates)
+        bound = self._session(ctx, looked.prompt)
         if bound:
             tokens = [_HOME_TOKENS if model.id == bound else 0.0 for model in candidates]
             return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
@@ -305,6 +310,17 @@ class PrefixAffinity:
         known = self._load.of(served.id)
         if known is not None and known.capacity_tokens:
             self._index.resize(served.id, max(1, int(known.capacity_tokens / block_tokens)))
+
+
+def _listen(
+    told: Mapping[str, Told], candidates: Sequence[ModelConfig], tokens: list[float], modes: list[CacheMode]
+) -> None:
+    """Put what engines say in the place of what was routed: all there is, or where some was lost a part of it."""
+    for i, model in enumerate(candidates):
+        said = told.get(model.id)
+        if said is not None:
+            is_part = said.mode is CacheMode.DEGRADED
+            tokens[i], modes[i] = max(tokens[i], said.tokens) if is_part else said.tokens, said.mode
 
 
 def _whole(blocks: PromptBlocks) -> list[int]:

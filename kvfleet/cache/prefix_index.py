@@ -14,6 +14,8 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, filterfalse, repeat
+from operator import and_, or_
 
 import attrs
 
@@ -68,19 +70,20 @@ class PrefixIndex:
         """The replica holds these blocks."""
         bit = self._bits.get(replica) or self._add(replica)
         held = self._tiers.setdefault(tier, {})
-        added = 0
-        for block in hashes:
-            mask = held.get(block)
-            if mask is None:
-                held[block] = bit  # the shared object, not a new one: a block on one replica costs no integer
-            elif mask & bit:
-                continue
-            else:
-                held[block] = mask | bit
-            added += 1
+        new = dict.fromkeys(hashes, bit)  # the shared object, not a new one: a block on one replica costs no integer
+        added = len(new)
+        if held.keys().isdisjoint(new):
+            held.update(new)
+        else:
+            for block in new:
+                mask = held.get(block, 0)
+                if mask & bit:
+                    added -= 1
+                else:
+                    held[block] = mask | bit
         self._grow(replica, added)
         if self.entries > self.max_entries:
-            self._refuse(replica, held, hashes)
+            self._refuse(replica, held, new)
 
     def remove(self, replica: str, hashes: Iterable[int], tier: str = GPU) -> None:
         """The replica no longer holds these blocks; those it did not hold are passed over."""
@@ -126,8 +129,10 @@ class PrefixIndex:
 
     def depths(self, hashes: Sequence[int]) -> dict[str, int]:
         """The same, of all tiers together, as plain numbers."""
-        names = self._names
-        others = [held for tier, held in self._tiers.items() if tier != GPU and held]
+        tiers, names = self._tiers, self._names
+        others = () if len(tiers) == 1 else [held for tier, held in tiers.items() if tier != GPU and held]
+        if not others and (not hashes or hashes[0] not in self._device):
+            return {}
         return {names[i]: n for i, n in _walk(hashes, self._device, others)}
 
     def holds(self, replica: str, block: int, tier: str = GPU) -> bool:
@@ -139,6 +144,8 @@ class PrefixIndex:
         bits = self._device.get(block)
         if not bits:
             return []
+        if not bits & (bits - 1):  # one, as most often
+            return [self._names[bits.bit_length() - 1]]
         found: list[tuple[int, int]] = []
         _places(bits, 0, found)
         return [self._names[place] for place, _ in found]
@@ -174,21 +181,27 @@ def _walk(
 ) -> list[tuple[int, int]]:
     """The place of each replica that holds the first block, and how many blocks it holds from there on."""
     found: list[tuple[int, int]] = []
-    alive, depth = -1, 0
-    for depth, block in enumerate(hashes):
-        mask = device.get(block, 0)
+    alive, size, none = -1, len(hashes), repeat(0)
+    for start in range(0, size, _STRIDE):
+        some = hashes[start : start + _STRIDE] if size > _STRIDE else hashes
+        masks = map(device.get, some, none)
         for held in others:
-            mask |= held.get(block, 0)
-        still = alive & mask
-        if still == alive:
+            masks = map(or_, masks, map(held.get, some, none))
+        steps = list(accumulate(masks, and_, initial=alive))
+        if steps[-1] == alive:
             continue
-        if depth:
-            _places(alive ^ still, depth, found)
-        if not still:
-            return found
-        alive = still
-    if hashes:
-        _places(alive, depth + 1, found)
+        # Who is still in step only becomes fewer, so equals stand together, and counting them is searching in C.
+        at = steps.count(alive)
+        while at < len(steps):
+            still = steps[at]
+            if start + at > 1:
+                _places(alive ^ still, start + at - 1, found)
+            if not still:
+                return found
+            alive = still
+            at += steps.count(still)
+    if size:
+        _places(alive, size, found)
     return found
 
 
@@ -208,6 +221,11 @@ def _places(bits: int, depth: int, found: list[tuple[int, int]]) -> None:
 
 
 _FEW = 12
+_STRIDE = 64
+"""Blocks looked up at once: few enough to stop early, enough to be worth it."""
+
+
+_NOTHING = array("Q")
 
 
 @attrs.define(eq=False)
@@ -287,13 +305,12 @@ class RoutedIndex:
         if len(hashes) > held.capacity:
             hashes = hashes[: held.capacity]
         size = len(hashes)
-        visit = Visit(array("Q", hashes), now_s + ttl_s, size, array("Q"))
         last = held.last
-        for block in hashes:
-            if block not in last:
-                visit.fresh.append(block)
-            last[block] = visit
-        self.known.store(replica, visit.fresh)
+        fresh = array("Q", filterfalse(last.__contains__, hashes))
+        visit = Visit(array("Q", hashes), now_s + ttl_s, size, fresh)
+        last.update(dict.fromkeys(hashes, visit))
+        if fresh:
+            self.known.store(replica, fresh)
         held.visits.append(visit)
         held.queued += size
         self._trim(replica, held, now_s)
@@ -301,7 +318,7 @@ class RoutedIndex:
 
     def confirm(self, visit: Visit, until_s: float) -> None:
         """The prompt was computed, and that is believed until then."""
-        visit.until_s, visit.fresh = until_s, array("Q")
+        visit.until_s, visit.fresh = until_s, _NOTHING
 
     def retract(self, replica: str, visit: Visit) -> None:
         """What was recorded did not come to pass: what nobody else left there is not there."""
@@ -325,10 +342,7 @@ class RoutedIndex:
     def depths(self, hashes: Sequence[int], now_s: float) -> dict[str, int]:
         """By replica: how many blocks of a prompt it holds, from the first on; those with none are absent."""
         if now_s - self._swept_s >= 1.0:
-            self._swept_s = now_s
-            for replica, held in self._held.items():
-                if held.visits and held.visits[0].until_s < now_s:
-                    self._trim(replica, held, now_s)
+            self._sweep(now_s)
         return self.known.depths(hashes)
 
     def holders(self, block: int) -> list[str]:
@@ -343,6 +357,12 @@ class RoutedIndex:
         most = max(1, self.max_entries // max(len(self._held), 1))
         for name, held in self._held.items():
             held.capacity = min(self._sizes.get(name, self.capacity), most)
+
+    def _sweep(self, now_s: float) -> None:
+        self._swept_s = now_s
+        for replica, held in self._held.items():
+            if held.visits and held.visits[0].until_s < now_s:
+                self._trim(replica, held, now_s)
 
     def _trim(self, replica: str, held: _Held, now_s: float) -> None:
         """Forget what no longer fits, and what is too old."""

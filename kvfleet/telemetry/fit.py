@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement, starmap
+from operator import add, mul
 
 import attrs
 
@@ -10,6 +12,10 @@ __all__ = ["Fit"]
 
 _FADES = 4.0
 """Sights after which the prior counts half."""
+_EAGER = 32
+"""So many sights are each worth a new fit."""
+_EVERY = 8
+"""After that, so many together are."""
 
 
 @attrs.define
@@ -33,48 +39,57 @@ class Fit:
     trust: float = 0.25
     seen: int = attrs.field(init=False, default=0)
     coefficients: tuple[float, ...] = attrs.field(init=False)
-    _xx: list[list[float]] = attrs.field(init=False, repr=False)
+    _xx: list[float] = attrs.field(init=False, repr=False)  # of the products of two features, each pair once
     _xy: list[float] = attrs.field(init=False, repr=False)
     _weight: float = attrs.field(init=False, default=0.0, repr=False)
 
     def __attrs_post_init__(self) -> None:
         size = len(self.prior)
         self.coefficients = self.prior
-        self._xx = [[0.0] * size for _ in range(size)]
+        self._xx = [0.0] * (size * (size + 1) // 2)
         self._xy = [0.0] * size
 
     def __call__(self, *features: float) -> float:
         """What is expected for these features."""
-        return sum(map(float.__mul__, self.coefficients, map(float, features)))
+        return sum(map(mul, self.coefficients, features))
 
-    def learn(self, y: float, *features: float) -> None:
-        """Take in one sight."""
-        keep, size = self.keep, len(features)
-        self._weight = keep * self._weight + 1
-        for i in range(size):
-            row, x = self._xx[i], features[i]
-            self._xy[i] = keep * self._xy[i] + x * y
-            for j in range(size):
-                row[j] = keep * row[j] + x * features[j]
+    def learn(self, y: float, *features: float) -> bool:
+        """Take in one sight; True if the coefficients are others now.
+
+        Once there are some sights, the coefficients are made anew after every few: it is what costs most here.
+        """
+        fade = self.keep.__mul__
+        self._weight = fade(self._weight) + 1
+        # The sums in C: this runs for every answer.
+        pairs = starmap(mul, combinations_with_replacement(features, 2))
+        self._xx = list(map(add, map(fade, self._xx), pairs))
+        self._xy = list(map(add, map(fade, self._xy), map(float(y).__mul__, features)))
         self.seen += 1
-        self.coefficients = self._solve(list(range(size)))
+        if self.seen > _EAGER and self.seen % _EVERY:
+            return False
+        self.coefficients = self._solve(list(range(len(features))))
+        return True
 
     def _solve(self, active: list[int]) -> tuple[float, ...]:
+        size = len(self.prior)
+        xx: dict[tuple[int, int], float] = {}
+        for (i, j), value in zip(combinations_with_replacement(range(size), 2), self._xx, strict=True):
+            xx[i, j] = xx[j, i] = value
         while active:
-            found = self._solve_for(active)
+            found = self._solve_for(active, xx)
             below = [i for i, value in zip(active, found, strict=True) if value < 0]
             if not below:
                 chosen = dict(zip(active, found, strict=True))
-                return tuple(chosen.get(i, 0.0) for i in range(len(self.prior)))
+                return tuple(chosen.get(i, 0.0) for i in range(size))
             active = [i for i in active if i not in below]
-        return (0.0,) * len(self.prior)
+        return (0.0,) * size
 
-    def _solve_for(self, active: Sequence[int]) -> list[float]:
+    def _solve_for(self, active: Sequence[int], xx: dict[tuple[int, int], float]) -> list[float]:
         """The normal equations of some features, by elimination; the ridge makes them regular."""
         rows = []
         for i in active:
-            ridge = self.trust * self._xx[i][i] / (self._weight * (1 + self.seen / _FADES)) + 1e-12
-            row = [self._xx[i][j] + (ridge if i == j else 0.0) for j in active]
+            ridge = self.trust * xx[i, i] / (self._weight * (1 + self.seen / _FADES)) + 1e-12
+            row = [xx[i, j] + (ridge if i == j else 0.0) for j in active]
             rows.append([*row, self._xy[i] + ridge * self.prior[i]])
         size = len(rows)
         for i in range(size):

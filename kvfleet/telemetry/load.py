@@ -22,7 +22,7 @@ import attrs
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
-from kvfleet.telemetry.pace import Pace, Rates, Ratio
+from kvfleet.telemetry.pace import Pace, Rates, Ratio, to_a_twentieth
 from kvfleet.telemetry.reservations import NO_WORK, ReplicaLoad, Reservation, Work
 
 __all__ = ["FleetLoad", "HasLoad", "Waits"]
@@ -32,6 +32,7 @@ _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
 _USUAL_ANSWER = 256.0
+_MOST_TABLES = 256
 _STEP = 0.1
 """Share by which the fleet's pace must change before all declared times are read anew."""
 
@@ -80,6 +81,19 @@ class Waits:
         }
 
 
+@attrs.frozen(eq=False)
+class _Table:
+    """Some replicas, in an order that is asked for again and again, and their rates as of an epoch."""
+
+    models: Sequence[ModelConfig]
+    epoch: int
+    known: list[ReplicaLoad]
+    rates: list[Rates]
+    steps: list[float]
+    each: list[float]
+    are_alike: bool
+
+
 @attrs.define
 class FleetLoad:
     """The load of every replica.
@@ -104,6 +118,9 @@ class FleetLoad:
     _stretch: float = attrs.field(init=False, default=1.0, repr=False)
     _stretched: int = attrs.field(init=False, default=-1, repr=False)
     _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
+    _has_streams: bool = attrs.field(init=False, default=False, repr=False)
+    _epoch: int = attrs.field(init=False, default=0, repr=False)
+    _tables: dict[int, _Table] = attrs.field(init=False, factory=dict, repr=False)
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
         """Know these replicas, and forget all others; what was learned of those that stay is kept."""
@@ -118,6 +135,7 @@ class FleetLoad:
         names = {known.model for known in self._replicas.values()}
         self._models = {name: pace for name, pace in self._models.items() if name in names}
         self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
+        self._tables.clear()
 
     # Our own requests
 
@@ -159,22 +177,25 @@ class FleetLoad:
         one.computed_s = known.computed_s
         if one.is_clean:
             tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens), self._pace(known)
+            self._has_streams = True
             pace.learn_first_byte(service_s / pace.relative(known.speed), *tokens, was_idle=one.was_idle)
             if pace.is_known:
                 pace.compare(known.speed, service_s, pace.expected_first_byte_s(*tokens, was_idle=one.was_idle))
+            self._note_learned(known)
 
     def answered(self, one: Reservation, duration_s: float, answer_tokens: int | None = None) -> None:
         """Its answer came in one piece, `duration_s` seconds after the call."""
         known = self._of(one.replica_id)
         known.whole_s = _mix(known.whole_s, duration_s)
         known.measured_s = self.clock.now_s()
-        if not any(pace.streams for pace in self._models.values()):
+        if not self._has_streams:
             self._note_stretch(known, duration_s)
         alone_s = max(duration_s - one.ahead_s, 0.0)
         tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens, float(answer_tokens or 0)), self._pace(known)
         pace.learn_whole(alone_s / pace.relative(known.speed), *tokens)
         if pace.is_known and not pace.streams:
             pace.compare(known.speed, alone_s, pace.expected_whole_s(*tokens))
+        self._note_learned(known)
 
     def finished(self, one: Reservation, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
         """The call ended, `duration_s` seconds after it began; twice is harmless."""
@@ -198,6 +219,7 @@ class FleetLoad:
             together, pace = (one.others + known.decoding) / 2, self._pace(known)
             pace.learn_steps(step_s / known.step.value, together)
             known.step.learn(step_s, pace.rates.step_s + pace.rates.step_each_s * together)
+            self._note_learned(known)
 
     # The engines' own account
 
@@ -261,51 +283,47 @@ class FleetLoad:
             now_s: The time.
         """
         self._sweep(now_s)
-        known = [self._replicas.get(model.id) or _stranger(model) for model in models]
-        rates = self._up_to_date(known)
+        table = self._tables.get(id(models))
+        if table is None or table.epoch != self._epoch or table.models is not models:
+            table = self._tabulate(models)
         # Column by column: a loop over rows takes twice as long, and a large fleet is mostly idle and knows nothing.
-        around = prompt * prompt / 2
-        alone_s = [r.latency_s + r.prompt_s + r.token_s * prompt + r.pair_s * around for r in rates]
-        steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
-        nothing = [0.0] * len(known)
-        found = Waits(list(nothing), alone_s, list(nothing), steps, each, list(nothing), nothing)
-        for i, tokens in enumerate(cached):
-            if tokens:
-                saved = min(tokens, prompt)
-                found.saved_s[i] = saved_s = rates[i].token_s * saved + rates[i].pair_s * saved * saved / 2
-                found.prompt_s[i] -= saved_s
-        for i, one in enumerate(known):
+        rates, around = table.rates, prompt * prompt / 2
+        if table.are_alike:
+            r = rates[0]
+            alone_s = [r.latency_s + r.prompt_s + r.token_s * prompt + r.pair_s * around] * len(rates)
+        else:
+            alone_s = [r.latency_s + r.prompt_s + r.token_s * prompt + r.pair_s * around for r in rates]
+        nothing = [0.0] * len(rates)
+        saved_s, queue_s, decoding, usage = nothing, [*nothing], [*nothing], [*nothing]
+        if any(cached):
+            saved_s = [*nothing]
+            for i, tokens in enumerate(cached):
+                if tokens:
+                    saved = min(tokens, prompt)
+                    saved_s[i] = less_s = rates[i].token_s * saved + rates[i].pair_s * saved * saved / 2
+                    alone_s[i] -= less_s
+        steps, each = [*table.steps], table.each
+        for i, one in enumerate(table.known):
             if one.open or one.reported is not None:
-                others = float(len(one.open) - len(one.prefilling))
+                decoding[i] = others = float(len(one.open) - len(one.prefilling))
                 busy_s = each[i] * others
-                found.queue_s[i] = _queue_s(one, rates[i], prompt, now_s)
-                found.prompt_s[i] += busy_s
-                found.step_s[i] += busy_s
-                found.decoding[i] = others
-                found.usage[i] = one.kv_usage or 0.0
-        return found
+                queue_s[i] = _queue_s(one, rates[i], prompt, now_s)
+                alone_s[i] += busy_s
+                steps[i] += busy_s
+                usage[i] = one.kv_usage or 0.0
+        return Waits(queue_s, alone_s, saved_s, steps, each, decoding, usage)
 
-    def _up_to_date(self, known: Sequence[ReplicaLoad]) -> list[Rates]:
-        """The rates of some replicas, made anew where their model's pace has changed."""
-        paces, stretched = self._models, self._stretched
-        made: dict[tuple[str, float, float, float], Rates] = {}
-        for one in known:
-            pace = paces.get(one.model)
-            version = stretched if pace is None else pace.version
-            if one.version != version:
-                one.version, one.rates = version, self._shared_rates(one, pace, made)
-        return [one.rates for one in known]
-
-    def _shared_rates(
-        self, known: ReplicaLoad, pace: Pace | None, made: dict[tuple[str, float, float, float], Rates]
-    ) -> Rates:
-        """A replica's rates, made once for all that are alike."""
-        speed = 1.0 if pace is None else pace.relative(known.speed)
-        key = (known.model, known.declared_s, speed, known.step.value)
-        rates = made.get(key)
-        if rates is None:
-            rates = made[key] = self._shape(known).scaled(speed, known.step.value)
-        return rates
+    def _tabulate(self, models: Sequence[ModelConfig]) -> _Table:
+        """The rates of some replicas, which change much more seldom than they are asked for."""
+        known = [self._replicas.get(model.id) or _stranger(model) for model in models]
+        rates = [self._rates(one) for one in known]
+        are_alike = bool(rates) and all(one is rates[0] or one == rates[0] for one in rates)
+        steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
+        table = _Table(models, self._epoch, known, rates, steps, each, are_alike)
+        if len(self._tables) >= _MOST_TABLES:
+            self._tables.clear()
+        self._tables[id(models)] = table
+        return table
 
     def free(self, now_s: float, models: Sequence[ModelConfig]) -> list[float | None]:
         """The free capacity of each replica, 1 idle to 0 full; None for a stranger."""
@@ -335,6 +353,7 @@ class FleetLoad:
             if len(self._replicas) >= _MOST_REPLICAS:
                 del self._replicas[next(iter(self._replicas))]
             known = self._replicas[replica_id] = ReplicaLoad()
+            self._epoch += 1
         return known
 
     def _shape(self, known: ReplicaLoad) -> Rates:
@@ -345,8 +364,23 @@ class FleetLoad:
         return Rates.declared(known.declared_s * self._stretch)
 
     def _rates(self, known: ReplicaLoad) -> Rates:
-        """Its own pace."""
-        return self._shape(known).scaled(self._speed(known), known.step.value)
+        """Its own pace, made anew where its model's has changed, or how it compares with it."""
+        pace = self._models.get(known.model)
+        version = self._stretched if pace is None else pace.version
+        if known.version != version:
+            known.version, known.shown = version, self._compared(known)
+            known.rates = self._shape(known).scaled(*known.shown)
+        return known.rates
+
+    def _compared(self, known: ReplicaLoad) -> tuple[float, float]:
+        """How many times as long as its model's replicas on average it takes to read and to write."""
+        return self._speed(known), to_a_twentieth(known.step.value) or known.step.value
+
+    def _note_learned(self, known: ReplicaLoad) -> None:
+        """Something was learned from one of its answers: what was made from that before is old, if it is another."""
+        if known.version != self._pace(known).version or known.shown != self._compared(known):
+            known.version = 0
+            self._epoch += 1
 
     def _speed(self, known: ReplicaLoad) -> float:
         """How many times as long as its model's replicas on average it takes."""
@@ -368,6 +402,7 @@ class FleetLoad:
         if abs(self._stretch_seen - self._stretch) > _STEP * self._stretch:
             self._stretch = self._stretch_seen
             self._stretched -= 1
+            self._epoch += 1
 
     def _answer_of(self, known: ReplicaLoad, work: Work) -> float:
         usual = _USUAL_ANSWER if known.answer_tokens is None else known.answer_tokens
@@ -412,6 +447,8 @@ class FleetLoad:
                 if known.speed.seen and now_s - known.measured_s > self.remember_s:
                     self._pace(known).forget(known.speed)
                     known.speed, known.step, known.ttfb_s, known.whole_s = Ratio(), Ratio(), None, None
+                    known.version = 0
+                    self._epoch += 1
                 continue
             while known.open and (oldest := next(iter(known.open.values()))).until_s < now_s:
                 self.expired += 1

@@ -21,7 +21,7 @@ import attrs
 
 from kvfleet.telemetry.fit import Fit
 
-__all__ = ["Pace", "Rates", "Ratio", "pairs"]
+__all__ = ["Pace", "Rates", "Ratio", "pairs", "to_a_twentieth"]
 
 _SERIAL_SHARE = 1 / 8
 """Of a declared time, what one request makes the next one wait: an engine works on about eight at a time."""
@@ -29,7 +29,9 @@ _DECODE_S = 0.01
 _MOST_SURPRISE = 10.0
 _SURE = 8
 _KEEP = 0.95
-_SAME = 0.05
+_STEP = 0.05
+_DRIFT = 0.01
+"""Share by which what is usual must move before all replicas are compared with it anew."""
 _RECOUNT = 256
 _VERSIONS = itertools.count(1)
 _GRANTED = 2.0
@@ -120,7 +122,7 @@ class Pace:
 
     Attributes:
         rates: Learned so far.
-        version: Another one whenever the rates, or how replicas compare with them, have changed.
+        version: Another one whenever the rates, or what replicas are compared with, have changed.
         streams, wholes: How many first bytes and whole answers it was learned from.
     """
 
@@ -132,6 +134,7 @@ class Pace:
     _step: Fit = attrs.field(init=False, repr=False)
     _measured: dict[int, Ratio] = attrs.field(init=False, factory=dict, repr=False)
     _usual: float = attrs.field(init=False, default=1.0, repr=False)
+    _shown: float = attrs.field(init=False, default=1.0, repr=False)
     _compared: int = attrs.field(init=False, default=0, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -170,30 +173,35 @@ class Pace:
         expected = self._stream(*features)
         if self._stream.seen >= _SURE:  # a pause of the network or of a garbage collector is no pace
             seconds = min(seconds, _MOST_SURPRISE * expected)
-        self._stream.learn(seconds, *features)
-        self._refresh()
+        if self._stream.learn(seconds, *features):
+            self._refresh()
 
     def learn_whole(self, seconds: float, prompt_tokens: float, cached_tokens: float, answer_tokens: float) -> None:
         """An answer came in one piece after so long, without the queue in front of it."""
-        self._whole.learn(seconds, 1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens)
-        self._refresh()
+        if self._whole.learn(seconds, 1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens):
+            self._refresh()
 
     def learn_steps(self, step_s: float, together: float) -> None:
         """Tokens of a stream came so long after each other, with so many other requests being decoded."""
-        self._step.learn(step_s, 1.0, together)
-        self._refresh()
+        if self._step.learn(step_s, 1.0, together):
+            self._refresh()
 
     def compare(self, ratio: Ratio, seconds: float, expected_s: float) -> None:
-        """One replica took so long for what was expected of all."""
+        """One replica took so long for what was expected of all.
+
+        How it compares itself may be another then (see `relative`); what that means for the others is another
+        `version`, once it is worth the name.
+        """
         is_new = id(ratio) not in self._measured
         self._measured[id(ratio)] = ratio
         before = ratio.value
         ratio.learn(seconds, expected_s)
         self._usual += (ratio.value - before) / len(self._measured)
         self._compared += 1
-        self.version = next(_VERSIONS)
         if is_new or self._compared >= _RECOUNT:  # what is only moved drifts
             self._recount()
+        elif abs(self._usual - self._shown) > _DRIFT * self._shown:
+            self._show()
 
     def forget(self, ratio: Ratio) -> None:
         """That replica's times are too long ago."""
@@ -201,19 +209,21 @@ class Pace:
         self._recount()
 
     def relative(self, ratio: Ratio) -> float:
-        """How many times as long as the others one replica takes: what all have in common is the model's pace.
+        """How many times as long as the others one replica takes, to a twentieth: less is noise, and equals take turns.
 
-        What differs by less than a twentieth is the same: it is noise, and equals take turns.
+        What all have in common is the model's pace.
         """
-        if not ratio.seen:
-            return 1.0
-        value = ratio.value / self._usual
-        return value if abs(value - 1) > _SAME else 1.0
+        return max(to_a_twentieth(ratio.value / self._shown), _STEP) if ratio.seen else 1.0
 
     def _recount(self) -> None:
         self._compared = 0
         ratios = self._measured.values()
         self._usual = sum(one.value for one in ratios) / len(ratios) if ratios else 1.0
+        self._show()
+
+    def _show(self) -> None:
+        self._shown = self._usual
+        self.version = next(_VERSIONS)
 
     def _refresh(self) -> None:
         self.version = next(_VERSIONS)
@@ -226,6 +236,11 @@ class Pace:
         if not self._step.seen and answer_s:
             step_s = answer_s
         self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, pair_s, step_s, each_s)
+
+
+def to_a_twentieth(value: float) -> float:
+    """The nearest multiple of a twentieth."""
+    return round(value * 20) / 20
 
 
 def _costs(prompt_tokens: float, cached_tokens: float) -> tuple[float, float]:

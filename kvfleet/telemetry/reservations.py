@@ -92,7 +92,8 @@ class ReplicaLoad:
         reported: What its engine last said, while that is fresh; and what we had there then.
         capacity_tokens: Size of its KV cache, once its engine has told.
         computed_s: Seconds of prompts it has computed so far.
-        rates: Its pace, as of the `version` of its model's.
+        rates: Its pace, as of the `version` of its model's; 0 if it must be made anew.
+        shown: How it compares with its model's in them, reading and writing.
     """
 
     model: str = ""
@@ -123,6 +124,7 @@ class ReplicaLoad:
     computed_s: float = 0.0
     rates: Rates = attrs.field(factory=lambda: Rates.declared(DEFAULT_S), repr=False)
     version: int = 0
+    shown: tuple[float, float] = (1.0, 1.0)
 
     @property
     def in_flight(self) -> int:
