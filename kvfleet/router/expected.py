@@ -12,14 +12,14 @@ all have it; a hot prefix is computed a second time as soon as the queue in fron
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import mul
 
 import attrs
 
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.router.replicas import column_of
-from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit, arranged, take_turns
-from kvfleet.telemetry.load import FleetLoad, HasLoad
+from kvfleet.router.scoring import Ranking, ScoringContext, Unit, arranged, take_turns
 
 __all__ = ["ExpectedLatencyStrategy"]
 
@@ -49,63 +49,56 @@ class ExpectedLatencyStrategy:
     memory_s: float = number(
         0.02, ge=0, unit="s", doc="What a half full KV cache counts; nine times that if it is nine tenths full."
     )
-    _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
-
-    def provision(self, services: HasLoad) -> None:
-        """Use the fleet's load."""
-        self._load = services.load
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
         """Rank the replicas by their expected seconds."""
         context = context or _NEUTRAL
         column = column_of("latency", models, context)
-        first = [_NEVER if s is None else s for s in column.values]
-        if len(models) < 2 or not column.terms:
-            return self._ranked(models, context, first, {"first_token_s": first})
-        held_up, slower = self._decoding(models, column)
-        memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in column.terms["usage"]]
-        totals = [
-            f + self.harm_weight * h + self.batch_weight * b + m
-            for f, h, b, m in zip(first, held_up, slower, memory, strict=True)
-        ]
-        parts = {name: column.terms[name] for name in ("queue_s", "prompt_s", "saved_s")}
-        terms = {"first_token_s": first, **parts, "held_up_s": held_up, "slower_s": slower, "memory_s": memory}
-        return self._ranked(models, context, totals, terms)
-
-    def _decoding(self, models: Sequence[ModelConfig], column: Column) -> tuple[list[float], list[float]]:
-        """Seconds by which the prompt holds up the answers there, and by which its own is slower among them."""
-        terms, load = column.terms, self._load
-        held_up = [seconds * others for seconds, others in zip(terms["prompt_s"], terms["decoding"], strict=True)]
-        slower = [
-            load.usual_answer_tokens(model.id) * each_s * load.pending(model.id)
-            for model, each_s in zip(models, terms["step_each_s"], strict=True)
-        ]
-        return held_up, slower
-
-    def _ranked(
-        self,
-        models: Sequence[ModelConfig],
-        context: ScoringContext,
-        totals: Sequence[float],
-        terms: Mapping[str, Sequence[float]],
-    ) -> Ranking:
-        """Least seconds first; equals to the microsecond take turns by the seed."""
-        order = sorted(range(len(models)), key=totals.__getitem__)
-        if len(order) > 1:
-            take_turns(order, context.seed, [-1 if t == _NEVER else round(t / _ALIKE_S) for t in totals])
-        details = self._instead(models, order, totals)
-        return arranged(models, order, totals, unit=Unit.SECONDS, terms=terms, details=details)
-
-    def _instead(
-        self, models: Sequence[ModelConfig], order: Sequence[int], totals: Sequence[float]
-    ) -> Mapping[str, float]:
-        """What others would have cost: the second choice, round robin (on average), and least requests."""
-        if len(order) < 2:
-            return {}
-        pending = [self._load.pending(model.id) for model in models]
-        fewest = min(range(len(models)), key=lambda i: (pending[i], i))
-        return {
-            "second_choice_s": totals[order[1]],
-            "round_robin_s": sum(totals) / len(totals),
-            "least_requests_s": totals[fewest],
+        values, parts = column.values, column.terms
+        first = [_NEVER if s is None else s for s in values]
+        if len(models) < 2 or not parts:
+            return _ranked(models, context, first, {"first_token_s": first}, ())
+        pending, usage = parts["pending"], parts["usage"]
+        held_up = slower = memory = [0.0] * len(models)
+        if any(pending):
+            held_up = list(map(mul, parts["prompt_s"], parts["decoding"]))
+            slower = [a * s * n for a, s, n in zip(parts["answer_tokens"], parts["step_each_s"], pending, strict=True)]
+        if any(usage):
+            memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in usage]
+        harm, batch = self.harm_weight, self.batch_weight
+        totals = [f + harm * h + batch * b + m for f, h, b, m in zip(first, held_up, slower, memory, strict=True)]
+        terms = {
+            "first_token_s": first,
+            "queue_s": parts["queue_s"],
+            "prompt_s": parts["prompt_s"],
+            "saved_s": parts["saved_s"],
+            "held_up_s": held_up,
+            "slower_s": slower,
+            "memory_s": memory,
         }
+        return _ranked(models, context, totals, terms, pending)
+
+
+def _ranked(
+    models: Sequence[ModelConfig],
+    context: ScoringContext,
+    totals: Sequence[float],
+    terms: Mapping[str, Sequence[float]],
+    pending: Sequence[float],
+) -> Ranking:
+    """Least seconds first; equals to the microsecond take turns by the seed."""
+    order = sorted(range(len(models)), key=totals.__getitem__)
+    if len(order) > 1 and totals[order[1]] - totals[order[0]] <= _ALIKE_S:
+        take_turns(order, context.seed, [-1 if t == _NEVER else round(t / _ALIKE_S) for t in totals])
+    details = _instead(order, totals, pending)
+    return arranged(models, order, totals, unit=Unit.SECONDS, terms=terms, details=details)
+
+
+def _instead(order: Sequence[int], totals: Sequence[float], pending: Sequence[float]) -> Mapping[str, float]:
+    """What others would have cost: the second choice, round robin (on average), and least requests."""
+    if len(order) < 2:
+        return {}
+    found = {"second_choice_s": totals[order[1]], "round_robin_s": sum(totals) / len(totals)}
+    if pending:
+        found["least_requests_s"] = totals[pending.index(min(pending))]
+    return found

@@ -22,7 +22,7 @@ import attrs
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
-from kvfleet.telemetry.pace import Pace, Rates, Ratio, to_a_twentieth
+from kvfleet.telemetry.pace import Pace, Rates, Ratio
 from kvfleet.telemetry.reservations import NO_WORK, ReplicaLoad, Reservation, Work
 
 __all__ = ["FleetLoad", "HasLoad", "Waits"]
@@ -33,6 +33,8 @@ _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
 _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
+_SAME = 0.05
+"""Share by which a replica must differ from what it was taken to be to be taken for another."""
 _STEP = 0.1
 """Share by which the fleet's pace must change before all declared times are read anew."""
 
@@ -57,6 +59,8 @@ class Waits:
         step_each_s: How much of that is due to each other request.
         decoding: How many requests would have to wait while its prompt is computed.
         usage: Share of the KV cache in use; 0 if unknown.
+        pending: Requests there, ours and others'.
+        answer_tokens: Tokens of a usual answer, where there are any.
     """
 
     queue_s: list[float]
@@ -66,6 +70,8 @@ class Waits:
     step_each_s: list[float]
     decoding: list[float]
     usage: list[float]
+    pending: list[float]
+    answer_tokens: list[float]
 
     @property
     def terms(self) -> Mapping[str, list[float]]:
@@ -78,6 +84,8 @@ class Waits:
             "step_each_s": self.step_each_s,
             "decoding": self.decoding,
             "usage": self.usage,
+            "pending": self.pending,
+            "answer_tokens": self.answer_tokens,
         }
 
 
@@ -295,6 +303,7 @@ class FleetLoad:
             alone_s = [r.latency_s + r.prompt_s + r.token_s * prompt + r.pair_s * around for r in rates]
         nothing = [0.0] * len(rates)
         saved_s, queue_s, decoding, usage = nothing, [*nothing], [*nothing], [*nothing]
+        pending, answers = [*nothing], [*nothing]
         if any(cached):
             saved_s = [*nothing]
             for i, tokens in enumerate(cached):
@@ -311,7 +320,9 @@ class FleetLoad:
                 alone_s[i] += busy_s
                 steps[i] += busy_s
                 usage[i] = one.kv_usage or 0.0
-        return Waits(queue_s, alone_s, saved_s, steps, each, decoding, usage)
+                pending[i] = one.pending
+                answers[i] = _USUAL_ANSWER if one.answer_tokens is None else one.answer_tokens
+        return Waits(queue_s, alone_s, saved_s, steps, each, decoding, usage, pending, answers)
 
     def _tabulate(self, models: Sequence[ModelConfig]) -> _Table:
         """The rates of some replicas, which change much more seldom than they are asked for."""
@@ -330,11 +341,6 @@ class FleetLoad:
         self._sweep(now_s)
         known = [self._replicas.get(model.id) for model in models]
         return [None if one is None else 1.0 if not one.open and one.reported is None else _free(one) for one in known]
-
-    def usual_answer_tokens(self, replica_id: str) -> float:
-        """Tokens of a usual answer there."""
-        known = self._replicas.get(replica_id)
-        return known.answer_tokens if known is not None and known.answer_tokens is not None else _USUAL_ANSWER
 
     def snapshot(self) -> Mapping[str, Mapping[str, float]]:
         """By replica: the figures a person may want to see; what is not known is absent."""
@@ -373,8 +379,12 @@ class FleetLoad:
         return known.rates
 
     def _compared(self, known: ReplicaLoad) -> tuple[float, float]:
-        """How many times as long as its model's replicas on average it takes to read and to write."""
-        return self._speed(known), to_a_twentieth(known.step.value) or known.step.value
+        """How many times as long as its model's replicas on average it takes to read and to write.
+
+        Who is like the others stays so until he is off by a twentieth: less is noise, and equals take turns.
+        """
+        speed, step = known.shown
+        return _unless_off(speed, self._speed(known)), _unless_off(step, known.step.value)
 
     def _note_learned(self, known: ReplicaLoad) -> None:
         """Something was learned from one of its answers: what was made from that before is old, if it is another."""
@@ -447,7 +457,7 @@ class FleetLoad:
                 if known.speed.seen and now_s - known.measured_s > self.remember_s:
                     self._pace(known).forget(known.speed)
                     known.speed, known.step, known.ttfb_s, known.whole_s = Ratio(), Ratio(), None, None
-                    known.version = 0
+                    known.version, known.shown = 0, (1.0, 1.0)
                     self._epoch += 1
                 continue
             while known.open and (oldest := next(iter(known.open.values()))).until_s < now_s:
@@ -476,6 +486,11 @@ def _free(known: ReplicaLoad) -> float:
     free = _KNEE / (_KNEE + known.pending)
     usage = known.kv_usage
     return free if usage is None else min(free, max(1.0 - usage, 0.0))
+
+
+def _unless_off(shown: float, value: float) -> float:
+    same = _SAME if shown == 1 else _SAME / 4
+    return shown if abs(value - shown) <= same * shown else value
 
 
 def _mix(old: float | None, new: float) -> float:

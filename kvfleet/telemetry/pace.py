@@ -21,7 +21,7 @@ import attrs
 
 from kvfleet.telemetry.fit import Fit
 
-__all__ = ["Pace", "Rates", "Ratio", "pairs", "to_a_twentieth"]
+__all__ = ["Pace", "Rates", "Ratio", "pairs"]
 
 _SERIAL_SHARE = 1 / 8
 """Of a declared time, what one request makes the next one wait: an engine works on about eight at a time."""
@@ -29,7 +29,6 @@ _DECODE_S = 0.01
 _MOST_SURPRISE = 10.0
 _SURE = 8
 _KEEP = 0.95
-_STEP = 0.05
 _DRIFT = 0.01
 """Share by which what is usual must move before all replicas are compared with it anew."""
 _RECOUNT = 256
@@ -209,11 +208,8 @@ class Pace:
         self._recount()
 
     def relative(self, ratio: Ratio) -> float:
-        """How many times as long as the others one replica takes, to a twentieth: less is noise, and equals take turns.
-
-        What all have in common is the model's pace.
-        """
-        return max(to_a_twentieth(ratio.value / self._shown), _STEP) if ratio.seen else 1.0
+        """How many times as long as the others one replica takes: what all have in common is the model's pace."""
+        return ratio.value / self._shown if ratio.seen else 1.0
 
     def _recount(self) -> None:
         self._compared = 0
@@ -236,11 +232,6 @@ class Pace:
         if not self._step.seen and answer_s:
             step_s = answer_s
         self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, pair_s, step_s, each_s)
-
-
-def to_a_twentieth(value: float) -> float:
-    """The nearest multiple of a twentieth."""
-    return round(value * 20) / 20
 
 
 def _costs(prompt_tokens: float, cached_tokens: float) -> tuple[float, float]:

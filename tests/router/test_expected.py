@@ -8,7 +8,6 @@ import pytest
 
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
-from kvfleet.plugin.component import Services
 from kvfleet.router.expected import ExpectedLatencyStrategy
 from kvfleet.router.scoring import Column, ScoringContext, Unit
 from kvfleet.telemetry.load import FleetLoad
@@ -32,7 +31,6 @@ class Fleet:
                 self.load.first_byte(one, tokens / 8000)
                 self.load.finished(one, tokens / 8000, True)
         self.strategy = ExpectedLatencyStrategy()
-        self.strategy.provision(Services(load=self.load, clock=self.clock))
 
     def choose(self, *cached: float, seed: int = 0, prompt: float = PROMPT) -> ScoringContext:
         """The context of one decision."""
