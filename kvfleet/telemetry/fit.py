@@ -51,7 +51,7 @@ class Fit:
 
     def __call__(self, *features: float) -> float:
         """What is expected for these features."""
-        return sum(map(mul, self.coefficients, features))
+        return float(sum(map(mul, self.coefficients, features)))
 
     def learn(self, y: float, *features: float) -> bool:
         """Take in one sight; True if the coefficients are others now.
