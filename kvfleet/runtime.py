@@ -393,7 +393,9 @@ class Router:
     def state(self) -> dict[str, Any]:
         """What is known of the fleet and the components, without asking anybody; holds no secret."""
         stages = {}
-        for stage in self.pipeline.all_stages:
+        named = (*self.config.aliases.values(), *self.config.tenants.values())
+        others = [self.pipeline.strategies[one.strategy] for one in named if one.strategy]
+        for stage in (*self.pipeline.all_stages, *others):
             if callable(read := getattr(stage.component, "state", None)):
                 stages[stage.key] = dict(read())
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import xxhash
@@ -241,6 +241,12 @@ class WeightedStrategy:
         names = sorted(keys, key=keys.__getitem__)
         shares = [weights[model.name] / total for model in models]
         return arranged(models, replicas.order(names), shares, terms={"share": shares}, mode="weighted")
+
+    def state(self) -> Mapping[str, Any]:
+        """How it splits the traffic; nothing if the models themselves say it."""
+        if not self.weights:
+            return {}
+        return {"sticky": self.sticky, "salt": self.salt, "weights": dict(self.weights)}
 
     def _weight(self, model: ModelConfig) -> float:
         return max(self.weights.get(model.name, 0.0), 0.0) if self.weights else model.weight

@@ -110,7 +110,7 @@ function limits(entries) {
     ["State", ([, limit]) => (limit.throttled ? make(limit.closed ? "span.bad" : "span.warn", {}, limit.reason) : make("span.good", {}, "free"))],
   ], "No limit is known.");
 }
-const GROUPS = [[/rate_?limit/, "Rate limits"], [/budget|quota/, "Budgets"], [/experiment|canary|rollout|bandit/, "Experiments"], [/slo/, "Objectives"], [/shadow|mirror/, "Shadow traffic"], [/./, "Stages"]];
+const GROUPS = [[/rate_?limit/, "Rate limits"], [/budget|quota/, "Budgets"], [/experiment|canary|rollout|weighted$|epsilon_greedy|ucb1|thompson|exp3/, "Experiments"], [/slo/, "Objectives"], [/shadow|mirror/, "Shadow traffic"], [/./, "Stages"]];
 function sections(state) {
   const things = { ...(state.stages || {}) };
   const groups = new Map();
