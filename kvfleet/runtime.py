@@ -393,8 +393,9 @@ class Router:
     def state(self) -> dict[str, Any]:
         """What is known of the fleet and the components, without asking anybody; holds no secret."""
         stages = {}
-        named = (*self.config.aliases.values(), *self.config.tenants.values())
-        others = [self.pipeline.strategies[one.strategy] for one in named if one.strategy]
+        named = [one.strategy for one in self.config.aliases.values()]
+        named += [one.strategy for one in self.config.tenants.values()]
+        others = [self.pipeline.strategies[name] for name in named if name]
         for stage in (*self.pipeline.all_stages, *others):
             if callable(read := getattr(stage.component, "state", None)):
                 stages[stage.key] = dict(read())
