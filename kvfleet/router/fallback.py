@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
 
 import attrs
 
@@ -88,6 +89,7 @@ class EscalationChain:
     chain: Sequence[str] = attrs.field(validator=attrs.validators.min_len(1))
     confidence_threshold: float = attrs.field(default=0.7, validator=[attrs.validators.ge(0), attrs.validators.le(1)])
     clock: Clock = attrs.field(factory=SystemClock, repr=False, eq=False)
+    _tells_nothing: set[str] = attrs.field(init=False, factory=set, repr=False, eq=False)
 
     async def execute_with_escalation(
         self,
@@ -99,10 +101,10 @@ class EscalationChain:
 
         Args:
             adapters: By model name; a model that has none counts as a failed attempt.
-            request: What to ask; its ``model`` does not count. Ask for ``logprobs`` in its `extra`, and the default
-                scorer uses them.
+            request: What to ask; its ``model`` does not count.
             confidence_scorer: Judges each answer; by default what it gives away about itself (empty, cut off, a
-                refusal) and its tokens' probabilities, if the engine tells them.
+                refusal) and its tokens' probabilities. These are asked for too, unless ``logprobs`` stands in the
+                request's `extra`; a model that refuses to tell them is asked without.
 
         Raises:
             AttemptsExhaustedError: if nobody answers.
@@ -115,7 +117,7 @@ class EscalationChain:
         while queue:
             model = queue.pop(0)
             try:
-                response = await calls.make(model, None, "low_confidence" if answers else "first")
+                response = await self._ask(calls, model, "low_confidence" if answers else "first", confidence_scorer)
             except BackendError as error:
                 faults.append((model, error))
                 queue = rules.worth_trying(queue, model, error)
@@ -128,6 +130,24 @@ class EscalationChain:
             raise exhausted(faults)
         _, response, name = max(reversed(answers), key=lambda answer: answer[0])
         return response, name
+
+    async def _ask(self, calls: _Calls, model: ModelConfig, reason: str, scorer: Scorer | None) -> ChatResponse:
+        """One answer, with its tokens' probabilities if the scorer reads them and the model tells them.
+
+        Raises:
+            BackendError: if there is none.
+        """
+        extra = calls.request.extra
+        if scorer is not None or "logprobs" in extra or model.name in self._tells_nothing:
+            return await calls.make(model, None, reason)
+        try:
+            return await calls.make(model, None, reason, extra={**extra, "logprobs": True})
+        except BackendError as error:
+            if error.kind is not Fault.BAD_REQUEST:
+                raise
+        response = await calls.make(model, None, reason)
+        self._tells_nothing.add(model.name)  # it was that, and will be again
+        return response
 
 
 async def _scored(scorer: Scorer, response: ChatResponse) -> float:
@@ -152,8 +172,10 @@ class _Calls:
     clock: Clock
     _made: int = attrs.field(init=False, default=0)
 
-    async def make(self, model: ModelConfig, timeout_s: float | None, reason: str) -> ChatResponse:
-        """One whole answer.
+    async def make(
+        self, model: ModelConfig, timeout_s: float | None, reason: str, *, extra: Mapping[str, Any] | None = None
+    ) -> ChatResponse:
+        """One whole answer, with other `extra` than the request's if there is any.
 
         Raises:
             BackendError: if there is none.
@@ -164,7 +186,7 @@ class _Calls:
         if self.trace is not None:
             self.trace.spans.append(span)
         try:
-            response = await self._ask(model, timeout_s)
+            response = await self._ask(model, timeout_s, self.request.extra if extra is None else extra)
         except BackendError as error:
             describe_error(span, error)
             raise
@@ -174,14 +196,14 @@ class _Calls:
         span.status = Status.OK
         return response
 
-    async def _ask(self, model: ModelConfig, timeout_s: float | None) -> ChatResponse:
+    async def _ask(self, model: ModelConfig, timeout_s: float | None, extra: Mapping[str, Any]) -> ChatResponse:
         adapter = self.adapters.get(model.name)
         if adapter is None:
             raise BackendError(Fault.NOT_FOUND, f"there is no adapter for {model.name!r}")
         limit_s = adapter.timeout if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                return await adapter.chat(attrs.evolve(self.request, model=""))
+                return await adapter.chat(attrs.evolve(self.request, model="", extra=extra))
         except TimeoutError as error:
             raise BackendError(Fault.TIMEOUT, f"no answer within {limit_s:g} s") from error
         except BackendError:

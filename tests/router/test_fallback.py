@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvfleet.adapters.base import ChatMessage, ChatRequest, ChatResponse, InferenceAdapter
-from kvfleet.adapters.call import Reply
+from kvfleet.adapters.call import Call, Reply
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
 from kvfleet.builtin.execute import Fallback
 from kvfleet.clock import FrozenClock
@@ -183,13 +183,33 @@ class TestEscalation:
         assert (response.content, used_model) == ("Paris.", "large")
         assert not fleet["cloud"].calls
 
-    async def test_token_probabilities_count_where_they_were_asked_for(self) -> None:
-        """An answer whose words are fine, and whose model was not sure of them."""
+    async def test_token_probabilities_are_asked_for_and_count(self) -> None:
+        """An answer whose words are fine, and whose model was not sure of them; the request itself may say no."""
         unsure, sure = FakeReply(text="Rome.", token_probability=0.4), FakeReply(text="Paris.", token_probability=0.9)
         chain = EscalationChain(["small", "large"])
-        ask = ChatRequest(ASK.messages, extra={"logprobs": True})
-        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ask))[1] == "large"
-        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ASK))[1] == "small"
+        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ASK))[1] == "large"
+        ask = ChatRequest(ASK.messages, extra={"logprobs": False})
+        assert (await chain.execute_with_escalation(adapters(small=unsure, large=sure), ask))[1] == "small"
+
+    async def test_a_model_that_refuses_to_tell_them_is_asked_without(self) -> None:
+        """Its answer counts by its words, and the refusal is paid for once."""
+        said = {"seen": 0}
+
+        def script(call: Call) -> FakeReply:
+            said["seen"] += 1
+            return FakeReply(fail=Fault.BAD_REQUEST) if "logprobs" in call.body else FakeReply(text="Paris.")
+
+        fleet = {"small": FakeAdapter(endpoint="http://small", model_id="small", script=script)}
+        chain = EscalationChain(["small"])
+        for seen in (2, 3):
+            assert (await chain.execute_with_escalation(fleet, ASK))[0].content == "Paris."
+            assert said["seen"] == seen
+
+    async def test_a_scorer_of_ones_own_gets_what_was_asked_for(self) -> None:
+        """Nothing is added to the request for it."""
+        fleet = adapters(small=FakeReply())
+        await EscalationChain(["small"]).execute_with_escalation(fleet, ASK, lambda response: 1.0)
+        assert "logprobs" not in fleet["small"].calls[0].body
 
     @pytest.mark.parametrize(("scores", "given"), [((0.5, 0.6), "b"), ((0.6, 0.5), "a"), ((0.5, 0.5), "b")])
     async def test_if_none_is_trusted_the_best_is_given(self, scores: tuple[float, float], given: str) -> None:
