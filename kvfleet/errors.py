@@ -104,6 +104,7 @@ class Fault(enum.StrEnum):
     NOT_FOUND = "not_found"  # 404: the backend does not know the model or the path
     CANCELLED = "cancelled"  # the client left
     DEADLINE = "deadline"  # the request's own deadline passed
+    CIRCUIT_OPEN = "circuit_open"  # not called: its breaker lets one call through, and that is under way
 
     @property
     def is_callers(self) -> bool:

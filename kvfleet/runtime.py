@@ -47,6 +47,7 @@ from kvfleet.telemetry.kv_metrics import show_caches
 from kvfleet.telemetry.kv_watch import CacheWatch
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.telemetry.outliers import Outliers
 from kvfleet.telemetry.rate_limits import RateLimitTracker
 from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
@@ -128,7 +129,7 @@ class Router:
         self.services = Services(
             clock=self.clock,
             models=self.models,
-            health=HealthManager(clock=self.clock),
+            health=HealthManager.of(config.health, self.models, self.clock),
             load=FleetLoad(self.clock),
             limits=_limits_of(config, self.models, self.clock),
             caches=CacheKnowledge(self.clock),
@@ -209,6 +210,7 @@ class Router:
             group.start_soon(self._observing.run)
             if self._polls:
                 group.start_soon(self._collector().run)
+                group.start_soon(self._outliers().run)
                 group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)
             started.set()
             await self._stop.wait()
@@ -224,6 +226,9 @@ class Router:
             health_interval_s=telemetry.health_check_interval_seconds,
             load_interval_s=telemetry.load_poll_interval_seconds,
         )
+
+    def _outliers(self) -> Outliers:
+        return Outliers(self.services.health, self.services.load, self.config.health.outlier_detection)
 
     async def settled(self) -> None:
         """Wait until the observers of every finished route have run."""
@@ -422,6 +427,8 @@ class Router:
             "healthy": health.is_available(model.endpoint),
             "reason": health.unavailable_reason(model.endpoint),
             "breaker": health.breaker_state(model.endpoint),
+            "share": health.share_now(model.endpoint),
+            "panic": model.name in health.panicking,
             "in_flight": load.in_flight(model.id),
             "expected_ttfb_s": load.expected_ttfb_s(model.id),
             "running": engine.running if engine else None,

@@ -40,7 +40,9 @@ _PREFIX = {
     Operation.EMBEDDING: "embd",
     Operation.RERANK: "rerank",
 }
-_INJECTABLE = tuple(fault.value for fault in Fault if fault not in (Fault.CANCELLED, Fault.DEADLINE))
+_INJECTABLE = tuple(
+    fault.value for fault in Fault if fault not in (Fault.CANCELLED, Fault.DEADLINE, Fault.CIRCUIT_OPEN)
+)
 
 FAULT_STATUS: Mapping[Fault, int] = {
     Fault.RATE_LIMITED: 429,

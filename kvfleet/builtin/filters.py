@@ -15,12 +15,14 @@ from kvfleet.builtin.facts import MODALITY, PROMPT
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services, Stability
-from kvfleet.plugin.contract import Drop, Kind, RoutingContext
+from kvfleet.plugin.contract import Drop, Filtered, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.registry.models import serves
 from kvfleet.router.multimodal import accepts_audio, accepts_images, accepts_video
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
 
 __all__ = ["CapabilityFilter", "HealthFilter", "RateLimitFilter"]
 
@@ -181,25 +183,43 @@ def _answer_tokens(body: Mapping[str, Any]) -> int:
 
 @attrs.define
 class HealthFilter:
-    """Drop replicas whose circuit breaker is open. If that is everybody, nobody is left: an error, not a gamble."""
+    """Drop replicas whose circuit breaker is open. If that is everybody, nobody is left: an error, not a gamble.
+
+    Unless the section `health` sets a `panic_threshold_percent`: if fewer of a model's replicas may be called, all are.
+    """
 
     _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
+    _metrics: MetricsExporter = attrs.field(
+        init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
+    )
 
     def provision(self, services: Services) -> None:
         """Use the fleet's health."""
-        self._health = services.health
+        self._health, self._metrics = services.health, services.metrics
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """The drops."""
         health, now_s = self._health, ctx.now_s
         unavailable = health.unavailable(now_s)
-        if not unavailable:
+        if not unavailable and not health.panicking:
             return ()
-        return [
+        drops = [
             Drop(model, unavailable[model.endpoint], retry_after_s=health.wait_s(model.endpoint, now_s))
             for model in ctx.candidates
             if model.endpoint in unavailable
         ]
+        return self._told(ctx, drops) if health.panicking else drops
+
+    def _told(self, ctx: RoutingContext, drops: list[Drop]) -> list[Drop]:
+        """The drops, and for which of the candidates' models there is panic."""
+        names_here = {model.name for model in ctx.candidates}
+        panic = tuple([name for name in self._health.panicking if name in names_here])
+        if not panic:
+            return drops
+        if not ctx.dry_run:
+            for name in panic:
+                self._metrics.count("kvfleet_panic_routes_total", name)
+        return Filtered(drops, {names.PANIC: panic})
 
     def state(self) -> Mapping[str, int]:
         """Counts of endpoints by health."""

@@ -27,7 +27,7 @@ __all__ = ["ask_gateway", "check_health", "fleet", "gateway_url", "health", "hea
 _GATEWAY_TIMEOUT_S = 2.0
 _LIVE = (
     "in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s", "rate_limit_left", "rate_limited_for_s",
-    "cache_mode", "cache_why",
+    "cache_mode", "cache_why", "breaker", "share", "panic",
 )  # fmt: skip
 
 
@@ -85,6 +85,9 @@ class Row:
     rate_limited_for_s: float | None = None
     cache_mode: str | None = None
     cache_why: str | None = None
+    breaker: str | None = None
+    share: float | None = None
+    panic: bool | None = None
 
 
 def _names(replicas: Sequence[ModelConfig]) -> list[str]:
@@ -174,7 +177,18 @@ def _coloured(row: Row) -> str:
         return "enabled"
     if row.state == "up" and row.rate_limited_for_s:
         return render.warn(f"limited for {row.rate_limited_for_s:.0f} s")
+    if row.state == "up" and (told := _not_quite_well(row)):
+        return render.warn(told)
     return render.good(row.state) if row.state == "up" else render.bad(row.state)
+
+
+def _not_quite_well(row: Row) -> str:
+    """What is to be said of a replica that may be called; empty for nothing."""
+    if row.panic:
+        return "panic: too few are well, so all are used"
+    if row.breaker == "half_open":
+        return "half-open: one call may try"
+    return f"slow start: {row.share:.0%} of its share" if row.share is not None and row.share < 1 else ""
 
 
 def gateway_url(config: FleetConfig) -> str:

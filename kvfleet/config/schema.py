@@ -15,6 +15,7 @@ import attrs
 from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
 from kvfleet.config.findings import NOWHERE, Origin
+from kvfleet.config.health import HealthConfig
 from kvfleet.config.simulation import SimulatedFleet
 
 __all__ = [
@@ -599,6 +600,7 @@ class FleetConfig:
         doc="The model of the `domain` strategy for each domain.", example={"coding": "deepseek-coder"}
     )
     fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
+    health: HealthConfig = section(HealthConfig, doc="When a replica is left alone, and how it comes back.")
     rate_limits: RateLimitsConfig = section(RateLimitsConfig, doc="What providers allow, and when to go elsewhere.")
     cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
     shadow: ShadowConfig = section(ShadowConfig, doc="Mirroring requests to other models.")

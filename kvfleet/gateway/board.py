@@ -25,8 +25,9 @@ __all__ = ["PATH", "Board"]
 PATH = "/dashboard"
 _MOST_ROWS = 50
 _SHOWN = (
-    "model", "provider", "enabled", "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage",
-    "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "cache_why", "rate_limit_left", "rate_limited_for_s",
+    "model", "provider", "enabled", "healthy", "reason", "breaker", "share", "panic", "in_flight", "running", "waiting",
+    "kv_usage", "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "cache_why", "rate_limit_left",
+    "rate_limited_for_s",
 )  # fmt: skip
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -25,7 +25,7 @@ __all__ = ["Phase", "fleet_report", "is_usable", "is_usable_fleet"]
 
 _SHOWN = (
     "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage", "prefix_hit_rate", "expected_ttfb_s",
-    "rate_limit_left", "rate_limited_for_s",
+    "rate_limit_left", "rate_limited_for_s", "share", "panic",
     "cache_mode", "cache_why",
 )  # fmt: skip
 

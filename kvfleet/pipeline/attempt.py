@@ -261,8 +261,9 @@ class _One:
         """Call, and wait for the first byte."""
         made, candidate = self.attempts, self.candidate
         self.started_s = made.clock.now_s()
+        if not made.services.health.begin(candidate.endpoint):
+            raise BackendError(Fault.CIRCUIT_OPEN, "its circuit breaker is half-open, and another call is its probe")
         self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
-        made.services.health.begin(candidate.endpoint)
         call = made.call_for(candidate, self.begun[1], wait_s, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
         left = self._limits.heard(reply.headers)

@@ -18,6 +18,7 @@ from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
 from kvfleet.errors import ComponentError, ConfigError
 from kvfleet.pipeline.guard import Guard
 from kvfleet.pipeline.order import check_facts, check_order
+from kvfleet.pipeline.slow_start import with_slow_start
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Kind, RoutingContext
@@ -62,11 +63,12 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
     built, findings = read(config, table)
     if findings:
         raise ConfigError(findings)
-    bound = [_bind(entry) for entry in built]
+    bound = [with_slow_start(_bind(entry), services.health) for entry in built]
     select = next(stage for stage in bound if stage.kind is Kind.SELECT)
     execute = next(stage for stage in bound if stage.kind is Kind.EXECUTE)
     others = _other_strategies(config, table, built)
-    strategies = _with_aliases({select.name: select, **others}, table)
+    eased = {name: with_slow_start(one, services.health) for name, one in others.items()}
+    strategies = _with_aliases({select.name: select, **eased}, table)
     if findings := _check_strategies(config, strategies, table):
         raise ConfigError(findings)
     before = tuple(stage for stage in bound if stage.kind not in (Kind.SELECT, Kind.EXECUTE, Kind.OBSERVE))

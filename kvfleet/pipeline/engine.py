@@ -19,7 +19,18 @@ from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
 from kvfleet.pipeline.stage import BoundStage, Pipeline, Said
-from kvfleet.plugin.contract import Affinity, Answer, CacheMode, Drop, Fact, Kind, Lease, Refusal, RoutingContext
+from kvfleet.plugin.contract import (
+    Affinity,
+    Answer,
+    CacheMode,
+    Drop,
+    Fact,
+    Filtered,
+    Kind,
+    Lease,
+    Refusal,
+    RoutingContext,
+)
 from kvfleet.router.scoring import Column, Ranking, ScoringContext, Unit
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue, Span, Step, Trace
@@ -168,8 +179,13 @@ class Decision:
         if drops and not isinstance(drops, list | tuple):
             drops = list(drops)
         before = len(self._ids)
+        if drops.__class__ is Filtered:
+            self._span_of(stage).attributes.update(drops.attributes)
         if not drops:
-            return stage.usual, (before, before), ()
+            if self._span is None:
+                return stage.usual, (before, before), ()
+            self._span.attributes |= {names.CANDIDATES_IN: before, names.CANDIDATES_OUT: before}
+            return None
         gone = {drop.candidate.id for drop in drops}
         keep = [i for i, one in enumerate(self._ids) if one not in gone]
         attributes = self._span_of(stage).attributes

@@ -35,6 +35,7 @@ __all__ = [
     "Executor",
     "Fact",
     "Filter",
+    "Filtered",
     "Kind",
     "Lease",
     "Marker",
@@ -251,6 +252,16 @@ class Drop:
     reason: str
     rule: str = ""
     retry_after_s: float | None = None
+
+
+class Filtered(list[Drop]):
+    """The drops of a filter that has more to say: `attributes` are for its span, by name."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self, drops: Iterable[Drop], attributes: Mapping[str, AttributeValue]) -> None:
+        super().__init__(drops)
+        self.attributes = attributes
 
 
 @attrs.frozen(kw_only=True)

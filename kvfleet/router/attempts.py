@@ -140,6 +140,7 @@ _AS_IT_IS = {
     Fault.UNAUTHORIZED: "unauthorized",
 }
 _TELLING = (
+    (frozenset({Fault.CIRCUIT_OPEN}), 503, "no_candidates"),
     (frozenset({Fault.RATE_LIMITED}), 429, "rate_limit_exceeded"),
     (frozenset({Fault.OVERLOADED, Fault.RATE_LIMITED}), 503, "backend_overloaded"),
     (frozenset({*_TIMEOUTS, Fault.IDLE_TIMEOUT}), 504, "backend_timeout"),

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Answered", "RecentAnswers", "Result", "result_of"]
 
 _MOST_ANSWERS = 20_000
-_NOT_THE_MODELS = frozenset(f.value for f in Fault if f.is_callers or f in (Fault.CANCELLED, Fault.DEADLINE))
+_NOT_THE_MODELS = frozenset(
+    f.value for f in Fault if f.is_callers or f in (Fault.CANCELLED, Fault.DEADLINE, Fault.CIRCUIT_OPEN)
+)
 """Faults that say nothing of the model: the caller's own, its own deadline, and a client that left."""
 
 

@@ -20,6 +20,8 @@ _log = logging.getLogger(__name__)
 _MOST_READINGS_PER_S = 100
 _JITTER = 0.2
 _AFTER_FAILURE = 5
+_WHILE_DOWN_S = 5.0
+"""Time between two health checks of an engine that is not well: so its return is seen soon."""
 _SILENT = EngineLoad()
 
 
@@ -123,7 +125,8 @@ class Collector:
     async def _keep_checking(self, endpoint: str, adapter: InferenceAdapter) -> None:
         while True:
             await self.check(endpoint, adapter)
-            await self._pause(self.health_interval_s)
+            is_well = self.health.is_healthy(endpoint)
+            await self._pause(self.health_interval_s if is_well else min(self.health_interval_s, _WHILE_DOWN_S))
 
     async def _keep_reading(self, endpoint: str, adapter: InferenceAdapter, pause_s: float) -> None:
         while True:

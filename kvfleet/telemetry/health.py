@@ -1,26 +1,39 @@
 """Which endpoints may be used: what health checks found, and a circuit breaker that also counts live calls.
 
 Checks and live calls are counted apart. An engine can be wedged and still answer its health check, so a passing check
-does not forgive failed calls; it only closes a breaker that failed checks opened.
+does not forgive failed calls; it closes a breaker that failed checks opened, and lets one call try if the engine was
+seen down meanwhile.
+
+A breaker opens for one of three causes: failed checks, failed calls in a row, or an answer worse than that of the
+model's other replicas (`kvfleet.telemetry.outliers`). It always ends in the same way: one call may try, and what comes
+of it decides. An endpoint that has come back gets its usual share bit by bit (`HealthManager.share`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Self
 
 import attrs
 
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import number
+from kvfleet.config.health import HealthConfig
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
+from kvfleet.telemetry.pools import Pools
 
 __all__ = ["HealthManager"]
 
 _MOST_ENDPOINTS = 16_384
 _SOON_S = 1.0
 _NO_EVIDENCE = frozenset({Fault.CANCELLED, Fault.DEADLINE})
+_UNREACHABLE = frozenset({Fault.CONNECT, Fault.CONNECT_TIMEOUT})
+_LEAST_SHARE = 0.1
+"""Of its usual share, for an endpoint that has just come back."""
+_PROBE_UNDER_WAY = "circuit half-open, its probe is under way"
 
 
 @attrs.define
@@ -33,6 +46,7 @@ class _Endpoint:
     failed_calls: int = 0
     opened_by: str = ""
     opened_s: float = 0.0
+    wait_s: float = 0.0
     reason: str = ""
     probe_until_s: float = 0.0
 
@@ -45,11 +59,18 @@ class HealthManager:
     request may try the endpoint, and its outcome closes the breaker or opens it again. An endpoint nobody has heard
     of is available; knowledge that is too old counts as no knowledge.
 
+    Attributes:
+        pools: Which endpoints serve the same model.
+        ejections: How often a breaker was opened, by (endpoint, cause); `overflow` for one that would have been if
+            not too many of its model's replicas were out already.
+        calls: By endpoint, of those of a model with several: calls that were answered, and failed calls.
+
     Args:
         check_interval_seconds: Time between health checks.
         failure_threshold: Failures in a row that open the breaker.
         recovery_timeout_seconds: Time an open breaker waits before it lets one request try.
         stale_threshold_seconds: Age after which a check's finding is no longer believed.
+        slow_start_seconds: Time in which the share of an endpoint that has come back grows to the usual one.
         clock: Read when something is recorded, and where a method is not given the time.
     """
 
@@ -57,11 +78,36 @@ class HealthManager:
     failure_threshold: int = number(3, ge=1, doc="Failures in a row that open the breaker.")
     recovery_timeout_seconds: float = number(60, gt=0, unit="s", doc="Time until an open breaker lets one request try.")
     stale_threshold_seconds: float = number(120, gt=0, unit="s", doc="Age after which a finding is not believed.")
+    slow_start_seconds: float = number(0, ge=0, unit="s", doc="Time in which an endpoint's share grows again.")
     clock: Clock = attrs.field(factory=SystemClock)
+    pools: Pools = attrs.field(factory=Pools)
+    ejections: dict[tuple[str, ...], float] = attrs.field(init=False, factory=dict, repr=False)
+    calls: dict[str, list[int]] = attrs.field(init=False, factory=dict, repr=False)
     _known: dict[str, _Endpoint] = attrs.field(init=False, factory=dict, repr=False)
     _open: set[str] = attrs.field(init=False, factory=set, repr=False)
     _unavailable: Mapping[str, str] = attrs.field(init=False, factory=lambda: MappingProxyType({}), repr=False)
+    _panicking: Mapping[str, float] = attrs.field(init=False, factory=lambda: MappingProxyType({}), repr=False)
+    _returned_s: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
     _recompute_at_s: float = attrs.field(init=False, default=float("inf"), repr=False)
+
+    @classmethod
+    def of(cls, config: HealthConfig, models: Iterable[ModelConfig], clock: Clock) -> Self:
+        """The health of a fleet as configured."""
+        made = cls(
+            failure_threshold=config.failure_threshold,
+            recovery_timeout_seconds=config.recovery_timeout_seconds,
+            slow_start_seconds=config.slow_start_seconds,
+            clock=clock,
+            pools=Pools(config.max_ejection_percent, config.panic_threshold_percent),
+        )
+        made.register(models)
+        return made
+
+    def register(self, models: Iterable[ModelConfig]) -> None:
+        """Know which endpoints serve the same model; what is known of those that stay is kept."""
+        self.pools.register(models)
+        peers = {one for pool in self.pools.endpoints.values() if len(pool) > 1 for one in pool}
+        self.calls = {endpoint: self.calls.get(endpoint, [0, 0]) for endpoint in peers}
 
     # What happened
 
@@ -74,21 +120,36 @@ class HealthManager:
             if known.failed_checks >= self.failure_threshold:
                 self._trip(health.endpoint, known, "checks", f"{known.failed_checks} failed health checks")
             return
-        known.failed_checks = 0
+        was_down, known.failed_checks = known.failed_checks > 0, 0
         if known.opened_by == "checks":
             self._close(health.endpoint, known)
+        elif known.opened_by == "calls" and was_down:
+            # It was down and is up again, as after a restart: that is no answered call, but a reason to try one.
+            known.wait_s = 0.0
+            self._recompute_at_s = 0.0
 
-    def begin(self, endpoint: str) -> None:
+    def begin(self, endpoint: str) -> bool:
         """A call to the endpoint starts; if its breaker is half-open, the call takes the one probe slot.
 
         A probe whose outcome never comes gives its slot back after `recovery_timeout_seconds`.
+
+        Returns:
+            False if the breaker is half-open and another call has the slot: then this one must not be made.
         """
-        if endpoint in self._open and self._is_half_open(self._known[endpoint], now_s := self.clock.now_s()):
-            self._known[endpoint].probe_until_s = now_s + self.recovery_timeout_seconds
+        if endpoint not in self._open:
+            return True
+        known, now_s = self._known[endpoint], self.clock.now_s()
+        if self._is_half_open(known, now_s):
+            known.probe_until_s = now_s + self.recovery_timeout_seconds
             self._recompute_at_s = 0.0
+            return True
+        return not self._waited(known, now_s) or endpoint not in self.unavailable(now_s)
 
     def record_success(self, endpoint: str) -> None:
         """A live call was answered."""
+        calls = self.calls.get(endpoint)
+        if calls is not None:
+            calls[0] += 1
         known = self._known.get(endpoint)
         if known is None:
             return
@@ -102,11 +163,15 @@ class HealthManager:
         Only faults of the replica's own count (see `Fault.counts_against_replica`). Any other answer shows that the
         endpoint is alive and ends a probe well; a call that was given up shows nothing and only frees the slot.
         """
+        if fault is Fault.CIRCUIT_OPEN:
+            return
         if fault.counts_against_replica:
             known = self._of(endpoint)
             known.failed_calls += 1
+            if endpoint in self.calls:
+                self.calls[endpoint][1] += 1
             if known.opened_by or known.failed_calls >= self.failure_threshold:
-                self._trip(endpoint, known, "calls", f"{known.failed_calls} failed calls, last {fault.value}")
+                self._failed_too_often(endpoint, known, fault)
             return
         known_or_none = self._known.get(endpoint)
         if known_or_none is None or not known_or_none.opened_by:
@@ -116,6 +181,13 @@ class HealthManager:
             self._recompute_at_s = 0.0
         elif self._waited(known_or_none, self.clock.now_s()):
             self._close(endpoint, known_or_none)
+
+    def eject(self, endpoint: str, cause: str, reason: str, for_s: float) -> bool:
+        """Leave an endpoint alone for so many seconds, for how it answers; False if too many of its pool are out."""
+        if endpoint in self._open or not self._may_eject(endpoint):
+            return False
+        self._trip(endpoint, self._of(endpoint), cause, reason, for_s)
+        return True
 
     def retain(self, endpoints: Iterable[str]) -> None:
         """Forget every endpoint that is not one of these."""
@@ -150,7 +222,41 @@ class HealthManager:
         if endpoint not in self.unavailable(now_s):
             return None
         known = self._known[endpoint]
-        return _SOON_S if self._waited(known, now_s) else known.opened_s + self.recovery_timeout_seconds - now_s
+        return _SOON_S if self._waited(known, now_s) else known.opened_s + known.wait_s - now_s
+
+    @property
+    def ejected(self) -> Container[str]:
+        """The endpoints whose breaker is not closed."""
+        return self._open
+
+    @property
+    def panicking(self) -> Mapping[str, float]:
+        """The models of which too few replicas may be called, so that all are; each with the share that may, 0..1.
+
+        As of the last question after who is `unavailable`.
+        """
+        return self._panicking
+
+    @property
+    def is_any_returning(self) -> bool:
+        """True if the share of an endpoint may be smaller than usual; asking costs nothing."""
+        return bool(self._returned_s)
+
+    def share(self, endpoint: str, now_s: float) -> float:
+        """What an endpoint is to get of its usual share: less than 1 for a while after its return."""
+        since_s = self._returned_s.get(endpoint)
+        if since_s is None:
+            return 1.0
+        grown = (now_s - since_s) / self.slow_start_seconds
+        if grown < 1:
+            return max(grown, _LEAST_SHARE)
+        del self._returned_s[endpoint]
+        return 1.0
+
+    def share_now(self, endpoint: str) -> float:
+        """What an endpoint gets of its usual share now: nothing while it must not be called."""
+        now_s = self.clock.now_s()
+        return 0.0 if endpoint in self.unavailable(now_s) else self.share(endpoint, now_s)
 
     def breaker_state(self, endpoint: str) -> str:
         """``closed``, ``open`` or ``half_open``."""
@@ -204,6 +310,7 @@ class HealthManager:
 
     def _forget(self, endpoint: str) -> None:
         del self._known[endpoint]
+        self._returned_s.pop(endpoint, None)
         if endpoint in self._open:
             self._open.discard(endpoint)
             self._recompute_at_s = 0.0
@@ -214,16 +321,36 @@ class HealthManager:
             return None
         return known.health
 
-    def _trip(self, endpoint: str, known: _Endpoint, by: str, reason: str) -> None:
+    def _failed_too_often(self, endpoint: str, known: _Endpoint, fault: Fault) -> None:
+        reason = f"{known.failed_calls} failed calls, last {fault.value}"
+        if known.opened_by or fault in _UNREACHABLE or self._may_eject(endpoint):
+            self._trip(endpoint, known, "calls", reason, self.recovery_timeout_seconds)
+
+    def _may_eject(self, endpoint: str) -> bool:
+        may = self.pools.may_eject(endpoint, self._open)
+        if not may:
+            self._count(endpoint, "overflow")
+        return may
+
+    def _count(self, endpoint: str, cause: str) -> None:
+        self.ejections[endpoint, cause] = self.ejections.get((endpoint, cause), 0) + 1
+
+    def _trip(self, endpoint: str, known: _Endpoint, by: str, reason: str, wait_s: float | None = None) -> None:
+        if not known.opened_by:
+            self._count(endpoint, by)
         # Failed calls outweigh failed checks: once they are the cause, a passing check must not close the breaker.
-        known.opened_by = "calls" if "calls" in (by, known.opened_by) else by
+        known.opened_by = by if not known.opened_by or known.opened_by == "checks" else known.opened_by
         known.opened_s = self.clock.now_s()
+        known.wait_s = self.recovery_timeout_seconds if wait_s is None else wait_s
         known.reason = f"circuit open after {reason}"
         known.probe_until_s = 0.0
+        self._returned_s.pop(endpoint, None)
         self._open.add(endpoint)
         self._recompute_at_s = 0.0
 
     def _close(self, endpoint: str, known: _Endpoint) -> None:
+        if self.slow_start_seconds:
+            self._returned_s[endpoint] = self.clock.now_s()
         known.opened_by = known.reason = ""
         known.failed_calls = known.failed_checks = 0
         known.probe_until_s = 0.0
@@ -231,7 +358,7 @@ class HealthManager:
         self._recompute_at_s = 0.0
 
     def _waited(self, known: _Endpoint, now_s: float) -> bool:
-        return now_s >= known.opened_s + self.recovery_timeout_seconds
+        return now_s >= known.opened_s + known.wait_s
 
     def _is_half_open(self, known: _Endpoint, now_s: float) -> bool:
         """True if the wait is over and the probe slot is free."""
@@ -245,7 +372,15 @@ class HealthManager:
             if self._is_half_open(known, now_s):
                 continue
             waited = self._waited(known, now_s)
-            found[endpoint] = "circuit half-open, its probe is under way" if waited else known.reason
-            next_s = min(next_s, known.probe_until_s if waited else known.opened_s + self.recovery_timeout_seconds)
+            found[endpoint] = _PROBE_UNDER_WAY if waited else known.reason
+            next_s = min(next_s, known.probe_until_s if waited else known.opened_s + known.wait_s)
+        panic = self.pools.in_panic(found)
+        self._panicking = MappingProxyType({name: _share_left(pool, found) for name, pool in panic.items()})
+        for endpoint in {one for pool in panic.values() for one in pool}:
+            found.pop(endpoint, None)
         self._unavailable = MappingProxyType(found)
         self._recompute_at_s = next_s
+
+
+def _share_left(pool: Sequence[str], out: Container[str]) -> float:
+    return sum(one not in out for one in pool) / len(pool)

@@ -180,6 +180,22 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_breaker_state", "gauge", ("model", "endpoint"), "Circuit breaker: 0 closed, 1 half-open, 2 open."
     ),
+    MetricInfo(
+        "kvfleet_replica_share",
+        "gauge",
+        ("model", "endpoint"),
+        "What the replica is to get of its usual share, 0..1: 0 with an open breaker, below 1 in a slow start.",
+    ),
+    MetricInfo(
+        "kvfleet_ejections_total",
+        "counter",
+        ("endpoint", "cause"),
+        "Breakers opened: for `calls`, `checks`, `success_rate` or `latency`; `overflow` if too many were open.",
+        is_read=True,
+    ),
+    MetricInfo(
+        "kvfleet_panic_routes_total", "counter", ("model",), "Requests while too few of its replicas were well."
+    ),
     MetricInfo("kvfleet_in_flight_requests", "gauge", ("model", "endpoint"), "Our requests at the replica."),
     MetricInfo("kvfleet_model_queue_depth", "gauge", ("model", "endpoint"), "Requests waiting in the engine."),
     MetricInfo(
@@ -273,6 +289,7 @@ class _State(Collector):
         if self.health is not None:
             found["kvfleet_model_health"] = float(self.health.is_healthy(model.endpoint))
             found["kvfleet_breaker_state"] = _BREAKER[self.health.breaker_state(model.endpoint)]
+            found["kvfleet_replica_share"] = self.health.share_now(model.endpoint)
         if self.load is not None:
             said = self.load.engine(model.endpoint)
             found["kvfleet_in_flight_requests"] = self.load.in_flight(model.id)
@@ -351,6 +368,8 @@ class MetricsExporter:
         """Show the state of these replicas from now on, instead of any shown before."""
         self._state.models, self._state.health, self._state.load = tuple(models), health, load
         self._state.limits = limits
+        if self.enabled:
+            self.read_counter("kvfleet_ejections_total", lambda: dict(health.ejections))
 
     # Counting
 

@@ -33,7 +33,7 @@ __all__ = [
 OUTCOMES = ("answered", "cached", "refused", "no_candidates", "failed", "cancelled")
 """How a route may end."""
 
-_FAULTS = tuple(fault.value for fault in Fault if fault not in (Fault.CANCELLED, Fault.DEADLINE))
+_FAULTS = tuple(fault.value for fault in Fault if fault not in (Fault.CANCELLED, Fault.DEADLINE, Fault.CIRCUIT_OPEN))
 _REPLICA = "by model, or by replica as in `model@endpoint`"
 
 

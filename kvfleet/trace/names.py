@@ -129,6 +129,12 @@ _name("kvfleet.fact.<fact>.<detail>", "classify", "any", "More of what was found
 DROPPED = _name("kvfleet.dropped.candidates", "filter", "string[]", "Replicas dropped here.")
 DROPPED_REASONS = _name("kvfleet.dropped.reasons", "filter", "string[]", "Why, one for each.")
 DROPPED_RULES = _name("kvfleet.dropped.rules", "filter", "string[]", "By which rule, one for each; empty for none.")
+PANIC = _name(
+    "kvfleet.health.panic",
+    "filter",
+    "string[]",
+    "Models of which so few replicas may be called that all are (`health.panic_threshold_percent`).",
+)
 SCORED = _name(
     "kvfleet.score.candidates",
     "affinity, score, select",
@@ -150,7 +156,12 @@ TERM_PREFIX = "kvfleet.term."
 _name("kvfleet.term.<term>", "select", "double[]", "One part of the totals, one for each replica.")
 INSTEAD_PREFIX = "kvfleet.instead."
 _name("kvfleet.instead.<choice>", "select", "double", "What another choice would have come to, in the totals' unit.")
-SELECT_MODE = _name("kvfleet.select.mode", "select", "string", "exploit, explore, or a strategy's own word.")
+SELECT_MODE = _name(
+    "kvfleet.select.mode",
+    "select",
+    "string",
+    "exploit, explore, a strategy's own word, or slow_start where a replica that has come back is not first yet.",
+)
 ANSWERED = _name("kvfleet.answer.hit", "answer", "bool", "True if the stage had the answer.")
 ANSWER_MATCH = _name("kvfleet.answer.match", "answer", "string", "exact, or near for a question that asks the same.")
 ANSWER_SIMILARITY = _name("kvfleet.answer.similarity", "answer", "double", "How alike the two questions are, 0 to 1.")

@@ -58,6 +58,7 @@ class StageRecord:
         scored: Replicas with a value, in the order of `values`; best first for a choice.
         values, unit: Tokens for affinity, a column's unit for scores, the totals' unit for a choice.
         modes: How each expectation of an affinity stage is known.
+        panic: Models of which a filter lets all replicas through because too few are well.
         terms: Parts of a choice's totals, by name, in the order of `scored`.
         mode: How the first was chosen.
         is_answer: True if the stage answered the request itself.
@@ -82,6 +83,7 @@ class StageRecord:
     values: tuple[float, ...] = ()
     unit: str = ""
     modes: tuple[str, ...] = ()
+    panic: tuple[str, ...] = ()
     terms: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
     mode: str = ""
     is_answer: bool = False
@@ -114,6 +116,7 @@ class StageRecord:
             values=numbers(a, names.SCORE_VALUES),
             unit="tokens" if kind == "affinity" else text(a, names.SCORE_UNIT),
             modes=texts(a, names.SCORE_MODES),
+            panic=texts(a, names.PANIC),
             terms={term: numbers(a, names.TERM_PREFIX + term) for term in with_prefix(a, names.TERM_PREFIX)},
             mode=text(a, names.SELECT_MODE),
             is_answer=flag(a, names.ANSWERED),
@@ -157,6 +160,7 @@ class StageRecord:
             "candidates_out": self.candidates_out,
             "facts": {fact: _plain(value) for fact, value in self.facts.items()},
             "drops": [drop.to_dict() for drop in self.drops],
+            "panic": list(self.panic),
             "scores": self.by_replica,
             "unit": self.unit if self.scored else "",
             "modes": dict(zip(self.scored, self.modes, strict=False)),

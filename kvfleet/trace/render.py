@@ -132,10 +132,7 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
         skipped = ", and was skipped" if stage.is_skipped else ""
         pieces.append((f"failed: {stage.error}{skipped}", paint.bad))
     pieces += [(f"{fact} {_shown(value)}", _bare) for fact, value in stage.facts.items()]
-    if stage.candidates_in is not None:
-        is_same = stage.candidates_out == stage.candidates_in
-        told = f"{stage.candidates_in} stay" if is_same else f"{stage.candidates_in} → {stage.candidates_out}"
-        pieces.append((told, _bare))
+    pieces += _who_stays(stage, paint)
     if stage.drops and stage.retry_after_s is not None:
         pieces.append((f"the first again in {duration(stage.retry_after_s * 1000)}", _bare))
     if stage.kind == "affinity" and stage.scored:
@@ -153,6 +150,18 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
     if stage.refusal:
         again = "" if stage.retry_after_s is None else f"; again in {duration(stage.retry_after_s * 1000)}"
         pieces.append((f"refused: {stage.refusal}{again}", paint.bad))
+    return pieces
+
+
+def _who_stays(stage: StageRecord, paint: Paint) -> _Pieces:
+    """How many a stage left, and whether it did so in panic."""
+    if stage.candidates_in is None:
+        return []
+    is_same = stage.candidates_out == stage.candidates_in
+    told = f"{stage.candidates_in} stay" if is_same else f"{stage.candidates_in} → {stage.candidates_out}"
+    pieces: _Pieces = [(told, _bare)]
+    if stage.panic:
+        pieces.append((f"panic: too few of {', '.join(stage.panic)} are well, so all are used", paint.bad))
     return pieces
 
 

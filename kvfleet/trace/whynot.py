@@ -39,6 +39,7 @@ _FAULT_REMEDIES: Mapping[str, str] = {
     Fault.UNAUTHORIZED: "See that the model's `api_key` is valid there.",
     Fault.NOT_FOUND: "See that `model_id` is what its engine calls the model, and that `endpoint` is right.",
     Fault.CANCELLED: "The client left before it had answered.",
+    Fault.CIRCUIT_OPEN: "It has just failed, and one call at a time finds out whether it is well again.",
     Fault.DEADLINE: "The request's own deadline passed; it needs a longer one.",
 }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.clock import FrozenClock
+from kvfleet.config.health import HealthConfig
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
 from kvfleet.telemetry.health import HealthManager
 
@@ -84,7 +88,29 @@ def test_failed_checks_after_failed_calls_do_not_let_a_check_close_it(health: He
     for _ in range(3):
         health.update_health(check(healthy=False))
     health.update_health(check(healthy=True))
-    assert not health.is_available(GPU)
+    assert health.breaker_state(GPU) != "closed"
+
+
+def test_an_engine_that_was_seen_down_and_is_up_again_may_be_tried_at_once(health: HealthManager) -> None:
+    """A restart ends the wait, not the doubt: one call may try, and only one."""
+    fail(health, 3)
+    health.update_health(check(healthy=False))
+    assert health.breaker_state(GPU) == "open"
+    health.update_health(check(healthy=True))
+    assert health.breaker_state(GPU) == "half_open"
+    assert health.begin(GPU)
+    assert not health.begin(GPU)
+
+
+def test_of_many_calls_that_were_decided_together_one_is_the_probe(health: HealthManager, clock: FrozenClock) -> None:
+    """Requests that saw the free slot at the same moment do not all get it."""
+    fail(health, 3)
+    clock.advance(60)
+    assert [health.begin(GPU) for _ in range(5)] == [True, False, False, False, False]
+    health.record_failure(GPU, Fault.CIRCUIT_OPEN)
+    assert not health.begin(GPU), "a call that was not made says nothing of the probe"
+    health.record_success(GPU)
+    assert [health.begin(GPU) for _ in range(2)] == [True, True]
 
 
 def test_a_success_between_failures_starts_the_count_again(health: HealthManager) -> None:
@@ -284,3 +310,96 @@ def test_an_endpoint_always_comes_back(history: list[object]) -> None:
         assert health.is_available(GPU) == (not health.unavailable_reason(GPU))
     clock.advance(120)
     assert health.is_available(GPU)
+
+
+# Peers
+
+POOL = tuple(ModelConfig(name="m", endpoint=f"http://gpu-{i}:8000") for i in range(4))
+
+
+def of_pool(clock: FrozenClock, size: int = 4, **config: Any) -> HealthManager:
+    """The health of one model with some replicas."""
+    return HealthManager.of(HealthConfig(**config), POOL[:size], clock)
+
+
+def put_out(health: HealthManager, *numbers: int, fault: Fault = Fault.SERVER_ERROR) -> None:
+    """Let replicas fail often enough."""
+    for number in numbers:
+        for _ in range(3):
+            health.record_failure(POOL[number].endpoint, fault)
+
+
+def out(health: HealthManager) -> list[int]:
+    """Which replicas must not be called."""
+    return [i for i, model in enumerate(POOL) if not health.is_available(model.endpoint)]
+
+
+def test_no_more_than_half_are_left_alone_for_how_they_answer(clock: FrozenClock) -> None:
+    """A request that breaks every engine it is sent to does not close the fleet; what was spared is counted."""
+    health = of_pool(clock)
+    put_out(health, 0, 1, 2, 3)
+    assert out(health) == [0, 1]
+    assert health.ejections[POOL[2].endpoint, "overflow"] == 1
+
+
+def test_who_cannot_be_reached_is_left_alone_in_any_case(clock: FrozenClock) -> None:
+    """There is no use in calling an engine that is not there."""
+    health = of_pool(clock)
+    put_out(health, 0, 1, 2, fault=Fault.CONNECT)
+    assert out(health) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [0]), (2, [0]), (3, [0])])
+def test_one_may_always_be_left_alone(clock: FrozenClock, size: int, expected: list[int]) -> None:
+    """However small the pool."""
+    health = of_pool(clock, size, max_ejection_percent=10)
+    put_out(health, *range(size))
+    assert out(health) == expected
+
+
+def test_panic_lets_everybody_be_called(clock: FrozenClock) -> None:
+    """Below the threshold all are used and the model is named; above it, or when they are back, nobody is."""
+    health = of_pool(clock, panic_threshold_percent=50)
+    put_out(health, 0, 1, fault=Fault.CONNECT)
+    assert (out(health), dict(health.panicking)) == ([0, 1], {})
+    put_out(health, 2, fault=Fault.CONNECT)
+    assert (out(health), dict(health.panicking)) == ([], {"m": 0.25})
+    assert health.breaker_state(POOL[0].endpoint) == "open"
+    health.record_success(POOL[2].endpoint)
+    assert (out(health), dict(health.panicking)) == ([0, 1], {})
+
+
+def test_a_pool_of_one_does_not_panic(clock: FrozenClock) -> None:
+    """It has no peers that could drown, and its breaker is to hold."""
+    health = of_pool(clock, 1, panic_threshold_percent=100)
+    put_out(health, 0, fault=Fault.CONNECT)
+    assert (out(health), dict(health.panicking)) == ([0], {})
+
+
+def test_the_share_grows_after_a_return(clock: FrozenClock) -> None:
+    """From a tenth to all of it within the window; a new failure ends that."""
+    health = of_pool(clock, slow_start_seconds=10)
+    put_out(health, 0)
+    clock.advance(60)
+    health.begin(POOL[0].endpoint)
+    health.record_success(POOL[0].endpoint)
+    shares = []
+    for _ in range(6):
+        shares.append(health.share(POOL[0].endpoint, clock.now_s()))
+        clock.advance(2)
+    assert shares == pytest.approx([0.1, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert not health.is_any_returning
+    assert health.share(POOL[1].endpoint, clock.now_s()) == 1.0
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([Fault.SERVER_ERROR, Fault.TIMEOUT, None])), max_size=80))
+def test_half_of_a_pool_always_stays_whatever_it_answers(history: list[tuple[int, Fault | None]]) -> None:
+    """As long as every engine can be reached, at least half of them may be called."""
+    health = of_pool(FrozenClock())
+    for number, fault in history:
+        if fault is None:
+            health.record_success(POOL[number].endpoint)
+        else:
+            health.record_failure(POOL[number].endpoint, fault)
+        assert len(out(health)) <= 2

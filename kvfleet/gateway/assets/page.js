@@ -27,7 +27,7 @@ function gauge(share) {
 }
 function replicas(list) {
   return table("Replicas", list, [
-    ["Replica", (r) => r.name], ["Provider", (r) => r.provider], ["Health", health], ["Breaker", (r) => breaker(r.breaker)],
+    ["Replica", (r) => r.name], ["Provider", (r) => r.provider], ["Health", health], ["Breaker", (r) => breaker(r.breaker)], ["Share", (r) => (r.panic ? "panic" : r.share === null || r.share === undefined || r.share === 1 ? "" : Math.round(r.share * 100) + " %")],
     ["Check", (r) => duration(r.latency_ms), true],
     ["Ours in flight", (r) => r.in_flight, true], ["Running", (r) => r.running, true], ["Waiting", (r) => r.waiting, true],
     ["KV cache in use", (r) => gauge(r.kv_usage)], ["Rate limit left", (r) => gauge(r.rate_limit_left)], ["Prefix hits", (r) => percent(r.prefix_hit_rate), true],
