@@ -23,12 +23,14 @@ from kvfleet.adapters.base import (
     chunks_of,
 )
 from kvfleet.adapters.connections import Connections
+from kvfleet.adapters.native import portable
+from kvfleet.builtin.facts import prompt_tokens
 from kvfleet.cache.knowledge import CacheKnowledge
 from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
-from kvfleet.errors import RouteError
+from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build, build_adapters
 from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.observing import Observing
@@ -272,11 +274,9 @@ class Router:
         """
         if self._background is None:
             await self.open()
-        ctx, select = self.prepare(request, dry_run=True)
-        span = Span(names.ROUTE_SPAN, self.clock.time_ns())
-        span.attributes = route_attributes(ctx, self.config.fleet_name, self.pipeline, select)
-        trace = Trace(f"{self._random.getrandbits(128):032x}", [span])
-        decision = Decision(self.pipeline, ctx, trace, self.clock)
+        decision, select = self._dry_run(request)
+        trace = decision.trace
+        span = trace.route
         try:
             await decision.run(select)
         except RouteError as error:
@@ -292,6 +292,33 @@ class Router:
         span.attributes[names.OUTCOME] = "simulated"
         span.end_ns = self.clock.time_ns()
         return Explanation(trace)
+
+    def _dry_run(self, request: RouteRequest) -> tuple[Decision, BoundStage]:
+        ctx, select = self.prepare(request, dry_run=True)
+        span = Span(names.ROUTE_SPAN, self.clock.time_ns())
+        span.attributes = route_attributes(ctx, self.config.fleet_name, self.pipeline, select)
+        trace = Trace(f"{self._random.getrandbits(128):032x}", [span])
+        return Decision(self.pipeline, ctx, trace, self.clock), select
+
+    async def count_tokens(self, request: RouteRequest) -> tuple[int, bool]:
+        """About how many tokens a request's prompt has; and True if an engine counted them.
+
+        The engine asked is the one that a dry run chooses: nobody sees a prompt whom the policy keeps from it.
+
+        Raises:
+            RouteError: if the request is wrong, or nobody may serve it.
+        """
+        if self._background is None:
+            await self.open()
+        decision, select = self._dry_run(request)
+        await decision.run(select)
+        first = decision.ranking.models[0] if decision.ranking is not None else None
+        if first is not None and first.is_private:  # others may be sent only what the execute stage lets them see
+            with contextlib.suppress(BackendError):
+                ids = await self.adapters[first.id].prompt_tokens(request.operation, portable(request.body))
+                if ids is not None:
+                    return len(ids), True
+        return prompt_tokens(decision.ctx), False
 
     async def route(
         self,

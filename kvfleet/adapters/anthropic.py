@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import ClassVar
 
 import attrs
 
 from kvfleet.adapters.anthropic_bodies import chat_body
 from kvfleet.adapters.anthropic_wire import AnthropicChat
 from kvfleet.adapters.base import EndpointHealth
-from kvfleet.adapters.call import Call, Operation
+from kvfleet.adapters.call import Call, Operation, Reply
+from kvfleet.adapters.native import send_native
 from kvfleet.adapters.refusals import refuse
 from kvfleet.adapters.translated import TranslatedAdapter
 from kvfleet.adapters.translation import Translation
@@ -36,6 +38,7 @@ class AnthropicAdapter(TranslatedAdapter):
     `top_k`, `cache_control` on messages, parts and tools) may stand in the request.
     """
 
+    keeps_marks: ClassVar[bool] = True
     endpoint: str = DEFAULT_ENDPOINTS["anthropic"]
     max_tokens: int = number(
         4096, ge=1, unit="tokens", doc="Longest answer where the request has no limit; Anthropic needs one."
@@ -63,6 +66,16 @@ class AnthropicAdapter(TranslatedAdapter):
         if status == 400 and _NO_CREDIT.search(body):
             return BackendError(Fault.UNAUTHORIZED, "the backend's account has no credit (status 400)", status=status)
         return super().error_of(status, headers, body, received=received)
+
+    def speaks(self, surface: str) -> bool:
+        """See `InferenceAdapter.speaks`."""
+        return surface == "messages"
+
+    async def send(self, call: Call) -> Reply:
+        """Make one call; what the client said in Anthropic's words is passed through."""
+        if call.native is not None and call.native.surface == "messages":
+            return await send_native(self, "/v1/messages", call)
+        return await super().send(call)
 
     def translate(self, call: Call) -> Translation:
         """The call in Anthropic's words."""

@@ -17,9 +17,9 @@ from kvfleet.adapters.faults import from_answer
 from kvfleet.adapters.translation import Chunks, Framing, Translation, arguments_text, wants_usage
 from kvfleet.errors import BackendError
 
-__all__ = ["AnthropicChat", "status_of", "usage_of"]
+__all__ = ["FINISH", "AnthropicChat", "status_of", "usage_of"]
 
-_FINISH = {
+FINISH = {
     "end_turn": "stop",
     "stop_sequence": "stop",
     "pause_turn": "stop",
@@ -137,7 +137,7 @@ class AnthropicChat(Translation):
 
 
 def _reason(stop_reason: Any) -> str:
-    return _FINISH.get(stop_reason, "stop")
+    return FINISH.get(stop_reason, "stop")
 
 
 def _message(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

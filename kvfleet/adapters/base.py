@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import attrs
 import orjson
@@ -215,6 +215,8 @@ class InferenceAdapter(abc.ABC):
     api_key: str = attrs.field(default="", repr=False)
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     connections: Any = attrs.field(default=None, repr=False, eq=False)
+    keeps_marks: ClassVar[bool] = False
+    """True if it reads Anthropic's own fields of a chat (`cache_control`, ...); else they are left out."""
 
     @classmethod
     def from_config(cls, model: ModelConfig, *, connections: Any = None, **options: Any) -> Self:
@@ -242,6 +244,11 @@ class InferenceAdapter(abc.ABC):
     @abc.abstractmethod
     async def health_check(self) -> EndpointHealth:
         """Ask whether the engine is up; never raises for an engine that is not."""
+
+    def speaks(self, surface: str) -> bool:
+        """True if `send` can take a call's `native` of that API, ``messages`` or ``responses``."""
+        del surface
+        return False
 
     async def list_models(self) -> tuple[str, ...]:
         """Names of the models the engine serves.

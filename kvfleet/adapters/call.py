@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-__all__ = ["Call", "Limits", "Operation", "Reply", "Tally", "Usage"]
+__all__ = ["Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
 
 
 class Operation(enum.StrEnum):
@@ -93,6 +93,26 @@ class Limits:
 
 
 @attrs.frozen(kw_only=True)
+class Native:
+    """A chat as its client said it in another API's words, for an engine that speaks those words too.
+
+    The chat body made of it holds every text of it: what the policy saw of one, it saw of the other.
+
+    Attributes:
+        surface: The API: ``messages`` (Anthropic) or ``responses`` (OpenAI).
+        body: The body as the client sent it, parsed; never changed in place.
+        headers: The client's headers that belong to that API.
+        only: What of it no chat body can say, so that only an engine that speaks the API can answer; empty if there is
+            nothing of the kind.
+    """
+
+    surface: str
+    body: Mapping[str, Any]
+    headers: tuple[tuple[str, str], ...] = ()
+    only: str = ""
+
+
+@attrs.frozen(kw_only=True)
 class Call:
     """One backend call, in the OpenAI shape.
 
@@ -105,6 +125,8 @@ class Call:
         limits: Time limits.
         ask_usage: True to have usage reported at the end of a stream even where the client did not ask; the relay then
             takes the usage-only event out again.
+        native: The same request in the words of another API that this engine speaks; None if there is none, or if the
+            answer must come in the OpenAI shape. An adapter may always take `body` instead.
     """
 
     operation: Operation
@@ -114,6 +136,7 @@ class Call:
     headers: tuple[tuple[str, str], ...] = ()
     limits: Limits = Limits()
     ask_usage: bool = False
+    native: Native | None = None
 
 
 @attrs.define
@@ -154,6 +177,7 @@ class Reply:
             stream, or ends without having finished.
         tally: Filled in as the answer passes.
         close: Ends the call at once, also amid a stream (the engine then stops its work); safe twice.
+        surface: The API in whose words `body` or `events` are; empty for OpenAI's chat, as nearly always.
     """
 
     status: int = 200
@@ -162,3 +186,4 @@ class Reply:
     events: AsyncIterator[bytes] | None = None
     tally: Tally = attrs.field(factory=Tally)
     close: Callable[[], Awaitable[None]] = attrs.field(default=_nothing, repr=False)
+    surface: str = ""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import attrs
 import orjson
 
 from kvfleet.adapters import faults, sse
 from kvfleet.adapters.base import EndpointHealth
-from kvfleet.adapters.call import Call, Operation, Reply, Tally, Usage
+from kvfleet.adapters.call import Call, Native, Operation, Reply, Tally, Usage
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming, parsed
+from kvfleet.adapters.native import send_native
+from kvfleet.adapters.native_wire import WIRES
 from kvfleet.adapters.patching import body_for, hides_usage
-from kvfleet.config.fields import text
+from kvfleet.config.fields import listing, text
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["OpenAICompatAdapter"]
@@ -23,6 +25,7 @@ __all__ = ["OpenAICompatAdapter"]
 # Parsing some megabytes of vectors would hold up everybody else for what stands in their last hundred bytes.
 READ_WHOLE_BELOW_BYTES = 256 * 1024
 _TAIL_BYTES = 4096
+_OPENAI = "api.openai.com"
 
 # Some engines and proxies leave the type out, or say less than they could.
 _JSON_TYPES = frozenset({"application/json", "text/plain", "application/octet-stream", ""})
@@ -39,17 +42,39 @@ class OpenAICompatAdapter(HTTPAdapter):
         pattern="(/[A-Za-z0-9._~-]+)*",
         pattern_doc="a path such as /v1 or /openai/v1, or empty",
     )
+    surfaces: tuple[str, ...] = listing(
+        ("usual",),
+        of=("usual", "messages", "responses"),
+        doc="APIs beside OpenAI's chat that the engine speaks: requests that come over them are passed through, others "
+        "are translated. `usual`: what engines of this kind have.",
+        example=["messages", "responses"],
+    )
+    usual_surfaces: ClassVar[frozenset[str]] = frozenset()
     _paths: Mapping[Operation, str] = attrs.field(init=False, repr=False, eq=False)
+    _spoken: set[str] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
+        self._spoken = set(self.surfaces) - {"usual"}
+        if "usual" in self.surfaces:
+            self._spoken |= self._usual_surfaces()
         self._paths = {operation: self._api(operation.path) for operation in Operation}
 
     def _api(self, path: str) -> str:
         return self.api_prefix + path.removeprefix("/v1")
 
+    def _usual_surfaces(self) -> frozenset[str]:
+        # Who calls OpenAI itself need not say that it has its own API.
+        return frozenset({"responses"}) if self._base.host == _OPENAI else self.usual_surfaces
+
+    def speaks(self, surface: str) -> bool:
+        """See `InferenceAdapter.speaks`; an API that the engine turned out not to have is not spoken any more."""
+        return surface in self._spoken
+
     async def send(self, call: Call) -> Reply:
         """Make one call; see `InferenceAdapter.send`."""
+        if call.native is not None and call.native.surface in self._spoken:
+            return await self._send_native(call, call.native)
         incoming = await self.exchange(
             "POST",
             self._paths[call.operation],
@@ -71,6 +96,17 @@ class OpenAICompatAdapter(HTTPAdapter):
         except BaseException:  # a cancelled call, too, must stop the engine
             await incoming.aclose()
             raise
+
+    async def _send_native(self, call: Call, native: Native) -> Reply:
+        """The same in the client's own words; as a chat if the engine, being older, does not have that API."""
+        try:
+            return await send_native(self, self._api(WIRES[native.surface].path), call)
+        except BackendError as error:
+            if error.kind is not Fault.NOT_FOUND or native.only:
+                raise
+        reply = await self.send(attrs.evolve(call, native=None))
+        self._spoken.discard(native.surface)  # it knows the model, so it was the path that it does not know
+        return reply
 
     async def health_check(self) -> EndpointHealth:
         """Ask ``/health``, and where nobody knows that path, for the list of models."""

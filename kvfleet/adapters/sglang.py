@@ -30,6 +30,7 @@ _THROUGHPUT = "sglang:gen_throughput"
 class SGLangAdapter(MeteredAdapter):
     """SGLang's OpenAI server. Start it with ``--enable-metrics`` and, for cached tokens, ``--enable-cache-report``."""
 
+    usual_surfaces: ClassVar[frozenset[str]] = frozenset({"messages"})
     prefix: ClassVar[str] = "sglang:"
     # Every rank of one engine reports the engine's figures; those of data-parallel ranks are their own and are summed.
     reader: ClassVar[Reader] = Reader(

@@ -36,6 +36,7 @@ _RENDERED = (
 class VLLMAdapter(MeteredAdapter):
     """vLLM's OpenAI server. Start it with ``--enable-prompt-tokens-details`` to have cached tokens reported."""
 
+    usual_surfaces: ClassVar[frozenset[str]] = frozenset({"messages"})
     prefix: ClassVar[str] = "vllm:"
     reader: ClassVar[Reader] = Reader(
         [_RUNNING, _WAITING, *_KV_USAGE, _CPU_USAGE, *_QUERIES, *_HITS, _CONFIG, _GENERATED, _THROUGHPUT]

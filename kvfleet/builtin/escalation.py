@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import attrs
 
@@ -39,6 +39,8 @@ _MARGIN_S = 0.25
 @attrs.define(kw_only=True)
 class EscalationRules(Fallback):
     """When an answer is trusted, and how much of a stream is read to tell."""
+
+    reads_answers: ClassVar[bool] = True
 
     threshold: float = number(0.7, ge=0, le=1, doc="Confidence from which on an answer is given.")
     if_unknown: str = choice(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import attrs
 
@@ -27,6 +28,7 @@ class Fallback(FallbackRules):
     last. Nothing is tried again after the first byte.
     """
 
+    reads_answers: ClassVar[bool] = False
     _limits: FleetLimits = attrs.field(init=False, factory=FleetLimits, repr=False, eq=False)
 
     def provision(self, services: Services) -> None:

@@ -67,6 +67,10 @@ def messages_of(body: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 def _message_texts(message: Mapping[str, Any]) -> Iterator[str]:
     yield from _strings(message.get("content"))
     yield from _call_texts(message)
+    if "reasoning_content" in message or "thinking_blocks" in message:
+        yield from _strings(message.get("reasoning_content"))
+        blocks = message.get("thinking_blocks")
+        yield from _strings([block.get("thinking") for block in blocks or () if isinstance(block, Mapping)])
 
 
 def _call_texts(message: Mapping[str, Any]) -> Iterator[str]:

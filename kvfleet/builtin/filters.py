@@ -5,12 +5,12 @@ from __future__ import annotations
 import enum
 import functools
 import operator
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
 
-from kvfleet.adapters.call import Operation
+from kvfleet.adapters.call import Native, Operation
 from kvfleet.builtin.facts import MODALITY, PROMPT
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
@@ -78,6 +78,7 @@ class CapabilityFilter:
         doc="Share of the estimated prompt that must fit into the window beside `max_tokens`; below 1 because the "
         "estimate may be too high, and the engine counts exactly.",
     )
+    _services: Services = attrs.field(init=False, factory=Services, repr=False, eq=False)
     _lacks: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _windows: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _smallest: int = attrs.field(init=False, default=0)
@@ -86,6 +87,7 @@ class CapabilityFilter:
 
     def provision(self, services: Services) -> None:
         """Note what each replica cannot do."""
+        self._services = services
         self._lacks = {model.id: _lacks(model) for model in services.models}
         self._windows = {model.id: _window(model) for model in services.models}
         self._smallest = min(self._windows.values(), default=0)
@@ -93,6 +95,20 @@ class CapabilityFilter:
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """The drops."""
+        native = ctx.request.native
+        drops = self._incapable(ctx)
+        if native is not None and native.only:
+            return [*drops, *self._deaf(ctx, native, {drop.candidate.id for drop in drops})]
+        return drops
+
+    def _deaf(self, ctx: RoutingContext, native: Native, dropped: Container[str]) -> list[Drop]:
+        """Those of the rest that do not speak the client's API, where only who does can answer."""
+        adapters = self._services.adapters
+        reason = f"does not speak the {native.surface} API itself, which {native.only} needs"
+        left = [model for model in ctx.candidates if model.id not in dropped and model.id in adapters]
+        return [Drop(model, reason, "surface") for model in left if not adapters[model.id].speaks(native.surface)]
+
+    def _incapable(self, ctx: RoutingContext) -> Sequence[Drop]:
         need = _needs(ctx)
         if not need & self._lacked:  # nobody in the fleet lacks any of it
             return self._too_long(ctx, ())

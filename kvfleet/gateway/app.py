@@ -33,6 +33,10 @@ from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.relay import Relay
 from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.surfaces.messages import Messages
+from kvfleet.gateway.surfaces.responses import Responses
+from kvfleet.gateway.surfaces.serving import SurfaceAnswer
+from kvfleet.gateway.surfaces.surface import Asked, Surface
 from kvfleet.gateway.tenants import bind, statements
 from kvfleet.gateway.wire import RequestReader
 from kvfleet.plugin.contract import RouteRequest
@@ -46,6 +50,14 @@ __all__ = ["Access", "Gateway", "Route"]
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[None]]
+
+MESSAGES, RESPONSES = Messages(), Responses()
+SPOKEN: Mapping[str, Surface] = {
+    MESSAGES.path: MESSAGES,
+    f"{MESSAGES.path}/count_tokens": MESSAGES,
+    RESPONSES.path: RESPONSES,
+}
+"""Whose errors a path has, if not OpenAI's."""
 
 
 class Access(enum.StrEnum):
@@ -126,7 +138,12 @@ class Gateway:
             Route("POST", Operation.RERANK.path, Access.KEY, rerank),
             Route("POST", "/v2/rerank", Access.KEY, rerank),
             Route("POST", "/rerank", Access.KEY, rerank),
+            Route("POST", MESSAGES.path, Access.KEY, functools.partial(self._converse, MESSAGES)),
+            Route("POST", f"{MESSAGES.path}/count_tokens", Access.KEY, self._count_tokens),
+            Route("POST", RESPONSES.path, Access.KEY, functools.partial(self._converse, RESPONSES)),
             Route("POST", "/v1/route/explain", Access.KEY, self._explain),
+            Route("POST", "/v1/route/explain/messages", Access.KEY, functools.partial(self._explain_as, MESSAGES)),
+            Route("POST", "/v1/route/explain/responses", Access.KEY, functools.partial(self._explain_as, RESPONSES)),
             Route("POST", "/v1/feedback", Access.KEY, self._feedback),
             Route("GET", "/v1/models", Access.KEY, self._models),
             Route("GET", "/v1/models/{id}", Access.KEY, self._model),
@@ -219,7 +236,8 @@ class Gateway:
             return None
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None or route.access is not Access.OPEN:
-            exchange.caller = self.keys.caller(exchange.headers.get(b"authorization"))
+            headers = exchange.headers
+            exchange.caller = self.keys.caller(headers.get(b"authorization"), headers.get(b"x-api-key"))
             self._admit(exchange.caller, route)
         if route is not None:
             return route
@@ -266,7 +284,13 @@ class Gateway:
             headers.append((b"x-kvfleet-trace", error.trace.trace_id.encode()))
         if error.status == 413:
             exchange.closes = True  # what is still being sent is not read
-        await exchange.json(error.status, error_object(error, self.replicas, exchange.request_id), headers)
+        told = error_object(error, self.replicas, exchange.request_id)
+        surface = SPOKEN.get(exchange.path)
+        if surface is not None:
+            told = surface.error(told, error.status)
+            if not any(name == b"request-id" for name, _ in exchange.common):
+                headers.append((b"request-id", exchange.request_id.encode()))
+        await exchange.json(error.status, told, headers)
 
     # Inference -------------------------------------------------------------------------------------------------------
 
@@ -302,6 +326,50 @@ class Gateway:
         exchange.unwatch()
         body = reply.body if answer_id is None else answer_id.in_answer(reply.body, reply.tally.response_id)
         await exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
+
+    # Other APIs than OpenAI's chat ------------------------------------------------------------------------------------
+
+    async def _read_as(self, surface: Surface, exchange: Exchange) -> tuple[Asked, RouteRequest]:
+        raw = await exchange.body(self._max_body_bytes)
+        caller, headers = exchange.caller, exchange.headers
+        asked, request = self._reader.read_as(
+            surface, raw, headers, exchange.request_id, fields=exchange.fields, key=caller.name
+        )
+        return asked, bind(request, caller)
+
+    async def _converse(self, surface: Surface, exchange: Exchange) -> None:
+        asked, request = await self._read_as(surface, exchange)
+        exchange.common.append((b"request-id", exchange.request_id.encode()))
+        exchange.watch()
+        try:
+            await self._answer_as(surface, asked, exchange, request)
+        except asyncio.CancelledError:
+            if not exchange.has_left:
+                raise
+            self._note_departure(exchange)
+
+    async def _answer_as(self, surface: Surface, asked: Asked, exchange: Exchange, request: RouteRequest) -> None:
+        try:
+            dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
+            reply = dispatch.answer.reply
+            headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
+            own = "" if self._renames_answers else reply.tally.response_id
+            answer = SurfaceAnswer(surface, asked, exchange, self.replicas, own or exchange.request_id)
+            await (answer.whole(reply, headers) if reply.events is None else answer.stream(reply, headers))
+        except BackendError as error:
+            broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
+            raise broken from error
+
+    async def _count_tokens(self, exchange: Exchange) -> None:
+        _, request = await self._read_as(MESSAGES, exchange)
+        count, is_exact = await self.router.count_tokens(request)
+        headers = [(b"x-kvfleet-tokens", b"exact" if is_exact else b"estimate")]
+        await exchange.json(200, {"input_tokens": count}, headers)
+
+    async def _explain_as(self, surface: Surface, exchange: Exchange) -> None:
+        _, request = await self._read_as(surface, exchange)
+        explanation = await self.router.simulate_request(request)
+        await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
 
     async def _explain(self, exchange: Exchange) -> None:
         raw = await exchange.body(self._max_body_bytes)

@@ -50,8 +50,8 @@ class Keys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def caller(self, authorization: bytes | None) -> Caller:
-        """Whose key stands in an ``Authorization`` header.
+    def caller(self, authorization: bytes | None, api_key: bytes | None = None) -> Caller:
+        """Whose key stands in an ``Authorization`` header, or in the ``x-api-key`` that Anthropic's clients send.
 
         Every key is compared, as a digest and in constant time, so that neither a key's length nor its beginning can
         be found by measuring.
@@ -61,6 +61,8 @@ class Keys:
         """
         if not self._digests:
             return ANYBODY
+        if authorization is None and api_key is not None:
+            authorization = b"Bearer " + api_key
         scheme, _, token = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not token.strip():
             raise AuthenticationError("no API key; send it as 'Authorization: Bearer KEY'", code="missing_api_key")

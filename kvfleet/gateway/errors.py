@@ -11,7 +11,7 @@ import orjson
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.gateway.replicas import ReplicaNames
 
-__all__ = ["error_event", "error_headers", "error_object", "shutting_down"]
+__all__ = ["error_event", "error_headers", "error_object", "event_object", "shutting_down"]
 
 Pairs = list[tuple[bytes, bytes]]
 
@@ -100,15 +100,18 @@ def shutting_down() -> RouteError:
 _PASSING = frozenset({"filter.health"})  # what excludes for the moment; the others exclude the request as it is
 
 
+def event_object(error: BackendError | RouteError, names: ReplicaNames, request_id: str) -> dict[str, Any]:
+    """What ends a broken stream, as `error_object` has it."""
+    if isinstance(error, RouteError):
+        return error_object(error, names, request_id)
+    broken = RouteError(
+        f"the answer broke off: {error.message}",
+        code="stream_interrupted",
+        details={"fault": error.kind.value},
+    )
+    return error_object(broken, names, request_id)
+
+
 def error_event(error: BackendError | RouteError, names: ReplicaNames, request_id: str) -> bytes:
     """The server-sent event that ends a broken stream; OpenAI's clients raise it as an ``APIError``."""
-    if isinstance(error, RouteError):
-        body = error_object(error, names, request_id)
-    else:
-        broken = RouteError(
-            f"the answer broke off: {error.message}",
-            code="stream_interrupted",
-            details={"fault": error.kind.value},
-        )
-        body = error_object(broken, names, request_id)
-    return b"data: " + orjson.dumps(body) + b"\n\n"
+    return b"data: " + orjson.dumps(event_object(error, names, request_id)) + b"\n\n"

@@ -15,16 +15,18 @@ from kvfleet.gateway.errors import error_event, shutting_down
 from kvfleet.gateway.exchange import Exchange, Pairs
 from kvfleet.gateway.replicas import ReplicaNames
 
-__all__ = ["Relay"]
+__all__ = ["SSE", "Relay"]
 
 _log = logging.getLogger(__name__)
 
-_SSE: Pairs = [
+SSE: Pairs = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     # nginx would otherwise collect a stream before passing it on.
     (b"x-accel-buffering", b"no"),
 ]
+"""Headers of a stream of server-sent events."""
+
 _DONE = b"data: [DONE]\n\n"
 
 
@@ -63,7 +65,7 @@ class Relay:
         assert events is not None  # noqa: S101 - the caller looked
         renamed = _as_it_is if self.answer_id is None else self.answer_id.in_events
         piece = await anext(events, None)
-        await exchange.start(200, [*_SSE, *headers])
+        await exchange.start(200, [*SSE, *headers])
         try:
             while piece is not None:
                 piece = renamed(piece)

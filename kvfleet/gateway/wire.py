@@ -6,7 +6,7 @@ through as it came.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -24,6 +24,7 @@ from kvfleet.gateway.headers import (
     text_of,
     timeout_of,
 )
+from kvfleet.gateway.surfaces.surface import Asked, Surface
 from kvfleet.plugin.contract import RouteRequest
 
 __all__ = ["RequestReader", "parse"]
@@ -70,6 +71,26 @@ class RequestReader:
         body = parse(raw)
         _CHECKS[operation](body)
         return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)
+
+    def read_as(
+        self,
+        surface: Surface,
+        raw: bytes,
+        headers: Headers,
+        request_id: str,
+        *,
+        fields: Sequence[tuple[bytes, bytes]],
+        key: str = "",
+    ) -> tuple[Asked, RouteRequest]:
+        """The request of one call over another API than OpenAI's chat: a chat that also has its client's own words.
+
+        Raises:
+            BadRequestError: naming the field or header that is wrong.
+        """
+        asked = surface.read(parse(raw), fields)
+        _check_chat(asked.chat)
+        request = self._request(Operation.CHAT, asked.chat, b"", headers=headers, request_id=request_id, key=key)
+        return asked, request.changed(native=asked.native, session=request.session or asked.session)
 
     def read_any(self, raw: bytes, headers: Headers, request_id: str, *, key: str = "") -> RouteRequest:
         """The request of a dry run, whose operation is the one its fields belong to.

@@ -13,6 +13,7 @@ import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.adapters.call import Call, Limits, Reply, Tally, Usage
+from kvfleet.adapters.native import fitted
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
@@ -130,6 +131,8 @@ class Attempts:
         prompt_tokens: About how many tokens the prompt has, for answers that are not read to their end.
         keeps_content: True to keep the answer's bytes, for the trace or for a component that asked for them.
         deadline_s: When the request's own time is up, by the monotonic clock; None if it has no deadline.
+        passes_native: True if an answer may be in the words of another API than OpenAI's chat, since nobody on the way
+            reads it.
     """
 
     request: RouteRequest
@@ -144,6 +147,7 @@ class Attempts:
     prompt_tokens: Callable[[], int] = lambda: 0
     keeps_content: bool = False
     deadline_s: float | None = None
+    passes_native: bool = False
     _made: int = attrs.field(init=False, default=0)
     _answered: list[_One] = attrs.field(init=False, factory=list)
 
@@ -217,7 +221,7 @@ class Attempts:
         headers = [*request.headers, ("x-request-id", request.request_id), ("traceparent", handle.traceparent)]
         if handle.tracestate:
             headers.append(("tracestate", handle.tracestate))
-        return Call(
+        call = Call(
             operation=request.operation,
             body=request.body if rewrite is None else rewrite.body,
             raw=request.raw if rewrite is None else b"",
@@ -228,6 +232,10 @@ class Attempts:
             ),
             ask_usage=candidate.stream_usage,
         )
+        if request.native is None:
+            return call
+        may_pass = self.passes_native and rewrite is None and not self.keeps_content
+        return fitted(call, request.native, self.adapters[candidate.id], may_pass=may_pass)
 
 
 @attrs.define

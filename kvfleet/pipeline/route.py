@@ -134,6 +134,7 @@ class Route:
             prompt_tokens=lambda: prompt_tokens(self.ctx),
             keeps_content=self.keeps_content or self.wants_content,
             deadline_s=None if timeout_s is None else self._started_s + timeout_s,
+            passes_native=self.pipeline.passes_native,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
         attributes.update(given.details)

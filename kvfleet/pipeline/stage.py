@@ -148,6 +148,7 @@ class Pipeline:
         listeners: Other components with an `observe`: they are told of every outcome too, after the observe stages.
         markers: Observers with something to say in the route's record.
         placers: Stages that are told at once where a request goes.
+        passes_native: True if the execute stage reads no answers, so that one may pass in another API's words.
         hash: Tells one configuration from another.
     """
 
@@ -160,9 +161,14 @@ class Pipeline:
     markers: tuple[BoundStage, ...] = ()
     placers: tuple[BoundStage, ...] = ()
     hash: str = ""
+    passes_native: bool = attrs.field(init=False)
     _ids: dict[int, tuple[Sequence[ModelConfig], tuple[str, ...]]] = attrs.field(
         init=False, factory=dict, repr=False, eq=False
     )
+
+    @passes_native.default
+    def _reads_no_answers(self) -> bool:
+        return not getattr(self.execute.component, "reads_answers", True)
 
     def ids(self, candidates: Sequence[ModelConfig]) -> tuple[str, ...]:
         """The candidates' ids; the same tuple for the same candidates, of which requests that ask alike have one."""

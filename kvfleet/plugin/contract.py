@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import attrs
 
-from kvfleet.adapters.call import Operation, Reply, Usage
+from kvfleet.adapters.call import Native, Operation, Reply, Usage
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ContractError, RouteError
 from kvfleet.router.scoring import Column, ModelScore, Ranking, ScoringContext
@@ -139,6 +139,7 @@ class RouteRequest:
         traceparent, tracestate: W3C context of the caller, if any.
         timeout_s: The request's own deadline, in seconds from its start; None for none.
         seed: Seed for this decision; None draws one.
+        native: A chat's own words, if it came over another API than OpenAI's chat; `body` says the same.
     """
 
     operation: Operation = Operation.CHAT
@@ -163,6 +164,7 @@ class RouteRequest:
     tracestate: str = ""
     timeout_s: float | None = None
     seed: int | None = None
+    native: Native | None = None
 
     def changed(self, **changes: Any) -> RouteRequest:
         """The same with other values of some fields; `attrs.evolve` takes ten times as long."""
@@ -458,7 +460,11 @@ class Attempt(Protocol):
 
 @runtime_checkable
 class Executor(Protocol):
-    """Gets the answer from the ranked candidates."""
+    """Gets the answer from the ranked candidates.
+
+    One that never looks into an answer may say ``reads_answers = False``: then what came over another API than OpenAI's
+    chat may be answered in that API's own words.
+    """
 
     async def execute(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt) -> Answer:
         """The answer of the first attempt that works.

@@ -90,7 +90,7 @@ def test_every_response_header_is_told() -> None:
 def test_every_error_code_is_told() -> None:
     """The codes on the page are those in the code, no more and no fewer."""
     kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, RouteError)]
-    modules = [path for folder in RAISING for path in (ROOT / "kvfleet" / folder).glob("*.py")]
+    modules = [path for folder in RAISING for path in (ROOT / "kvfleet" / folder).rglob("*.py")]
     in_code = {kind.code for kind in kinds} | {code for path in modules for code in codes_in(path)}
     told = {code for code, *_ in rows("Errors")}
     assert told == in_code

@@ -1,0 +1,149 @@
+"""Serves a surface: a request in its words becomes a chat, is routed as one, and is answered in its words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator
+from typing import Any
+
+import attrs
+import orjson
+
+from kvfleet.adapters.call import Reply
+from kvfleet.adapters.splitters import data_of
+from kvfleet.errors import BackendError, Fault, RouteError
+from kvfleet.gateway.errors import event_object, shutting_down
+from kvfleet.gateway.exchange import Exchange, Pairs
+from kvfleet.gateway.relay import SSE
+from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.surfaces.surface import Asked, Surface, Writer
+
+__all__ = ["SurfaceAnswer"]
+
+_log = logging.getLogger(__name__)
+
+_END = re.compile(rb"\r?\n\r?\n")
+_DONE = b"[DONE]"
+
+
+@attrs.define
+class SurfaceAnswer:
+    """Gives one answer in a surface's words, whoever made it.
+
+    What an engine said in those words goes on as it came. A stream ends as `kvfleet.gateway.relay.Relay` has it: whole,
+    with an error in the surface's shape, or cut off because the client left.
+
+    Attributes:
+        identifier: The answer's, if it is the gateway that writes it.
+    """
+
+    surface: Surface
+    asked: Asked
+    exchange: Exchange
+    names: ReplicaNames
+    identifier: str
+
+    async def whole(self, reply: Reply, headers: Pairs) -> None:
+        """Send a whole answer.
+
+        Raises:
+            BackendError: if it cannot be told in these words.
+        """
+        body = reply.body
+        if reply.surface != self.surface.name:
+            body = orjson.dumps(self.surface.render(_parsed(body), self.asked, self.identifier, reply.tally))
+        self.exchange.unwatch()
+        await self.exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
+
+    async def stream(self, reply: Reply, headers: Pairs) -> None:
+        """Send a streamed answer.
+
+        Raises:
+            BackendError, RouteError: if it breaks before its first byte.
+        """
+        is_whole = False
+        try:
+            is_whole = await self._stream(reply, headers)
+        finally:
+            if not is_whole:
+                await reply.close()
+
+    async def _stream(self, reply: Reply, headers: Pairs) -> bool:
+        """True if it ended as it should."""
+        exchange, writer = self.exchange, self.surface.writer(self.asked, self.identifier)
+        pieces = _as_they_are(reply) if reply.surface == self.surface.name else _written(reply, writer)
+        piece = await anext(pieces, None)
+        await exchange.start(200, [*SSE, *headers])
+        try:
+            while piece is not None:
+                await exchange.piece(piece)
+                piece = await anext(pieces, None)
+        except asyncio.CancelledError:
+            if not exchange.has_left:
+                await self._fail(writer, shutting_down())
+            raise
+        except (BackendError, RouteError) as error:
+            await self._fail(writer, error)
+            return False
+        except Exception as error:  # noqa: BLE001 - the plugin border: the client must learn that this is not the end
+            _log.error("stream failed request_id=%s error=%s", exchange.request_id, type(error).__name__)
+            await self._fail(writer, RouteError("the answer broke off: internal error"))
+            return False
+        exchange.unwatch()
+        await exchange.end()
+        return True
+
+    async def _fail(self, writer: Writer, error: BackendError | RouteError) -> None:
+        self.exchange.unwatch()
+        told = event_object(error, self.names, self.exchange.request_id)
+        status = error.status if isinstance(error, RouteError) else 502
+        await self.exchange.end(writer.fail(told["error"], status or 502))
+
+
+async def _as_they_are(reply: Reply) -> AsyncIterator[bytes]:
+    assert reply.events is not None  # noqa: S101 - the caller looked
+    async for piece in reply.events:
+        yield piece
+
+
+async def _written(reply: Reply, writer: Writer) -> AsyncIterator[bytes]:
+    """A chat's stream in the surface's words; its end is what ends the iteration.
+
+    Raises:
+        BackendError: for a stream that ended before its answer did.
+    """
+    assert reply.events is not None  # noqa: S101 - the caller looked
+    has_ended = False
+    async for piece in reply.events:
+        out = []
+        for chunk in _chunks(piece):
+            has_ended = has_ended or chunk is None
+            if chunk is not None:
+                out.append(writer.feed(chunk))
+        if written := b"".join(out):
+            yield written
+    if not has_ended:
+        raise RouteError("the answer ended before it was whole", code="stream_interrupted")
+    yield writer.finish(reply.tally.usage)
+
+
+def _chunks(piece: bytes) -> list[dict[str, Any] | None]:
+    """The chunks in a piece of whole events; None for the end."""
+    found: list[dict[str, Any] | None] = []
+    for one in _END.split(piece):
+        data = data_of(one).strip()
+        if data:
+            found.append(None if data == _DONE else _parsed(data))
+    return found
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    try:
+        found = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise BackendError(Fault.PROTOCOL, "the backend's answer is not JSON", received=True) from error
+    if not isinstance(found, dict):
+        raise BackendError(Fault.PROTOCOL, "the backend's answer is no JSON object", received=True)
+    return found
