@@ -62,21 +62,24 @@ class MetricsObserver:
         strategy = str(trace.route.attributes.get(names.STRATEGY, ""))
         self._count_route(outcome, strategy)
         attempts: list[Span] = []
+        last: Step | None = None
         decided_ns = 0
         for record in trace.records[1:]:
             if isinstance(record, Step):  # it went as it should, and there is nothing in it to count
-                if record.shape.fixed[names.STAGE_KIND] == Kind.SELECT:
-                    decided_ns = record.end_ns
-            elif _is_attempt(record):
+                last = record
+            elif names.ATTEMPT in record.attributes:
                 attempts.append(record)
             else:
                 self._count_stage(record)
                 if record.attributes.get(names.STAGE_KIND) == Kind.SELECT:
                     decided_ns = record.end_ns
+        if last is not None and last.shape.fixed[names.STAGE_KIND] == Kind.SELECT:  # the choice is the last of them
+            decided_ns = last.end_ns
         if decided_ns:
             self._metrics.observe("kvfleet_decision_seconds", (decided_ns - trace.route.start_ns) / 1e9, strategy)
         self._count_attempts(attempts)
-        self._observe_confidence(outcome, attempts)
+        if names.CONFIDENCE_ATTEMPTS in trace.route.attributes:
+            self._observe_confidence(outcome, attempts)
 
     def _count_route(self, outcome: Outcome, strategy: str) -> None:
         metrics, attributes = self._metrics, outcome.trace.route.attributes

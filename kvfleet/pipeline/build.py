@@ -87,6 +87,7 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         listeners=tuple(also),
         markers=tuple(stage for stage in (*watching, *also) if callable(getattr(stage.component, "mark", None))),
         placers=tuple(stage for stage in before if callable(getattr(stage.component, "placed", None))),
+        computes_all=bool(config.pipeline),
         hash=_hash(config),
     )
     services.execute = execute.run

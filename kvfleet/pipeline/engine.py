@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -81,11 +81,10 @@ class Decision:
             raise self._nobody_left()
         time_ns, append = self.clock.time_ns, self.trace.records.append
         end_ns = time_ns()
-        for stage in (*self.pipeline.stages, select):
+        for step, stage, waits in self.pipeline.plan(select, _STEPS):
             start_ns = end_ns
             try:
-                step = _PURE.get(stage.kind)
-                said = step(self, stage) if step is not None else await _WAITING[stage.kind](self, stage)
+                said = await step(self, stage) if waits else step(self, stage)
                 end_ns = time_ns()
             except RouteError as error:
                 self._span_of(stage).fail(error.code)
@@ -283,17 +282,16 @@ class Decision:
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.
-_PURE: dict[Kind, Callable[[Decision, BoundStage], Said | None]] = {
-    Kind.SCORE: Decision.score,
-    Kind.FILTER: Decision.filter,
-    Kind.AFFINITY: Decision.affinity,
-    Kind.SELECT: Decision.choose,
+_STEPS: Mapping[Kind, tuple[Callable[[Decision, BoundStage], Any], bool]] = {
+    Kind.SCORE: (Decision.score, False),
+    Kind.FILTER: (Decision.filter, False),
+    Kind.AFFINITY: (Decision.affinity, False),
+    Kind.SELECT: (Decision.choose, False),
+    Kind.CLASSIFY: (Decision.classify, True),
+    Kind.ADMIT: (Decision.admit, True),
+    Kind.ANSWER: (Decision.answer, True),
 }
-_WAITING: dict[Kind, Callable[[Decision, BoundStage], Awaitable[Said | None]]] = {
-    Kind.CLASSIFY: Decision.classify,
-    Kind.ADMIT: Decision.admit,
-    Kind.ANSWER: Decision.answer,
-}
+"""What is done for a stage, by its kind, and whether that is to be awaited."""
 
 
 def scoring_context(ctx: RoutingContext) -> ScoringContext:

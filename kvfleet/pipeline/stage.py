@@ -135,6 +135,10 @@ class BoundStage:
         return Span(self.span_name, 0, 0, dict(self.attributes))
 
 
+Planned = tuple[Callable[..., Any], BoundStage, bool]
+"""What is done, for which stage, and whether it is to be awaited."""
+
+
 @attrs.frozen(kw_only=True)
 class Pipeline:
     """Everything that decides and executes, in order.
@@ -149,6 +153,7 @@ class Pipeline:
         markers: Observers with something to say in the route's record.
         placers: Stages that are told at once where a request goes.
         passes_native: True if the execute stage reads no answers, so that one may pass in another API's words.
+        computes_all: False if a score that the strategy does not read is left out, because nobody asked for it.
         hash: Tells one configuration from another.
     """
 
@@ -160,11 +165,28 @@ class Pipeline:
     listeners: tuple[BoundStage, ...] = ()
     markers: tuple[BoundStage, ...] = ()
     placers: tuple[BoundStage, ...] = ()
+    computes_all: bool = True
     hash: str = ""
     passes_native: bool = attrs.field(init=False)
     _ids: dict[int, tuple[Sequence[ModelConfig], tuple[str, ...]]] = attrs.field(
         init=False, factory=dict, repr=False, eq=False
     )
+    _plans: dict[int, Sequence[Planned]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+
+    def plan(self, select: BoundStage, steps: Mapping[Kind, tuple[Callable[..., Any], bool]]) -> Sequence[Planned]:
+        """What is done up to the choice by one of the strategies, in order; made once for each.
+
+        Args:
+            select: One of `strategies`.
+            steps: What is done for a stage, by its kind, and whether that is to be awaited.
+        """
+        found = self._plans.get(id(select))
+        if found is None:
+            reads = None if self.computes_all else getattr(select.component, "reads", None)
+            used = [s for s in self.stages if reads is None or s.kind is not Kind.SCORE or s.name in reads]
+            stages = (*used, select)
+            found = self._plans[id(select)] = tuple([(steps[s.kind][0], s, steps[s.kind][1]) for s in stages])
+        return found
 
     @passes_native.default
     def _reads_no_answers(self) -> bool:

@@ -413,7 +413,11 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Ranks the candidates."""
+    """Ranks the candidates.
+
+    A strategy that looks at certain columns only may name them: ``reads = frozenset({"latency"})``. The others are then
+    not computed, unless the pipeline is written out and asks for them.
+    """
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Sequence[ModelScore]:
         """The ranking: a permutation of the candidates, or the part of it that may be tried."""

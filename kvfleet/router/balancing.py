@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import xxhash
 
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
-from kvfleet.router.scoring import Ranking, ScoringContext, arranged, take_turns
+from kvfleet.router.scoring import NO_COLUMNS, Ranking, ScoringContext, arranged, take_turns
 from kvfleet.telemetry.load import FleetLoad, HasLoad
 
 __all__ = [
@@ -35,6 +36,7 @@ class RoundRobinStrategy:
     turns of those which all can. A dry run shows whose turn it is and does not take it.
     """
 
+    reads: ClassVar = NO_COLUMNS
     _cursors: dict[int, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
@@ -59,6 +61,7 @@ class RoundRobinStrategy:
 class RandomStrategy:
     """Choose any replica, each with the same chance."""
 
+    reads: ClassVar = NO_COLUMNS
     _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
@@ -74,6 +77,7 @@ class RandomStrategy:
 class LeastRequestsStrategy:
     """Choose the replica with the fewest requests, ours and those its engine tells of; equals take turns."""
 
+    reads: ClassVar = NO_COLUMNS
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: HasLoad) -> None:
@@ -98,6 +102,7 @@ class PowerOfTwoStrategy:
     "The power of two choices" (Mitzenmacher 2001): almost as even as the least loaded of all, and no herd.
     """
 
+    reads: ClassVar = NO_COLUMNS
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: HasLoad) -> None:
@@ -124,6 +129,7 @@ class ConsistentHashStrategy:
     Thorup and Zadimoghaddam 2018).
     """
 
+    reads: ClassVar = NO_COLUMNS
     bounded_load: float = number(1.25, ge=1, doc="Most requests of a replica, as a multiple of the average.")
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
@@ -159,6 +165,7 @@ class SessionStrategy:
     oldest is forgotten first.
     """
 
+    reads: ClassVar = NO_COLUMNS
     max_sessions: int = number(100_000, ge=1, doc="Most conversations remembered.")
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
     _homes: OrderedDict[str, str] = attrs.field(init=False, factory=OrderedDict, repr=False, eq=False)

@@ -7,12 +7,13 @@ comparison shows the rules' difference and nothing else. Where a rule counts blo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import attrs
 
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
-from kvfleet.router.scoring import Ranking, ScoringContext, rank
+from kvfleet.router.scoring import NO_COLUMNS, Ranking, ScoringContext, rank
 from kvfleet.telemetry.load import FleetLoad, HasLoad
 from kvfleet.telemetry.reservations import ReplicaLoad
 
@@ -34,6 +35,7 @@ _NOBODY = ReplicaLoad()
 class _ByLoad:
     """Has the fleet's load, and ranks by a cost."""
 
+    reads: ClassVar = NO_COLUMNS
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: HasLoad) -> None:

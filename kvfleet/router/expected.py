@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from operator import mul
+from typing import ClassVar
 
 import attrs
 
@@ -40,6 +41,7 @@ class ExpectedLatencyStrategy:
     usage), which is the mean queue of an M/M/1 server.
     """
 
+    reads: ClassVar = frozenset({"latency"})
     harm_weight: float = number(
         0.02, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
     )

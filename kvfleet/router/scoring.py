@@ -13,7 +13,21 @@ import attrs
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.config.schema import ModelConfig, ScoringWeights
 
-__all__ = ["Column", "ModelScore", "Ranking", "ScoringContext", "ScoringEngine", "Unit", "rank", "utilities"]
+__all__ = [
+    "NO_COLUMNS",
+    "Column",
+    "ModelScore",
+    "Ranking",
+    "ScoringContext",
+    "ScoringEngine",
+    "Unit",
+    "rank",
+    "utilities",
+]
+
+
+NO_COLUMNS: frozenset[str] = frozenset()
+"""What a strategy `reads` that looks at no column."""
 
 
 class Unit(enum.StrEnum):

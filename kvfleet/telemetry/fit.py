@@ -14,7 +14,7 @@ _FADES = 4.0
 """Sights after which the prior counts half."""
 _EAGER = 32
 """So many sights are each worth a new fit."""
-_EVERY = 8
+_EVERY = 16
 """After that, so many together are."""
 
 

@@ -33,6 +33,8 @@ _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
 _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
+_MOMENT_S = 0.02
+"""How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
 _SAME = 0.05
 """Share by which a replica must differ from what it was taken to be to be taken for another."""
 _STEP = 0.1
@@ -91,10 +93,12 @@ class Waits:
 
 @attrs.frozen(eq=False)
 class _Table:
-    """Some replicas, in an order that is asked for again and again, and their rates as of an epoch."""
+    """Some replicas, in an order that is asked for again and again, and their rates as of a time."""
 
     models: Sequence[ModelConfig]
     epoch: int
+    lessons: int
+    made_s: float
     known: list[ReplicaLoad]
     rates: list[Rates]
     steps: list[float]
@@ -128,6 +132,7 @@ class FleetLoad:
     _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
     _has_streams: bool = attrs.field(init=False, default=False, repr=False)
     _epoch: int = attrs.field(init=False, default=0, repr=False)
+    _lessons: int = attrs.field(init=False, default=0, repr=False)
     _tables: dict[int, _Table] = attrs.field(init=False, factory=dict, repr=False)
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
@@ -292,8 +297,8 @@ class FleetLoad:
         """
         self._sweep(now_s)
         table = self._tables.get(id(models))
-        if table is None or table.epoch != self._epoch or table.models is not models:
-            table = self._tabulate(models)
+        if table is None or table.models is not models or not self._is_fresh(table, now_s):
+            table = self._tabulate(models, now_s)
         # Column by column: a loop over rows takes twice as long, and a large fleet is mostly idle and knows nothing.
         rates, around = table.rates, prompt * prompt / 2
         if table.are_alike:
@@ -324,13 +329,19 @@ class FleetLoad:
                 answers[i] = _USUAL_ANSWER if one.answer_tokens is None else one.answer_tokens
         return Waits(queue_s, alone_s, saved_s, steps, each, decoding, usage, pending, answers)
 
-    def _tabulate(self, models: Sequence[ModelConfig]) -> _Table:
+    def _is_fresh(self, table: _Table, now_s: float) -> bool:
+        """False once a replica came or went, or what was learned since has had its moment to settle."""
+        if table.epoch != self._epoch:
+            return False
+        return table.lessons == self._lessons or 0 <= now_s - table.made_s < _MOMENT_S
+
+    def _tabulate(self, models: Sequence[ModelConfig], now_s: float) -> _Table:
         """The rates of some replicas, which change much more seldom than they are asked for."""
         known = [self._replicas.get(model.id) or _stranger(model) for model in models]
         rates = [self._rates(one) for one in known]
         are_alike = bool(rates) and all(one is rates[0] or one == rates[0] for one in rates)
         steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
-        table = _Table(models, self._epoch, known, rates, steps, each, are_alike)
+        table = _Table(models, self._epoch, self._lessons, now_s, known, rates, steps, each, are_alike)
         if len(self._tables) >= _MOST_TABLES:
             self._tables.clear()
         self._tables[id(models)] = table
@@ -390,7 +401,7 @@ class FleetLoad:
         """Something was learned from one of its answers: what was made from that before is old, if it is another."""
         if known.version != self._pace(known).version or known.shown != self._compared(known):
             known.version = 0
-            self._epoch += 1
+            self._lessons += 1
 
     def _speed(self, known: ReplicaLoad) -> float:
         """How many times as long as its model's replicas on average it takes."""
@@ -412,7 +423,7 @@ class FleetLoad:
         if abs(self._stretch_seen - self._stretch) > _STEP * self._stretch:
             self._stretch = self._stretch_seen
             self._stretched -= 1
-            self._epoch += 1
+            self._lessons += 1
 
     def _answer_of(self, known: ReplicaLoad, work: Work) -> float:
         usual = _USUAL_ANSWER if known.answer_tokens is None else known.answer_tokens
