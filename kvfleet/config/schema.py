@@ -504,6 +504,12 @@ class GatewayConfig:
         example={"ml-ci": {"key": "env:ML_CI_KEY", "tenant": "team-ml", "max_concurrent": 4}},
     )
     cors_origins: tuple[str, ...] = listing((), doc="Origins allowed to call from a browser; none by default.")
+    allowed_hosts: tuple[str, ...] = listing(
+        (),
+        doc="Names under which a gateway without keys on the loopback may be called, beside the loopback's own; a "
+        "request whose `Host` is another is refused. With keys every name is allowed.",
+        example=["gateway.test"],
+    )
     passthrough_headers: tuple[str, ...] = listing(
         (), doc="Request headers passed on to the backend.", example=["X-Correlation-ID"]
     )

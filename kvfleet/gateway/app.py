@@ -30,6 +30,7 @@ from kvfleet.gateway.exchange import ClientLeftError, Exchange
 from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
+from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.relay import Relay
 from kvfleet.gateway.replicas import ReplicaNames
@@ -51,6 +52,7 @@ _log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], Awaitable[None]]
 
+_CLOSING = frozenset({"invalid_http", "duplicate_header"})
 MESSAGES, RESPONSES = Messages(), Responses()
 SPOKEN: Mapping[str, Surface] = {
     MESSAGES.path: MESSAGES,
@@ -93,6 +95,7 @@ class Gateway:
             else its owner opens it.
         keys: Keys clients need; the configured ones if None.
         cors: Which web pages may call; as configured if None.
+        hosts: Under which names it may be called; any if None.
         condition_headers: Request headers that policy conditions read.
         new_id: Makes the identifier of a request that brings none.
 
@@ -106,6 +109,7 @@ class Gateway:
         *,
         keys: Keys | None = None,
         cors: Cors | None = None,
+        hosts: Hosts | None = None,
         condition_headers: tuple[str, ...] = (),
         new_id: Callable[[], str] = new_request_id,
     ) -> None:
@@ -113,6 +117,7 @@ class Gateway:
         self.router = router
         self.keys = Keys.of(config.gateway, tenants=config.tenants) if keys is None else keys
         self.cors = Cors.of(config.gateway.cors_origins) if cors is None else cors
+        self.hosts = hosts
         self.replicas = ReplicaNames.of(router.models)
         self.meters = Meters()
         self.board = Board(router, self.replicas)
@@ -217,7 +222,10 @@ class Gateway:
             exchange.finish()
 
     def _prepare(self, exchange: Exchange) -> None:
+        exchange.check_head()
         headers = exchange.headers
+        if self.hosts is not None:
+            self.hosts.check(headers.get(b"host"))
         exchange.request_id = request_id(headers, self._new_id)
         exchange.common.append((b"x-request-id", exchange.request_id.encode()))
         exchange.closes = self.phase is Phase.STOPPING
@@ -282,8 +290,8 @@ class Gateway:
         headers = error_headers(error)
         if error.trace is not None:
             headers.append((b"x-kvfleet-trace", error.trace.trace_id.encode()))
-        if error.status == 413:
-            exchange.closes = True  # what is still being sent is not read
+        if error.status == 413 or error.code in _CLOSING:
+            exchange.closes = True  # what is still being sent is not read, nor what may be smuggled behind it
         told = error_object(error, self.replicas, exchange.request_id)
         surface = SPOKEN.get(exchange.path)
         if surface is not None:

@@ -168,9 +168,9 @@ class ClientConnection(asyncio.Protocol):
         if parser.should_upgrade():
             return  # the parser stops behind this head: see `_ignore_upgrade`
         keeps_alive = parser.should_keep_alive()
-        is_old = (not keeps_alive or _names_connection(fields)) and parser.get_http_version() == "1.0"
+        is_old = (not keeps_alive or _names_connection(fields)) and _is_old(parser.get_http_version())
         method = parser.get_method().decode("ascii")
-        exchange = HTTPExchange(method, _path_of(self._url), fields, self, keeps_alive, is_old)
+        exchange = HTTPExchange(method, _path_of(self._url, fields), fields, self, keeps_alive, is_old)
         self._fields = []
         self.in_head_since = None
         self.in_body_since = self.loop.time()
@@ -252,10 +252,16 @@ class ClientConnection(asyncio.Protocol):
 
     def refuse(self, status: int, message: str) -> None:
         """Answer what is no proper request, and close; amid another answer, only close."""
-        self.in_head_since = None
-        if self._answering is not None:
+        self.in_head_since = self.in_body_since = None
+        answering = self._answering
+        if answering is not None and answering.is_received and not answering.keeps_alive:
+            return  # what comes behind the last request of a connection is nobody's
+        if answering is not None and (answering is not self._incoming or answering.status):
             self.abort()
             return
+        if answering is not None:  # it is its body that is nonsense, and whoever waits for that is told to stop
+            self._answering = self._incoming = None
+            answering.leave()
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
@@ -323,13 +329,28 @@ def _names_connection(fields: list[tuple[bytes, bytes]]) -> bool:
     return any(name == b"connection" for name, _ in fields)
 
 
-def _path_of(target: bytes) -> str:
+def _is_old(version: str) -> bool:
+    """True for HTTP/1.0.
+
+    Raises:
+        ValueError: for HTTP/0.9, which has no headers and so no keys.
+    """
+    if version not in ("1.0", "1.1"):
+        raise ValueError("an unknown version of HTTP")
+    return version == "1.0"
+
+
+def _path_of(target: bytes, fields: list[tuple[bytes, bytes]]) -> str:
     """The decoded path of a request's target, which may also be a whole URL (RFC 9112, 3.2).
 
     Raises:
-        ValueError: if it is none of the two, or not ASCII.
+        ValueError: if it is none of the two, or not ASCII, or names another host than the headers do.
     """
     if not target.startswith(b"/") and target != b"*":
-        target = httptools.parse_url(target).path or b"/"
+        url = httptools.parse_url(target)
+        authority = target.partition(b"://")[2].partition(b"/")[0].partition(b"?")[0]
+        if [value.strip().lower() for name, value in fields if name == b"host"] != [authority.lower()]:
+            raise ValueError("the target names another host than the headers")
+        target = url.path or b"/"
     path = target.partition(b"?")[0].partition(b"#")[0].decode("ascii")
     return unquote(path) if "%" in path else path

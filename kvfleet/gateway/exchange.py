@@ -97,6 +97,13 @@ class Exchange(abc.ABC):
     def finish(self) -> None:
         """The handler has returned: an answer that it began and did not end is cut off."""
 
+    def check_head(self) -> None:  # noqa: B027 - who carries the bytes has looked, unless it says otherwise
+        """Refuse a head that others on the way might have read differently; `headers` have been read.
+
+        Raises:
+            BadRequestError: for a body whose end is not certain, or a missing ``Host``.
+        """
+
     # What follows
 
     async def json(self, status: int, data: Any, headers: Pairs | None = None) -> None:

@@ -138,7 +138,17 @@ _CONTROL = {
     "session": "session_header",
 }
 _SEVERAL = (b"origin", b"access-control-request-headers", b"traceparent", b"tracestate")
-_SINGLE = frozenset({b"authorization", b"x-api-key", b"content-length", b"content-encoding", b"x-request-id"})
+_SINGLE = frozenset(
+    {
+        b"host",
+        b"transfer-encoding",
+        b"authorization",
+        b"x-api-key",
+        b"content-length",
+        b"content-encoding",
+        b"x-request-id",
+    }
+)
 
 
 _WRITE = "use letters, digits and -"

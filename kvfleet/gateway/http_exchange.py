@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from kvfleet.errors import BadRequestError
 from kvfleet.gateway.exchange import ClientLeftError, Exchange, Pairs, check_announced, too_large
+from kvfleet.gateway.headers import Headers
 
 if TYPE_CHECKING:
     from kvfleet.gateway.connection import ClientConnection
@@ -96,6 +98,20 @@ class HTTPExchange(Exchange):
         data = self._framed(body)
         self._write(data + b"0\r\n\r\n" if self._is_chunked else data)
         self._done()
+
+    def check_head(self) -> None:
+        """See `Exchange.check_head`; the parser has refused most of what is wrong (`kvfleet.gateway.connection`)."""
+        headers = self.headers
+        if b"transfer-encoding" in headers or b"host" not in headers:
+            self._check_framing(headers)
+
+    def _check_framing(self, headers: Headers) -> None:
+        """RFC 9112: 6.1, a body in chunks has no other coding here, and none in HTTP/1.0; 3.2, 1.1 names a host."""
+        coding = headers.get(b"transfer-encoding")
+        if coding is not None and (self.is_old or coding.strip().lower() != b"chunked"):
+            raise BadRequestError("the only transfer coding is 'chunked', in HTTP/1.1", code="invalid_http")
+        if b"host" not in headers and not self.is_old:
+            raise BadRequestError("a request in HTTP/1.1 needs a Host header", code="invalid_http")
 
     def watch(self) -> None:
         """See `Exchange.watch`."""

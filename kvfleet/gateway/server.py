@@ -18,8 +18,9 @@ from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.headers import read_by_conditions
+from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.httpd import Server, Stop
-from kvfleet.gateway.listening import bind, check_exposure, url_of
+from kvfleet.gateway.listening import bind, check_exposure, is_loopback, url_of
 from kvfleet.gateway.logs import set_up_logging
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import TraceSink
@@ -32,13 +33,17 @@ __all__ = ["Serving", "create_gateway_app", "loop_factory", "running", "serve"]
 _log = logging.getLogger(__name__)
 
 
-def create_gateway_app(router: Router, api_key: str = "", cors_origins: Sequence[str] | None = None) -> Gateway:
+def create_gateway_app(
+    router: Router, api_key: str = "", cors_origins: Sequence[str] | None = None, *, host: str = ""
+) -> Gateway:
     """The gateway as an ASGI application, for a server of your own.
 
     Args:
         router: Opened and closed by the application, if the server speaks ASGI's lifespan protocol.
         api_key: A key for clients, beside the configured ones.
         cors_origins: Web origins that may call; the configured ones if None.
+        host: The address it is to listen on. On the loopback and without keys it answers under the loopback's names
+            alone; if empty, under any.
 
     Raises:
         ConfigError: if the configured headers cannot be what they are to be.
@@ -46,9 +51,10 @@ def create_gateway_app(router: Router, api_key: str = "", cors_origins: Sequence
     config = router.config.gateway
     cors = Cors.of(config.cors_origins if cors_origins is None else cors_origins)
     conditions = read_by_conditions(stage.component for stage in router.pipeline.all_stages)
-    return Gateway(
-        router, keys=Keys.of(config, api_key, tenants=router.config.tenants), cors=cors, condition_headers=conditions
-    )
+    keys = Keys.of(config, api_key, tenants=router.config.tenants)
+    is_open = bool(host) and not keys and is_loopback(host)
+    hosts = Hosts.of((host, *config.allowed_hosts)) if is_open else None
+    return Gateway(router, keys=keys, cors=cors, hosts=hosts, condition_headers=conditions)
 
 
 @attrs.frozen
@@ -136,7 +142,7 @@ async def running(
         patience: With clients that stall.
     """
     router = Router(config) if router is None else router
-    gateway = create_gateway_app(router, api_key)
+    gateway = create_gateway_app(router, api_key, host="127.0.0.1")
     sockets = bind("127.0.0.1", 0)
     await gateway.start()
     server = Server(gateway, drain_s=5.0, patience=patience or Patience())
@@ -165,7 +171,7 @@ async def _serve(
     check_exposure(host, Keys.of(config.gateway, api_key, tenants=config.tenants), allowed=allow_unauthenticated)
     async with contextlib.AsyncExitStack() as stack:
         router = await _open_router(config, host, stack)
-        gateway = create_gateway_app(router, api_key)
+        gateway = create_gateway_app(router, api_key, host=host)
         sockets = bind(host, port)
         for one in sockets:
             stack.callback(one.close)

@@ -219,7 +219,7 @@ async def test_who_asks_before_sending_is_told_to_go_on() -> None:
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
     async with served(key="k") as (_, address):
         client = await Client.to(address)
-        client.send(head.replace(b"Host: x", b"Authorization: Bearer k") % len(BODY))
+        client.send(head.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer k") % len(BODY))
         async with asyncio.timeout(5):
             assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         client.send(BODY)

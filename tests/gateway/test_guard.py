@@ -102,7 +102,9 @@ async def test_a_body_that_stops_is_given_up() -> None:
     """A client that announces a body and does not send it loses its connection; nobody is asked."""
     router = FakeRouter(fleet())
     async with served(router, SHORT) as address:
-        answer = await exchange(address, b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 10\r\n\r\n{")
+        answer = await exchange(
+            address, b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"
+        )
     assert (answer, router.requests) == (b"", [])
 
 
@@ -125,7 +127,9 @@ async def test_a_client_that_reads_nothing_is_given_up() -> None:
     body = b'{"stream":true,"messages":[{"role":"user","content":""}]}'
     async with served(FakeRouter(fleet(), torrent), SHORT) as address:
         _, writer = await asyncio.open_connection(*address, limit=1024)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        writer.write(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
         await asyncio.wait_for(closed.wait(), 5)
         writer.close()
     assert sent * 65_536 < 32 * 1024 * 1024
@@ -135,7 +139,10 @@ async def test_an_answer_that_takes_long_is_not_a_stall() -> None:
     """Waiting for the backend costs the client nothing of its time."""
     async with served(FakeRouter(fleet(), slow), SHORT) as address:
         body = b'{"messages":[{"role":"user","content":""}]}'
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
+        )
         answer = await exchange(address, head + body)
     assert answer.startswith(b"HTTP/1.1 200 ")
 
