@@ -14,10 +14,12 @@ import httpx
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
+from kvfleet.config.expand import strategy_of
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.gateway.auth import admin_key
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.money import money
+from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.runtime import Router
@@ -51,7 +53,7 @@ def fleet(config: Path, *, url: str | None, as_json: bool) -> None:
         render.echo_json(
             {
                 "fleet": settings.fleet_name,
-                "strategy": settings.strategy,
+                "strategy": _strategy(settings, live),
                 "live": live is not None,
                 "gateway": where,
                 "why_not_live": why_not,
@@ -60,7 +62,7 @@ def fleet(config: Path, *, url: str | None, as_json: bool) -> None:
         )
         return
     source = f"live from {where}" if live is not None else f"as configured; {why_not}"
-    render.echo(f"{render.bold(settings.fleet_name)}  {settings.strategy}  {render.dim(source)}\n")
+    render.echo(f"{render.bold(settings.fleet_name)}  {_strategy(settings, live)}  {render.dim(source)}\n")
     render.echo(_fleet_table(rows, is_live=live is not None))
 
 
@@ -88,6 +90,14 @@ class Row:
     breaker: str | None = None
     share: float | None = None
     panic: bool | None = None
+
+
+def _strategy(config: FleetConfig, live: Mapping[str, Any] | None) -> str:
+    """The strategy that decides: as the gateway says or, without one, as the file's pipeline has it."""
+    if live is not None and live.get("strategy"):
+        return str(live["strategy"])
+    written = (stage.use.partition(".")[2] for stage in config.pipeline if stage.use.startswith(Kind.SELECT))
+    return next(written, "") or strategy_of(config)
 
 
 def _names(replicas: Sequence[ModelConfig]) -> list[str]:

@@ -271,7 +271,9 @@ class Decision:
         by_policy = bool(self.excluded) and all(stage.is_policy for stage, _ in self.excluded)
         details = {"excluded": exclusions(self.excluded)}
         who = "; ".join(f"{name}: {e['reason']} [{e['by']}]" for name, e in details["excluded"].items())
-        message = f"no model may or can serve this request: {who}" if who else "no enabled model serves this request"
+        request = self.ctx.request
+        nobody = f"no enabled model serves this request: {request.operation} for {request.model}"
+        message = f"no model may or can serve this request: {who}" if who else nobody
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
         wait_s = _soonest_s([drop for _, drop in self.excluded])

@@ -11,6 +11,7 @@ import attrs
 
 from kvfleet.config.findings import Finding, did_you_mean
 from kvfleet.errors import ConfigError
+from kvfleet.money import money
 from kvfleet.replay.measures import FIGURES, Figure
 from kvfleet.replay.slo import UNITS, seconds
 
@@ -221,5 +222,5 @@ def shown(value: float | None, figure: Figure) -> str:
     if figure.unit == "share":
         return f"{value:.1%}"
     if figure.unit == "usd":
-        return f"${value:,.4g}"
+        return money(value)
     return f"{value:,.0f}" if figure.is_count or value >= 100 else f"{value:.3g}"

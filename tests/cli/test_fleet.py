@@ -40,6 +40,24 @@ def test_without_a_gateway_the_file_is_shown(fleet: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "strategy"),
+    [
+        ("models: [{name: own, provider: mock}]\n", "expected_latency"),
+        ("models: [{name: own, provider: mock}]\npipeline: [select.random, execute]\n", "random"),
+        ("models: [{name: own, provider: mock}]\nstrategy: ucb1\npipeline: [select, execute]\n", "ucb1"),
+    ],
+)
+async def test_the_strategy_is_the_one_that_decides(text: str, strategy: str, write: Callable[..., Path]) -> None:
+    """A file that names none has one all the same, a pipeline names its own; the gateway says the same."""
+    file = write(text)
+    _, out, _ = run("fleet", file, "--url", NOBODY)
+    assert out.split()[1] == strategy
+    async with running(load_config(file)) as serving:
+        _, out, _ = await anyio.to_thread.run_sync(run, "fleet", file, "--url", serving.url)
+    assert out.split()[1] == strategy
+
+
 async def test_a_running_gateway_is_asked(fleet: Path, gateway: str) -> None:
     """Its view of each replica is shown, and it says so."""
     status, out, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", gateway)

@@ -309,5 +309,5 @@ async def test_a_list_of_scores_is_a_ranking_too() -> None:
 async def test_nobody_to_begin_with_is_an_error_that_says_so() -> None:
     """An empty field is not a policy matter."""
     decision, select = decide(candidates=())
-    with pytest.raises(NoCandidatesError, match="no enabled model serves this request"):
+    with pytest.raises(NoCandidatesError, match="no enabled model serves this request: chat for auto"):
         await decision.run(select)

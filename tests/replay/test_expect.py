@@ -84,7 +84,8 @@ def test_labels_may_look_like_file_names_and_strategies() -> None:
     [
         ("ttft_mean", 0.0123, "12.3 ms"),
         ("cached_share", 0.5, "50.0%"),
-        ("cost_usd", 1234.5, "$1,234"),
+        ("cost_usd", 1234.5, "$1,234.50"),
+        ("cost_usd", 2.14e-05, "$0.0000214"),
         ("failed", 3, "3"),
         ("output_tokens_per_s", 1234.6, "1,235"),
         ("imbalance", 1.0, "1"),
