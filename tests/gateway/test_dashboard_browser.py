@@ -130,6 +130,20 @@ async def test_what_others_named_is_shown_as_text(browser: Browser) -> None:
         assert tab.errors == []
 
 
+async def test_the_newest_decisions_are_shown_and_the_others_on_demand(browser: Browser) -> None:
+    """Fifteen on a desk, six on a phone, all of them at the press of a button; what comes later does not take them away."""
+    async with running(FLEET) as serving:
+        await ask(serving, times=18)
+        tab = await opened(browser, f"{serving.url}/dashboard")
+        await tab.until(f"{ROWS} === 15")
+        await tab.size(390, 844)
+        await tab.until(f"{ROWS} === 6")
+        await tab.run("document.querySelector('#routes button.more').click()")
+        await tab.until(f"{ROWS} === 18")
+        await ask(serving)
+        await tab.until(f"{ROWS} === 19")
+
+
 async def test_a_decision_opens_as_a_waterfall_by_keyboard(browser: Browser) -> None:
     """Enter on a decision opens it: stages, drops with rules, candidates with units, attempts; Escape goes back."""
     async with running(FLEET) as serving:
@@ -156,9 +170,11 @@ async def test_a_decision_opens_as_a_waterfall_by_keyboard(browser: Browser) -> 
         ):
             assert words in shown
         assert await tab.run("document.querySelector('#trace').contains(document.activeElement)") is True
+        await ask(serving)
+        await tab.until(f"{ROWS} === 2")  # the list is drawn anew behind the decision
         await tab.press("Escape")
         await tab.until("!document.querySelector('#trace').open")
-        assert await tab.run("document.activeElement.matches('#routes button')") is True
+        await tab.until("document.activeElement.matches('#routes button')")
         assert tab.errors == []
 
 
@@ -215,7 +231,7 @@ async def test_budgets_have_a_section_if_the_fleet_has_them(browser: Browser, tm
         tab = await opened(browser, f"{serving.url}/dashboard", width)
         await tab.until("document.querySelector('#stages section[aria-label=Budgets] tbody')")
         shown = await text(tab, "#stages section[aria-label=Budgets]")
-        assert "$5000.00" in shown
+        assert "$5,000.00" in shown
         assert "team-a" in shown
         assert await tab.run("document.documentElement.scrollWidth <= innerWidth") is True
         cramped = "[...document.querySelectorAll('td, th')].filter(c => c.textContent && c.clientWidth < 18).length"

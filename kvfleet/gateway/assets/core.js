@@ -33,7 +33,7 @@ function duration(ms) {
 function dollars(usd) { // as kvfleet/money.py has it
   if (usd === null || usd === undefined) return "";
   if (usd < 0) return "-" + dollars(-usd);
-  if (usd === 0 || usd >= 0.9995) return "$" + usd.toFixed(2);
+  if (usd === 0 || usd >= 0.9995) return "$" + usd.toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
   if (usd < 1e-9) return "<$0.000000001";
   return "$" + usd.toFixed(2 - Math.floor(Math.log10(usd))).replace(/0+$/, "").padEnd(4, "0");
 }

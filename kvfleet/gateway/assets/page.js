@@ -6,7 +6,8 @@ const COUNTERS = [
   ["total_cache_hits", "Answers from cache", whole], ["total_affinity_hits", "Prefix cache hits", whole],
   ["total_policy_blocks", "Policy blocks", whole], ["total_cost_usd", "Cost", dollars],
 ];
-let latest = null, isPaused = false;
+let latest = null, isPaused = false, isWhole = false;
+const isPhone = matchMedia("(max-width: 720px)");
 
 function about(fleet) {
   const facts = [fleet.strategy, plural(fleet.models, "model"), fleet.replicas === undefined ? null : plural(fleet.replicas, "replica"),
@@ -21,10 +22,9 @@ function health(replica) {
   return replica.healthy ? make("span.good", {}, "healthy") : make("span.bad", {}, "down" + (replica.reason ? ": " + replica.reason : ""));
 }
 const breaker = (state) => (state ? make(state === "closed" ? "span" : "span.warn", {}, words(state)) : "");
-function gauge(share) {
-  if (share === null || share === undefined) return "";
-  return [make("span.bar", { "aria-hidden": "true" }, make("i", { style: { width: Math.min(100, share * 100) + "%" } })), percent(share)];
-}
+const bar = (share, look) => make("span.bar", { "aria-hidden": "true" },
+  make(look ? "i." + look : "i", { style: { width: Math.min(100, share * 100) + "%" } }));
+const gauge = (share) => (share === null || share === undefined ? "" : [bar(share), percent(share)]);
 function replicas(list) {
   return table("Replicas", list, [
     ["Replica", (r) => r.name], ["Provider", (r) => r.provider], ["Health", health], ["Breaker", (r) => breaker(r.breaker)], ["Share", (r) => (r.panic ? "panic" : r.share === null || r.share === undefined || r.share === 1 ? "" : Math.round(r.share * 100) + " %")],
@@ -54,18 +54,23 @@ function routes(list) {
   const time = (r) => (r.id ? make("button.open", { type: "button", "data-focus": r.id, click: () => openTrace(r.id),
     "aria-label": `Open the decision of ${clock(r.timestamp)}, ${r.selected_model || r.outcome}` }, clock(r.timestamp)) : clock(r.timestamp));
   const scores = (r) => (r.id ? "" : Object.entries(r.scores || {}).map(([who, score]) => `${who} ${score.toFixed(2)}`).join(", "));
-  return table("Last decisions", list, [
+  const few = isWhole ? list : list.slice(0, isPhone.matches ? 6 : 15);
+  const more = list.length > few.length ? make("button.more", { type: "button", "data-focus": "all", click: () => {
+    isWhole = true;
+    put(byId("routes"), ...routes(list));
+  } }, `Show all ${whole(list.length)}`) : "";
+  return [table("Last decisions", few, [
     ["Time", time], ["Prompt", (r) => r.prompt], ["Operation", (r) => r.operation], ["Model", (r) => r.selected_model || "–"],
     ["Answered by", (r) => r.served_by], ["Strategy", (r) => r.strategy], ["Scores", scores], ["Outcome", outcome],
     ["Attempts", (r) => r.attempts, true], ["Tokens", (r) => (r.tokens ? whole(r.tokens) : ""), true],
     ["Notes", (r) => [r.fallback && "fallback", r.cache_hit && (r.id && r.outcome !== "cached" ? "prefix hit" : "cache hit")].filter(Boolean).join(", ")],
     ["First byte", (r) => duration(r.ttfb_ms), true], ["Latency", (r) => duration(r.latency_ms), true],
-  ], "No request has come yet.");
+  ], "No request has come yet."), more];
 }
 
 // What stages and programs tell of themselves has no fixed shape: numbers and words in cards, lists of things as tables.
 const MOST_LINES = 50;
-const titled = (key) => words(key.replace(/_(?:usd|s)$/, "").replace(/_pct$/, " %"));
+const titled = (key) => words(key.replace(/_(?:usd|s|ms)$/, "").replace(/_pct$/, " %")).replace(/^[a-z](?=[a-z ]*( %)?$)/, (letter) => letter.toUpperCase());
 const isThing = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 function plain(value, key) {
   if (value === null || value === undefined || value === "") return "–";
@@ -75,6 +80,8 @@ function plain(value, key) {
   if (typeof value !== "number") return String(value);
   if (/usd/.test(key)) return dollars(value);
   if (/_pct$/.test(key)) return Number(value.toPrecision(3)) + " %";
+  if (/_ms$/.test(key)) return duration(value);
+  if (/(^|_)(share|rate)$/.test(key) && value <= 1) return Number((value * 100).toPrecision(3)) + " %";
   if (/_s$/.test(key)) return value < 120 ? duration(value * 1000) : span(value);
   return Number.isInteger(value) ? whole(value) : Number(value.toPrecision(4));
 }
@@ -85,16 +92,30 @@ function things(title, list) {
   const isNumber = (key) => list.some((one) => typeof one[key] === "number");
   const more = list.length > MOST_LINES && make("p.soft", {}, `… and ${whole(list.length - MOST_LINES)} more`);
   return [table(title, list.slice(0, MOST_LINES),
-    keys.map((key) => [titled(key), (one) => (one[key] === null ? "" : plain(one[key], key)), isNumber(key)]), "none"), more];
+    keys.map((key) => [titled(key), (one) => (one[key] === null ? "" : key === "spent_pct" ? spent(one) : plain(one[key], key)), key !== "spent_pct" && isNumber(key)]), "none"), more];
+}
+const spent = (one) => [bar(one.spent_pct / 100, one.alert && "warn"), Number(one.spent_pct.toPrecision(3)) + " %"];
+// Things of one kind under their names, as the arms of a strategy are: the rows of a table.
+function alike(nested) {
+  const shape = (thing) => Object.keys(thing).join();
+  return nested.length > 1 && nested.every(([, thing]) => shape(thing) === shape(nested[0][1]) && !Object.values(thing).some(isThing));
 }
 function card(title, state) {
   const own = Object.entries(state).filter(([, value]) => !isThing(value) && !(Array.isArray(value) && value.some(isThing)));
   const nested = Object.entries(state).filter(([, value]) => isThing(value));
   const lists = Object.entries(state).filter(([, value]) => Array.isArray(value) && value.some(isThing));
-  return make(lists.length ? "div.card.wide" : "div.card", {}, make("h3", {}, title),
+  let columns = lists.length ? 9 : 0;
+  const rows = (entries) => {
+    columns = Math.max(columns, Object.keys(entries[0][1]).length);
+    return things(title, entries.map(([name, thing]) => ({ name: words(name), ...thing })));
+  };
+  const inner = alike(nested) ? rows(nested) : nested.map(([key, value]) => {
+    const entries = Object.entries(value);
+    return entries.every(([, one]) => isThing(one)) && alike(entries) ? rows(entries) : card(titled(key), value);
+  });
+  return make("div.card" + (columns > 6 ? ".wide" : columns ? ".half" : ""), {}, make("h3", {}, title),
     own.length ? pairs(Object.fromEntries(own.map(([key, value]) => [titled(key), plain(value, key)]))) : [],
-    nested.map(([key, value]) => card(words(key), value)),
-    lists.map(([key, value]) => things(words(key), value.filter(isThing))));
+    inner, lists.map(([key, value]) => things(titled(key), value.filter(isThing))));
 }
 function limits(entries) {
   const left = (kind) => ([, limit]) => {
@@ -143,7 +164,7 @@ function draw(state) {
   put(byId("replicas"), replicas(told));
   byId("by-model").hidden = !Object.keys(state.model_stats).length;
   put(byId("models"), models(state.model_stats));
-  if (!isPaused) put(byId("routes"), routes(state.recent_routes));
+  if (!isPaused) put(byId("routes"), ...routes(state.recent_routes));
   put(byId("stages"), ...sections(state));
 }
 function say(text, look) {
@@ -213,6 +234,10 @@ byId("pause").addEventListener("click", () => {
   if (latest) draw(latest);
 });
 byId("shut").addEventListener("click", () => byId("trace").close());
+byId("trace").addEventListener("close", () => { // the list was drawn anew meanwhile, and whoever opened a decision goes on there
+  document.querySelector(`#routes [data-focus="${CSS.escape(byId("trace").dataset.id || "")}"]`)?.focus({ preventScroll: true });
+});
+isPhone.addEventListener("change", () => { if (latest) draw(latest); });
 function isDark() {
   const theme = document.documentElement.dataset.theme;
   return theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;

@@ -88,6 +88,7 @@ function drawTrace(trace) {
 }
 async function openTrace(id) {
   const dialog = byId("trace");
+  dialog.dataset.id = id;
   put(byId("trace-body"), make("p.none", {}, "…"));
   if (!dialog.open) dialog.showModal();
   try {
