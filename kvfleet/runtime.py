@@ -408,7 +408,7 @@ class Router:
 
     def _annotate(self, outcome: Outcome, span: Span) -> None:
         """Add a span to a finished route's record."""
-        outcome.trace.records.append(span)
+        outcome.trace.add(span)
         for sink in self.sinks:
             if callable(amend := getattr(sink, "amend", None)):
                 amend(outcome.trace, span)

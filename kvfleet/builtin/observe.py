@@ -21,7 +21,7 @@ from kvfleet.telemetry.cost import cost_usd
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.trace import names
 from kvfleet.trace.attributes import verdicts_of
-from kvfleet.trace.spans import AttributeValue, Span, Status, Step
+from kvfleet.trace.spans import AttributeValue, Span, Status, Step, Trace
 
 __all__ = ["LogObserver", "MetricsObserver"]
 
@@ -29,6 +29,9 @@ _log = logging.getLogger("kvfleet.routes")
 _ESCALATED = "low_confidence"
 _FOR_JUDGES = ("sample", "judge")
 _STATUSES = {"answered": "success", "cached": "success", "failed": "error"}
+_OF_USUAL = 2
+"""Spans of a route without anything unusual: its own, and its one attempt's."""
+_MOST_USUAL = 1024
 _PLAIN = re.compile(r"[\w.:/@+-]+")
 
 
@@ -36,9 +39,68 @@ def _is_attempt(span: Span) -> bool:
     return names.ATTEMPT in span.attributes
 
 
+def _decided_ns(trace: Trace) -> int:
+    """When the choice was made: the last stage's end before the attempts; 0 if none was made."""
+    for record in reversed(trace.records):
+        if isinstance(record, Step):
+            return record.end_ns if record.shape.fixed.get(names.STAGE_KIND) == Kind.SELECT else 0
+        if record.attributes.get(names.STAGE_KIND) == Kind.SELECT:
+            return int(record.end_ns)
+    return 0
+
+
 def _texts(value: AttributeValue | None) -> Sequence[str]:
     """A list of texts, as an attribute has it."""
     return [str(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else []
+
+
+class _Usual:
+    """What is raised for a route that its first attempt answered, by strategy and model: nearly all of them."""
+
+    __slots__ = (
+        "attempts",
+        "completion",
+        "decision",
+        "latency",
+        "metrics",
+        "model",
+        "prompt",
+        "routes",
+        "selected",
+        "ttfb",
+    )
+
+    def __init__(self, metrics: MetricsExporter, strategy: str, model: str) -> None:
+        self.metrics, self.model = metrics, model
+        self.routes = metrics.counter("kvfleet_route_requests_total", strategy, "success")
+        self.selected = metrics.counter("kvfleet_model_selected_total", model)
+        self.attempts = metrics.counter("kvfleet_attempts_total", model, "ok")
+        self.latency = metrics.histogram("kvfleet_route_latency_seconds", strategy)
+        self.decision = metrics.histogram("kvfleet_decision_seconds", strategy)
+        self.ttfb = metrics.histogram("kvfleet_time_to_first_byte_seconds", model)
+        self.prompt: list[float] | None = None  # not there before there is something to count
+        self.completion: list[float] = []
+
+    def count(self, outcome: Outcome, decided_s: float) -> None:
+        """Count one route."""
+        self.routes[0] += 1
+        self.selected[0] += 1
+        self.attempts[0] += 1
+        self.latency.add(outcome.duration_s)
+        self.decision.add(decided_s)
+        if outcome.ttfb_s is not None:
+            self.ttfb.add(outcome.ttfb_s)
+        usage, cost = outcome.usage, outcome.cost_usd
+        if usage is not None:
+            if self.prompt is None:
+                self.prompt = self.metrics.counter("kvfleet_tokens_total", self.model, "prompt")
+                self.completion = self.metrics.counter("kvfleet_tokens_total", self.model, "completion")
+            self.prompt[0] += usage.prompt_tokens
+            self.completion[0] += usage.completion_tokens
+            if usage.cached_tokens:
+                self.metrics.count("kvfleet_tokens_total", self.model, "cached", by=usage.cached_tokens)
+        if cost is not None:
+            self.metrics.count("kvfleet_cost_usd_total", self.model, by=cost)
 
 
 @attrs.define
@@ -48,6 +110,8 @@ class MetricsObserver:
     _metrics: MetricsExporter = attrs.field(
         init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
     )
+
+    _usual: dict[tuple[str, str], _Usual] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
     def provision(self, services: Services) -> None:
         """Write to the fleet's metrics, and let them show the fleet's state."""
@@ -60,26 +124,43 @@ class MetricsObserver:
             return
         trace = outcome.trace
         strategy = str(trace.route.attributes.get(names.STRATEGY, ""))
+        if len(trace.full) == _OF_USUAL and self._count_usual(outcome, strategy):
+            return
         self._count_route(outcome, strategy)
         attempts: list[Span] = []
-        last: Step | None = None
-        decided_ns = 0
-        for record in trace.records[1:]:
-            if isinstance(record, Step):  # it went as it should, and there is nothing in it to count
-                last = record
-            elif names.ATTEMPT in record.attributes:
-                attempts.append(record)
+        for span in trace.full[1:]:  # what is a step still went as it should, and there is nothing in it to count
+            if names.ATTEMPT in span.attributes:
+                attempts.append(span)
             else:
-                self._count_stage(record)
-                if record.attributes.get(names.STAGE_KIND) == Kind.SELECT:
-                    decided_ns = record.end_ns
-        if last is not None and last.shape.fixed[names.STAGE_KIND] == Kind.SELECT:  # the choice is the last of them
-            decided_ns = last.end_ns
+                self._count_stage(span)
+        decided_ns = _decided_ns(trace)
         if decided_ns:
             self._metrics.observe("kvfleet_decision_seconds", (decided_ns - trace.route.start_ns) / 1e9, strategy)
         self._count_attempts(attempts)
         if names.CONFIDENCE_ATTEMPTS in trace.route.attributes:
             self._observe_confidence(outcome, attempts)
+
+    def _count_usual(self, outcome: Outcome, strategy: str) -> bool:
+        """Count a route that went as nearly all do; False if it did not."""
+        trace, served = outcome.trace, outcome.served_by
+        route, attempt = trace.full
+        if served is None or attempt.status is not Status.OK or names.ATTEMPT not in attempt.attributes:
+            return False
+        attributes = route.attributes
+        if (
+            attributes.get(names.OUTCOME) != "answered"
+            or attributes.get(names.MODEL_SELECTED) != served.name
+            or names.CONFIDENCE_ATTEMPTS in attributes
+            or not (decided_ns := _decided_ns(trace))
+        ):
+            return False
+        cells = self._usual.get((strategy, served.name))
+        if cells is None:
+            if len(self._usual) >= _MOST_USUAL:
+                self._usual.clear()
+            cells = self._usual[strategy, served.name] = _Usual(self._metrics, strategy, served.name)
+        cells.count(outcome, (decided_ns - route.start_ns) / 1e9)
+        return True
 
     def _count_route(self, outcome: Outcome, strategy: str) -> None:
         metrics, attributes = self._metrics, outcome.trace.route.attributes

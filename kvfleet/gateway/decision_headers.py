@@ -20,9 +20,7 @@ def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs
     A short-circuit answer (from a cache) has no model and no replica. ``x-kvfleet-cache`` (hit, near or miss) is there
     if a stage looked for one.
     """
-    route = trace.route
-    # What went as it should is a step still; attempts and answers from a cache are spans.
-    spans = [record for record in trace.records if isinstance(record, Span)]
+    route, spans = trace.route, trace.full  # attempts and answers from a cache are among them
     headers = [
         (b"x-kvfleet-strategy", str(route.attributes.get(n.STRATEGY, "")).encode()),
         (b"x-kvfleet-trace", trace.trace_id.encode()),
@@ -31,9 +29,11 @@ def decision_headers(answer: Answer, trace: Trace, names: ReplicaNames) -> Pairs
     if answer.served_by is not None:
         model, replica = names.header_values(answer.served_by)
         headers += [(b"x-kvfleet-model", model), (b"x-kvfleet-replica", replica)]
-    looked = [span.attributes for span in spans if n.ANSWERED in span.attributes]
-    if looked:
-        last = looked[-1]
+    last = None
+    for span in spans:
+        if n.ANSWERED in span.attributes:
+            last = span.attributes
+    if last is not None:
         word = b"miss" if not last[n.ANSWERED] else b"near" if last.get(n.ANSWER_MATCH) == "near" else b"hit"
         headers.append((b"x-kvfleet-cache", word))
     return headers
@@ -46,8 +46,10 @@ def _timing(trace: Trace, spans: Sequence[Span]) -> bytes:
     if not calls:
         return b"route;dur=%.3f" % ((trace.records[-1].end_ns - route.start_ns) / 1e6)
     decided_ms = (calls[0].start_ns - route.start_ns) / 1e6
-    number = route.attributes.get(n.ATTEMPT_SERVED)
-    served = next((span for span in calls if span.attributes.get(n.ATTEMPT) == number), calls[-1])
+    served = calls[-1]
+    if len(calls) > 1:
+        number = route.attributes.get(n.ATTEMPT_SERVED)
+        served = next((span for span in calls if span.attributes.get(n.ATTEMPT) == number), served)
     ttfb_s = served.attributes.get(n.TTFB_S)
     if not isinstance(ttfb_s, float):
         return b"route;dur=%.3f" % decided_ms

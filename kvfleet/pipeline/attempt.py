@@ -210,7 +210,7 @@ class Attempts:
         handle = self.bridge.start_attempt(self.handle, span.name, span.start_ns)
         span.span_id = handle.span_id
         span.attributes = attempt_attributes(candidate, operation, number=self._made, reason=reason)
-        self.trace.records.append(span)
+        self.trace.add(span)
         return span, handle
 
     def call_for(

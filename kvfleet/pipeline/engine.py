@@ -117,7 +117,7 @@ class Decision:
         span, self._span = self._span, None
         assert span is not None  # noqa: S101 - whoever calls has asked for it
         span.start_ns, span.end_ns = start_ns, self.clock.time_ns()
-        self.trace.records.append(span)
+        self.trace.add(span)
         return span.end_ns
 
     def _failed(self, stage: BoundStage, error: Exception) -> None:

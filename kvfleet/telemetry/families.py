@@ -14,7 +14,7 @@ from itertools import accumulate
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-__all__ = ["MOST_LABELS", "Counters", "Histograms"]
+__all__ = ["MOST_LABELS", "Counters", "Histogram", "Histograms"]
 
 MOST_LABELS = 4096
 
@@ -28,14 +28,20 @@ class Counters(Collector):
 
     def __init__(self, name: str, doc: str, labels: Labels) -> None:
         self._name, self._doc, self._labels = name, doc, labels
-        self._values: dict[Labels, float] = {} if labels else {(): 0.0}
+        self._values: dict[Labels, list[float]] = {} if labels else {(): [0.0]}
 
     def add(self, labels: Labels, by: float) -> None:
         """Raise the counter with these labels."""
-        values = self._values
-        if labels not in values and len(values) >= MOST_LABELS:
-            labels = ("other",) * len(labels)
-        values[labels] = values.get(labels, 0.0) + by
+        self.cell(labels)[0] += by
+
+    def cell(self, labels: Labels) -> list[float]:
+        """The counter with these labels, as a list of one number, for whoever raises it again and again."""
+        found = self._values.get(labels)
+        if found is None:
+            if len(self._values) >= MOST_LABELS:
+                labels = ("other",) * len(labels)
+            found = self._values.setdefault(labels, [0.0])
+        return found
 
     def describe(self) -> Iterator[Metric]:
         """The name, so that two collectors cannot both have it."""
@@ -44,19 +50,25 @@ class Counters(Collector):
     def collect(self) -> Iterator[Metric]:
         """The family with its samples."""
         family = CounterMetricFamily(self._name, self._doc, labels=self._labels)
-        for labels, value in tuple(self._values.items()):
+        for labels, (value,) in tuple(self._values.items()):
             family.add_metric(labels, value)
         yield family
 
 
-class _Histogram:
+class Histogram:
     """The values with one set of labels: how many fell between two bounds, and their sum."""
 
-    __slots__ = ("counts", "sum")
+    __slots__ = ("bounds", "counts", "sum")
 
-    def __init__(self, buckets: int) -> None:
-        self.counts = [0] * (buckets + 1)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Take in a value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
 
 
 class Histograms(Collector):
@@ -66,20 +78,20 @@ class Histograms(Collector):
 
     def __init__(self, name: str, doc: str, labels: Labels, bounds: Sequence[float]) -> None:
         self._name, self._doc, self._labels, self._bounds = name, doc, labels, tuple(bounds)
-        self._found: dict[Labels, _Histogram] = {} if labels else {(): _Histogram(len(bounds))}
+        self._found: dict[Labels, Histogram] = {} if labels else {(): Histogram(self._bounds)}
 
     def add(self, labels: Labels, value: float) -> None:
         """Take in a value."""
+        self.cell(labels).add(value)
+
+    def cell(self, labels: Labels) -> Histogram:
+        """The histogram with these labels, for whoever adds to it again and again."""
         found = self._found.get(labels)
         if found is None:
-            found = self._make(labels)
-        found.counts[bisect_left(self._bounds, value)] += 1
-        found.sum += value
-
-    def _make(self, labels: Labels) -> _Histogram:
-        if len(self._found) >= MOST_LABELS:
-            labels = ("other",) * len(labels)
-        return self._found.setdefault(labels, _Histogram(len(self._bounds)))
+            if len(self._found) >= MOST_LABELS:
+                labels = ("other",) * len(labels)
+            found = self._found.setdefault(labels, Histogram(self._bounds))
+        return found
 
     def describe(self) -> Iterator[Metric]:
         """The name, so that two collectors cannot both have it."""

@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
 from kvfleet.config.schema import ModelConfig
-from kvfleet.telemetry.families import MOST_LABELS, Counters, Histograms
+from kvfleet.telemetry.families import MOST_LABELS, Counters, Histogram, Histograms
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
@@ -382,6 +382,14 @@ class MetricsExporter:
         """Add a value to a histogram of the table."""
         if self.enabled:
             self._histograms[name].add(labels, value)
+
+    def counter(self, name: str, *labels: str) -> list[float]:
+        """A counter of the table with these labels, as a list of one number to raise: for what counts every request."""
+        return self._counters[name].cell(labels) if self.enabled else [0.0]
+
+    def histogram(self, name: str, *labels: str) -> Histogram:
+        """A histogram of the table with these labels, to add to: for what measures every request."""
+        return self._histograms[name].cell(labels) if self.enabled else Histogram(())
 
     def record_route(
         self, strategy: str, model: str, latency_seconds: float, success: bool = True, *, status: str = ""

@@ -117,13 +117,24 @@ class Trace:
 
     Attributes:
         trace_id: 32 hex digits.
-        records: The spans, some of them as steps still; whoever writes appends here. The first is a span.
+        records: The spans, some of them as steps still; whoever writes appends steps here. The first is a span.
         parent_span_id: 16 hex digits of the caller's span; empty if nobody called with a ``traceparent``.
+        full: Those that never were steps: the route's, the attempts', and those of stages that had more to say.
     """
 
     trace_id: str
     records: list[Span | Step] = attrs.field(factory=list, alias="spans")
     parent_span_id: str = ""
+    full: list[Span] = attrs.field(init=False, repr=False)
+
+    @full.default
+    def _find_full(self) -> list[Span]:
+        return [record for record in self.records if type(record) is not Step]  # type: ignore[misc]
+
+    def add(self, span: Span) -> None:
+        """Record a span."""
+        self.records.append(span)
+        self.full.append(span)
 
     @property
     def route(self) -> Span:
