@@ -49,9 +49,11 @@ def _spliced(call: Call, model: str, *, add_usage: bool) -> bytes | None:
     # Within valid JSON these seven bytes are a key, a value, or the end of a text with an escaped quote. If they stand
     # there once, the body has that key, and no letter of it is escaped anywhere (d, e, l, m and o are U+006x), they are
     # that key. The same holds for the prompt's keys, whose other letters are U+007x.
-    if not raw or raw.count(b'"model"') != 1 or b"\\u006" in raw or not isinstance(body.get("model"), str):
+    if not raw or raw.count(b'"model"') != 1 or not isinstance(body.get("model"), str):
         return None
-    if b"\\u007" in raw or any(raw.count(key) > 1 for key in _PROMPTS[call.operation]):
+    if b"\\u00" in raw and (b"\\u006" in raw or b"\\u007" in raw):
+        return None
+    if any(raw.count(key) > 1 for key in _PROMPTS[call.operation]):
         return None
     if bool(body.get("stream")) != call.stream or (add_usage and "stream_options" in body):
         return None

@@ -35,6 +35,8 @@ _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
 _MOMENT_S = 0.02
 """How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
+_WELL_KNOWN = 64
+"""Answers of a replica from which on one in a moment is learned from."""
 _SAME = 0.05
 """Share by which a replica must differ from what it was taken to be to be taken for another."""
 _STEP = 0.1
@@ -188,7 +190,7 @@ class FleetLoad:
         service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
         known.computed_s += service_s
         one.computed_s = known.computed_s
-        if one.is_clean:
+        if one.is_clean and _teaches(known.speed, now_s):
             tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens), self._pace(known)
             self._has_streams = True
             pace.learn_first_byte(service_s / pace.relative(known.speed), *tokens, was_idle=one.was_idle)
@@ -200,9 +202,11 @@ class FleetLoad:
         """Its answer came in one piece, `duration_s` seconds after the call."""
         known = self._of(one.replica_id)
         known.whole_s = _mix(known.whole_s, duration_s)
-        known.measured_s = self.clock.now_s()
+        known.measured_s = now_s = self.clock.now_s()
         if not self._has_streams:
             self._note_stretch(known, duration_s)
+        if not _teaches(known.speed, now_s):
+            return
         alone_s = max(duration_s - one.ahead_s, 0.0)
         tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens, float(answer_tokens or 0)), self._pace(known)
         pace.learn_whole(alone_s / pace.relative(known.speed), *tokens)
@@ -225,7 +229,7 @@ class FleetLoad:
             return
         known.answer_tokens = _mix(known.answer_tokens, completion_tokens)
         known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
-        if one.first_s is not None and completion_tokens > 1:
+        if one.first_s is not None and completion_tokens > 1 and _teaches(known.step, now_s):
             # Prompts that were computed meanwhile held it up; that is not the pace of decoding.
             held_up_s = known.computed_s - one.computed_s
             step_s = max(now_s - one.first_s - held_up_s, 0.0) / (completion_tokens - 1)
@@ -502,6 +506,14 @@ def _free(known: ReplicaLoad) -> float:
 def _unless_off(shown: float, value: float) -> float:
     same = _SAME if shown == 1 else _SAME / 4
     return shown if abs(value - shown) <= same * shown else value
+
+
+def _teaches(ratio: Ratio, now_s: float) -> bool:
+    """False for what comes by the thousand a second from a replica that is well known: one in a moment is enough."""
+    if ratio.seen > _WELL_KNOWN and 0 <= now_s - ratio.learned_s < _MOMENT_S:
+        return False
+    ratio.learned_s = now_s
+    return True
 
 
 def _mix(old: float | None, new: float) -> float:

@@ -88,12 +88,14 @@ class Rates:
 class Ratio:
     """How many times as long as expected things take: the sum of what they took by the sum of what was expected.
 
-    Newer ones count more, and a few that went as expected are taken for granted.
+    Newer ones count more, and a few that went as expected are taken for granted. `learned_s` is when that was, for
+    whoever chooses what is learned from.
     """
 
     value: float = 1.0
     seen: int = 0
     error_s: float = 0.0
+    learned_s: float = 0.0
     _took: float = 0.0
     _expected: float = 0.0
     _weight: float = 0.0
