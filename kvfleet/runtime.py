@@ -38,6 +38,7 @@ from kvfleet.pipeline.requests import request_from
 from kvfleet.pipeline.resolve import Names
 from kvfleet.pipeline.route import Route, route_attributes
 from kvfleet.pipeline.stage import BoundStage, Pipeline
+from kvfleet.pipeline.succession import Turn, inherit
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Kind, Outcome, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable, discover
@@ -103,6 +104,7 @@ class Router:
         bridge: How live spans are made; by default they are kvfleet's own, without the OpenTelemetry SDK.
         polls: False to leave health and load unpolled, as tests do.
         state_dir: Where components keep what outlives the process; None to keep nothing.
+        before: The router whose place this one is to take; see `successor`.
 
     Raises:
         ConfigError: with every finding, if the pipeline cannot be built.
@@ -122,20 +124,25 @@ class Router:
         polls: bool = True,
         seed: int | None = None,
         state_dir: Path | None = None,
+        before: Router | None = None,
     ) -> None:
         self.config = config
         self.table = discover() if table is None else table
         self.clock: Clock = clock or SystemClock()
         self.registry = ModelRegistry.from_configs(config.models)
         self.models: tuple[ModelConfig, ...] = self.registry.replicas
-        self.services = Services(
+        self.services: Services = Services(
             clock=self.clock,
             models=self.models,
-            health=HealthManager.of(config.health, self.models, self.clock),
-            load=FleetLoad(self.clock),
+            health=HealthManager.of(config.health, self.models, self.clock)
+            if before is None
+            else before.services.health,
+            load=FleetLoad(self.clock) if before is None else before.services.load,
             limits=_limits_of(config, self.models, self.clock),
             caches=CacheKnowledge(self.clock),
-            metrics=MetricsExporter(enabled=config.telemetry.prometheus_enabled),
+            metrics=MetricsExporter(
+                enabled=config.telemetry.prometheus_enabled, before=None if before is None else before.services.metrics
+            ),
             find=self.table.get,
             state_dir=state_dir,
         )
@@ -145,10 +152,11 @@ class Router:
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
         show_caches(self.services.metrics, self.services.caches, self.models, lambda model: self._cache_mode(model)[0])
-        self.connections = Connections()
-        own = [model for model in self.models if not adapters or model.id not in adapters]
+        self.connections: Connections = Connections() if before is None else before.connections
+        given = {**({} if before is None else before.unchanged(self.models)), **(adapters or {})}
+        own = [model for model in self.models if model.id not in given]
         built = build_adapters(config, self.table, own, connections=self.connections)
-        self.adapters: dict[str, InferenceAdapter] = {**built, **(adapters or {})}
+        self.adapters: dict[str, InferenceAdapter] = {**built, **given}
         self.services.adapters = self.adapters
         self.sinks = tuple(sinks)
         self.bridge: Bridge = bridge or OwnBridge()
@@ -163,6 +171,11 @@ class Router:
         self._background: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._is_closed = False
+        self._given, self._state_dir = dict(adapters or {}), state_dir
+        self._lent: frozenset[int] = frozenset(map(id, (self.connections, *given.values()))) if before else frozenset()
+        self._turn = Turn()
+        if before is None:
+            self._turn.begin()
 
     # Life ------------------------------------------------------------------------------------------------------------
 
@@ -190,8 +203,10 @@ class Router:
             if callable(close := getattr(component, "aclose", None)):
                 await close()
         for adapter in self.adapters.values():
-            await adapter.aclose()
-        await self.connections.aclose()
+            if id(adapter) not in self._lent:
+                await adapter.aclose()
+        if id(self.connections) not in self._lent:
+            await self.connections.aclose()
 
     async def close(self) -> None:
         """The documented name of `aclose`."""
@@ -211,12 +226,17 @@ class Router:
         async with anyio.create_task_group() as group:
             group.start_soon(self._observing.run)
             if self._polls:
-                group.start_soon(self._collector().run)
-                group.start_soon(self._outliers().run)
-                group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)
+                group.start_soon(self._turn.take, self._watch)
             started.set()
             await self._stop.wait()
             group.cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        """Ask the engines, and listen to them."""
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._collector().run)
+            group.start_soon(self._outliers().run)
+            group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)
 
     def _collector(self) -> Collector:
         telemetry = self.config.telemetry
@@ -235,6 +255,59 @@ class Router:
     async def settled(self) -> None:
         """Wait until the observers of every finished route have run."""
         await self._observing.settled()
+
+    # Changing --------------------------------------------------------------------------------------------------------
+
+    def successor(self, config: FleetConfig) -> Router:
+        """A router for a changed configuration, beside this one, which goes on; `open` and `take_over` come next.
+
+        Replicas that are as they were keep their adapter and its connections. Until `take_over` nothing is shared that
+        this one would notice, and ``aclose`` takes it back.
+
+        Raises:
+            ConfigError: with every finding, if the pipeline cannot be built.
+        """
+        return Router(
+            config,
+            table=self.table,
+            clock=self.clock,
+            adapters=self._given,
+            sinks=self.sinks,
+            bridge=self.bridge,
+            polls=self._polls,
+            state_dir=self._state_dir,
+            before=self,
+        )
+
+    def unchanged(self, models: Sequence[ModelConfig]) -> dict[str, InferenceAdapter]:
+        """The adapters, by replica, of those of these that are replicas here too, and in no way different."""
+        known = {model.id: model for model in self.models}
+        return {model.id: self.adapters[model.id] for model in models if known.get(model.id) == model}
+
+    def take_over(self, before: Router) -> None:
+        """Go on where the router before is, in one step; it has been asked its last, and answers what it has begun.
+
+        What both know of is kept: load and reservations, health, limits, caches, and whatever stages hand on. Nobody
+        may be watching the engines any more: see `stop_watching`.
+        """
+        self.services.limits.inherit(before.services.limits)
+        self.services.caches.inherit(before.services.caches)
+        before._observing.tell_instead(inherit(self.pipeline, before.pipeline))
+        self._observing.dropped += before._observing.dropped
+        self.services.load.also(self.models)
+        self.services.health.change(self.config.health, self.models)
+        self.services.metrics.succeed(before.services.metrics)
+        self._lent, before._lent = before._lent, self._lent
+        self._turn.begin()
+
+    async def stop_watching(self) -> None:
+        """Ask the engines no more, and listen to none."""
+        await self._turn.end()
+
+    def forget_others(self) -> None:
+        """Forget the replicas of routers before, once the last of these is closed."""
+        self.services.load.register(self.models)
+        self.services.health.retain(model.endpoint for model in self.models)
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -480,7 +553,8 @@ class Router:
     # Watching --------------------------------------------------------------------------------------------------------
 
     def add_sink(self, sink: TraceSink) -> None:
-        """Send finished traces there too, from now on."""
+        """Send finished traces there too, from now on; twice is as good as once."""
+        self.remove_sink(sink)
         self.sinks = (*self.sinks, sink)
 
     def remove_sink(self, sink: TraceSink) -> None:

@@ -63,6 +63,11 @@ class ConcurrencyAdmission:
     _duration_s: float | None = attrs.field(init=False, default=None)
     _refused: int = attrs.field(init=False, default=0)
 
+    def inherit(self, before: ConcurrencyAdmission) -> None:
+        """Count on with the requests that were let in before a reload."""
+        self._in_flight, self._turned_away = before._in_flight, before._turned_away
+        self._duration_s, self._refused = before._duration_s, before._refused
+
     async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
         """A place, or a refusal."""
         queues = self._queues(ctx)

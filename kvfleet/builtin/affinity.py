@@ -123,6 +123,25 @@ class PrefixAffinity:
             if len(replicas) > 1
         }
 
+    def inherit(self, before: PrefixAffinity) -> None:
+        """Know where prompts, and conversations, were sent before a reload, and how far each replica was believed.
+
+        Where the index's own options have changed, prompts are not known any more, but the conversations' homes are.
+        """
+        self._sessions, self._placed = before._sessions, before._placed
+        self._trust |= {replica: trust for replica, trust in before._trust.items() if replica in self._trust}
+        for trust in self._trust.values():
+            trust.least = self.min_trust
+        self._told.inherit(before._told)
+        if before._index_options == self._index_options:
+            self._index = before._index
+            self._index.register(self._trust)
+
+    @property
+    def _index_options(self) -> Sequence[object]:
+        """What the index was made with, and what its blocks mean."""
+        return self.block_bytes, self.cache_tokens, self.max_entries, self.isolate_tenants
+
     def affinity(self, ctx: RoutingContext) -> Affinity:
         """The expectations."""
         looked = self._look(ctx)

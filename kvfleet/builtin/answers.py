@@ -59,6 +59,13 @@ class ExactCache:
         """Make the memory."""
         self._memory = AnswerMemory(self.max_megabytes * 1e6)
 
+    def inherit(self, before: ExactCache) -> None:
+        """Remember the answers that were given before a reload."""
+        bounds = self._memory.max_bytes, self._memory.max_entries
+        self._memory = before._memory
+        self._memory.resize(*bounds)
+        self._hits, self._misses = before._hits, before._misses
+
     async def answer(self, ctx: RoutingContext) -> Answer | None:
         """The answer given before, or None."""
         if not self._is_fit(ctx) or not may_look(ctx):

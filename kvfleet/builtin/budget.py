@@ -182,6 +182,20 @@ class BudgetAdmission:
             # Reached before this process began: the alert has been given.
             account.is_alerted = account.reaches_threshold
 
+    def inherit(self, before: BudgetAdmission) -> None:
+        """Go on with the accounts that stood before a reload: what they spent, and what they hold for requests."""
+        known = {account.name: account for account in before._every()}
+        limits = {account.name: account.config for account in self._every()}
+        for name in known.keys() & limits:
+            known[name].config = limits[name]
+
+        def kept(account: Account) -> Account:
+            return known.get(account.name, account)
+
+        self._shared = tuple(map(kept, self._shared))
+        self._accounts = {name: tuple(map(kept, found)) for name, found in self._accounts.items()}
+        self._of_keys = {name: kept(account) for name, account in self._of_keys.items()}
+
     async def aclose(self) -> None:
         """Write what was spent."""
         if self._ledger is not None:

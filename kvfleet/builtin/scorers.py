@@ -88,7 +88,7 @@ class LatencyScorer:
     def provision(self, services: Services) -> None:
         """Use the fleet's load."""
         self._load = services.load
-        services.load.register(services.models)
+        services.load.also(services.models)
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in seconds."""
@@ -133,7 +133,7 @@ class HardwareLoadScorer:
     def provision(self, services: Services) -> None:
         """Use the fleet's load."""
         self._load = services.load
-        services.load.register(services.models)
+        services.load.also(services.models)
 
     def score(self, ctx: RoutingContext) -> Column:
         """The column, a utility; not known of a replica that nobody has registered."""

@@ -57,6 +57,12 @@ class SemanticAnswers(ExactCache):
         if self.embedder:
             self._likeness = Meaning(_load(self.embedder))
 
+    def inherit(self, before: ExactCache) -> None:
+        """Remember the answers that were given before a reload, unless questions are compared in another way now."""
+        if isinstance(before, SemanticAnswers) and before.embedder == self.embedder:
+            ExactCache.inherit(self, before)
+            self._near_hits = int(before.state()["near_hits"])
+
     async def answer(self, ctx: RoutingContext) -> Answer | None:
         """The answer to this question, or None."""
         if not self._is_fit(ctx) or not may_look(ctx):

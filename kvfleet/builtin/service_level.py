@@ -99,6 +99,10 @@ class ServiceLevelFilter:
             remedy = "give it cost_per_1k_input_tokens and cost_per_1k_output_tokens, or set the limit to null"
             raise ConfigError([Finding(what, remedy, code="unknown-price")])
 
+    def inherit(self, before: ServiceLevelFilter) -> None:
+        """Know the times that were measured before a reload."""
+        self._times = before._times
+
     def limit_usd(self, ctx: RoutingContext) -> float | None:  # noqa: ARG002 - the same for everybody
         """The most that a request may cost; None for no limit."""
         return self.max_cost_per_request
@@ -177,7 +181,7 @@ class OverloadFilter:
     def provision(self, services: Services) -> None:
         """Use the fleet's load."""
         self._load = services.load
-        services.load.register(services.models)
+        services.load.also(services.models)
 
     def filter(self, ctx: RoutingContext) -> Iterable[Drop]:
         """One drop for each replica that is too busy."""

@@ -62,6 +62,12 @@ class ToldCaches:
         self._under_way.register(telling)
         self._restarts = dict.fromkeys(telling, 0)
 
+    def inherit(self, before: ToldCaches) -> None:
+        """Know what is under way to the replicas since before a reload."""
+        self._under_way = before._under_way
+        self._under_way.register(self._restarts)
+        self._restarts |= {one: count for one, count in before._restarts.items() if one in self._restarts}
+
     def held(self, ctx: RoutingContext) -> Mapping[str, Told]:
         """By replica: what is known of it for this request's prompt; those of which nothing is known are absent."""
         prompt = ctx.fact_or_none(TOKENS)

@@ -86,6 +86,14 @@ class AnswerMemory(Generic[V]):
         self.size += held.size
         if held.sketch is not None:
             self._alike.setdefault((held.scope, held.sketch.must), OrderedDict())[key] = None
+        self._trim()
+
+    def resize(self, max_bytes: float, max_entries: int) -> None:
+        """Have other bounds from now on; what is too much goes."""
+        self.max_bytes, self.max_entries = max_bytes, max_entries
+        self._trim()
+
+    def _trim(self) -> None:
         while len(self._held) > self.max_entries or self.size > self.max_bytes:
             largest = max(self._groups.values(), key=len)
             self.drop(next(iter(largest)))

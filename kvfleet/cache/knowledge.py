@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,7 +13,7 @@ from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import CacheState, KVMode
 from kvfleet.cache.prefix_index import Matched, PrefixIndex
 from kvfleet.clock import Clock, SystemClock
-from kvfleet.config.caching import KVEventsConfig
+from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.schema import ModelConfig
 
 __all__ = ["CacheKnowledge", "Held", "Source", "TokenChain"]
@@ -137,9 +137,42 @@ class CacheKnowledge:
             replicas.append(model)
             source.replicas.append(model.id)
             self._of_replica[model.id] = source
-        by_id = {model.id: model for found in self._models.values() for model in found}
         for source in self.sources:
-            source.states = self._states(source, [by_id[replica] for replica in source.replicas])
+            self._begin(source)
+
+    def inherit(self, before: CacheKnowledge) -> None:
+        """Take over what another one was told by the engines that are the same; nobody may tell it anything any more.
+
+        An engine is the same if it is asked in the same way for the same replicas.
+        """
+        same = {before._identity(source): source for source in before.sources}
+        for name in self._indexes:
+            if self._blocks_of(name) == before._blocks_of(name):
+                self._indexes[name] = before._indexes[name]
+        for source in self.sources:
+            known = same.pop(self._identity(source), None)
+            if known is None:
+                self._begin(source)
+            else:
+                source.states = known.states
+        for gone in same.values():
+            for blocks in gone.blocks():
+                blocks.clear()
+        self._judged_s = float("-inf")
+
+    def _identity(self, source: Source) -> Hashable:
+        """What makes it the same engine in another reading of the fleet file."""
+        models = [model for found in self._models.values() for model in found if model.id in source.replicas]
+        return source.endpoint, source.place, tuple((one.id, one.kv_events, one.prompt_blocks) for one in models)
+
+    def _blocks_of(self, name: str) -> PromptBlocksConfig | None:
+        """How the prompts of a model are compared; None if its engines tell of nothing."""
+        return self._models[name][0].prompt_blocks if name in self._models else None
+
+    def _begin(self, source: Source) -> None:
+        """Know nothing yet of an engine."""
+        by_id = {model.id: model for found in self._models.values() for model in found}
+        source.states = self._states(source, [by_id[replica] for replica in source.replicas])
 
     def _states(self, source: Source, models: Sequence[ModelConfig]) -> list[CacheState]:
         settings = source.settings

@@ -10,17 +10,20 @@ from typing import Any
 import click
 
 from kvfleet.cli import render
+from kvfleet.cli.check import check_file
 from kvfleet.cli.options import CONFIG_VARIABLE, Decorator, config_argument, json_option, read_fleet, reports
 from kvfleet.cli.skeleton import template
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig
 from kvfleet.config.secrets import Problem, SecretReader
+from kvfleet.errors import ConfigError
 from kvfleet.gateway.auth import Keys
+from kvfleet.gateway.reload import FleetFile
 from kvfleet.gateway.server import Serving
 from kvfleet.gateway.server import serve as serve_fleet
 from kvfleet.pipeline.graph import as_text, describe
 from kvfleet.plugin.manager import ComponentTable, discover
 
-__all__ = ["init", "run", "secret", "serve"]
+__all__ = ["checked_fleet", "init", "run", "secret", "serve"]
 
 _LEVELS = ("debug", "info", "warning", "error")
 
@@ -46,6 +49,25 @@ def _gateway_options() -> Decorator:
         ),
         click.option("--allow-unauthenticated", is_flag=True, help="Listen beyond this machine without a key."),
         click.option(
+            "--watch/--no-watch",
+            default=None,
+            help="Reload when the file changes, or a secret's file in it; as the file says if not given.",
+        ),
+        click.option(
+            "--drain-timeout",
+            type=click.FloatRange(min=0),
+            default=30.0,
+            show_default=True,
+            help="Seconds that requests in flight have to end after SIGTERM.",
+        ),
+        click.option(
+            "--unready",
+            type=click.FloatRange(min=0),
+            default=0.0,
+            show_default=True,
+            help="Seconds between saying on /readyz that it stops, and accepting nothing more.",
+        ),
+        click.option(
             "--log-level",
             type=click.Choice(_LEVELS),
             default="info",
@@ -70,7 +92,8 @@ def run(config: Path | None, **options: Any) -> None:
     """Start the OpenAI-compatible gateway of a fleet file.
 
     Without FILE it is the file that KVFLEET_CONFIG names or, if that is not set, a quickstart fleet of three mock
-    engines inside this process, which need no GPU and no key. SIGTERM and Ctrl-C stop it after the last answer.
+    engines inside this process, which need no GPU and no key. SIGTERM and Ctrl-C stop it after the last answer;
+    SIGHUP reads the file again, and what is wrong with it changes nothing.
     """
     _start(config, **options)
 
@@ -92,8 +115,12 @@ def _start(
     api_key: str,
     allow_unauthenticated: bool,
     log_level: str,
+    watch: bool | None,
+    drain_timeout: float,
+    unready: float,
 ) -> None:
-    config = read_quickstart() if path is None else read_fleet(path, discover())
+    table = discover()
+    config = read_quickstart() if path is None else read_fleet(path, table)
     what = "three mock engines inside this process, no GPU needed" if path is None else str(path)
     needs_key = bool(Keys.of(config.gateway, api_key, tenants=config.tenants))
 
@@ -112,7 +139,23 @@ def _start(
         allow_unauthenticated=allow_unauthenticated,
         log_level=log_level,
         on_ready=ready,
+        drain_s=drain_timeout,
+        unready_s=unready,
+        file=None if path is None else FleetFile(path, lambda: checked_fleet(path, table)),
+        watches=watch,
     )
+
+
+def checked_fleet(path: Path, table: ComponentTable) -> FleetConfig:
+    """A fleet file without any finding.
+
+    Raises:
+        ConfigError: with all there are, as ``kvfleet validate`` has them.
+    """
+    checked = check_file(path, table)
+    if checked.findings or checked.config is None:
+        raise ConfigError(checked.findings)
+    return checked.config
 
 
 def read_quickstart() -> FleetConfig:

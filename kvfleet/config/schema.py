@@ -488,11 +488,26 @@ class KeyConfig:
 
 
 @attrs.frozen(kw_only=True)
+class AdminConfig:
+    """A listener of the operators' own: metrics, dashboard and reload leave the clients' listener for it."""
+
+    host: str = text(
+        "127.0.0.1",
+        doc="Address to listen on, for this and for `telemetry.prometheus_port`; loopback unless you say so.",
+    )
+    port: int | None = number(
+        None, ge=0, le=65535, doc="Port to listen on, 0 for any free one; if null, operators use the clients' listener."
+    )
+
+
+@attrs.frozen(kw_only=True)
 class GatewayConfig:
     """The HTTP face."""
 
     host: str = text("127.0.0.1", doc="Address to listen on; loopback unless you say otherwise.")
     port: int = number(8000, ge=0, le=65535, doc="Port to listen on; 0 takes any free one.")
+    admin: AdminConfig = section(AdminConfig, doc="A listener of the operators' own.")
+    watch: bool = flag(doc="Reload when this file changes, or a file that a secret in it is read from.")
     api_key: str = secret(doc="Key that clients must send as a bearer token; none is asked for if empty.")
     api_keys: Mapping[str, str] = mapping(
         doc="Further keys, by a name that logs may show; a key named as a tenant is that tenant's. Values are secrets.",

@@ -6,15 +6,12 @@ It answers exchanges (`kvfleet.gateway.exchange`), which its own server makes; i
 from __future__ import annotations
 
 import asyncio
-import enum
 import functools
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING
-
-import attrs
+from collections.abc import Callable, Coroutine, Mapping
+from typing import TYPE_CHECKING, Any
 
 from kvfleet.adapters.call import Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
@@ -38,6 +35,7 @@ from kvfleet.gateway.surfaces.messages import Messages
 from kvfleet.gateway.surfaces.responses import Responses
 from kvfleet.gateway.surfaces.serving import SurfaceAnswer
 from kvfleet.gateway.surfaces.surface import Asked, Surface
+from kvfleet.gateway.table import Access, Handler, Route, Table
 from kvfleet.gateway.tenants import bind, statements
 from kvfleet.gateway.wire import RequestReader
 from kvfleet.plugin.contract import RouteRequest
@@ -46,11 +44,12 @@ from kvfleet.trace.spans import SpanKind
 if TYPE_CHECKING:
     from kvfleet.runtime import Router
 
-__all__ = ["Access", "Gateway", "Route"]
+__all__ = ["Gateway", "OperatorsDoor"]
 
 _log = logging.getLogger(__name__)
 
-Handler = Callable[[Exchange], Awaitable[None]]
+Reload = Callable[[str], Coroutine[Any, Any, Mapping[str, Any]]]
+"""Reads the configuration again, for a reason, and says what came of it."""
 
 _CLOSING = frozenset({"invalid_http", "duplicate_header"})
 MESSAGES, RESPONSES = Messages(), Responses()
@@ -60,31 +59,6 @@ SPOKEN: Mapping[str, Surface] = {
     RESPONSES.path: RESPONSES,
 }
 """Whose errors a path has, if not OpenAI's."""
-
-
-class Access(enum.StrEnum):
-    """Who may call a route."""
-
-    OPEN = "open"  # anybody: it tells nothing but that the gateway is there
-    KEY = "key"  # whoever has one of the gateway's keys, if it has any
-    ADMIN = "admin"  # whoever has an admin's, because it tells of all tenants
-
-
-@attrs.frozen
-class Route:
-    """One entry of the table.
-
-    Attributes:
-        method: GET (which also answers HEAD) or POST.
-        path: As documented; a last part in braces stands for the rest of the path.
-        access: Who may call it.
-        handler: What answers.
-    """
-
-    method: str
-    path: str
-    access: Access
-    handler: Handler
 
 
 class Gateway:
@@ -97,6 +71,7 @@ class Gateway:
         cors: Which web pages may call; as configured if None.
         hosts: Under which names it may be called; any if None.
         condition_headers: Request headers that policy conditions read.
+        before: The gateway whose place this one is to take, whose counts and shown decisions go on.
         new_id: Makes the identifier of a request that brings none.
 
     Raises:
@@ -112,6 +87,7 @@ class Gateway:
         hosts: Hosts | None = None,
         condition_headers: tuple[str, ...] = (),
         new_id: Callable[[], str] = new_request_id,
+        before: Gateway | None = None,
     ) -> None:
         config = router.config
         self.router = router
@@ -119,9 +95,10 @@ class Gateway:
         self.cors = Cors.of(config.gateway.cors_origins) if cors is None else cors
         self.hosts = hosts
         self.replicas = ReplicaNames.of(router.models)
-        self.meters = Meters()
-        self.board = Board(router, self.replicas)
+        self.meters: Meters = Meters() if before is None else before.meters
+        self.board: Board = Board(router, self.replicas, before=None if before is None else before.board)
         self.phase = Phase.STARTING
+        self.reload: Reload = _nothing_to_reload if before is None else before.reload
         self._headers = HeaderNames.of(config.gateway, condition_headers)
         self._reader = RequestReader(self._headers)
         self._catalogue = catalogue(config, int(time.time()))
@@ -129,7 +106,9 @@ class Gateway:
         self._renames_answers = config.gateway.response_id == "request"
         self._new_id = new_id
         self.routes = self._table()
-        self._by_path, self._by_prefix = _index(self.routes)
+        is_split = config.gateway.admin.port is not None
+        self._clients = Table.of(one for one in self.routes if not (is_split and one.is_operators))
+        self.operators = Table.of(one for one in self.routes if one.is_operators or one.method == "GET")
 
     def _table(self) -> tuple[Route, ...]:
         def infer(operation: Operation) -> Handler:
@@ -155,7 +134,8 @@ class Gateway:
             Route("GET", "/v1/tenants", Access.KEY, self._tenants),
             Route("GET", "/health", Access.KEY, self._health),
             Route("GET", "/metrics", Access.ADMIN, self._metrics),
-            Route("GET", PATH, Access.OPEN, self.board.page),
+            Route("POST", "/-/reload", Access.ADMIN, self._reload),
+            Route("GET", PATH, Access.OPEN, self.board.page, is_operators=True),
             Route("GET", f"{PATH}/api/state", Access.ADMIN, self.board.state),
             Route("GET", f"{PATH}/api/route/{{id}}", Access.ADMIN, self.board.route),
             Route("GET", f"{PATH}/events", Access.ADMIN, self.board.events),
@@ -187,6 +167,21 @@ class Gateway:
         self.router.services.metrics.registry.unregister(self.meters)
         await self.router.aclose()
 
+    async def open_beside(self) -> None:
+        """Open the router, and leave the rest to `take_over`."""
+        await self.router.open()
+
+    def take_over(self, before: Gateway) -> None:
+        """Answer from now on instead of the gateway before, which finishes what it has begun; in one step."""
+        self.router.take_over(before.router)
+        self.board.open()
+        before.board.close()
+        self.phase = before.phase
+
+    async def retire(self) -> None:
+        """Close the router of a gateway that another one has taken over from."""
+        await self.router.aclose()
+
     def drain(self) -> None:
         """Be not ready any more, but go on answering; only dashboards, which never end by themselves, end here."""
         self.phase = Phase.STOPPING
@@ -194,19 +189,25 @@ class Gateway:
 
     # Requests --------------------------------------------------------------------------------------------------------
 
-    async def handle(self, exchange: Exchange) -> None:
-        """Answer one request, whatever happens."""
+    async def handle(self, exchange: Exchange, table: Table | None = None) -> None:
+        """Answer one request, whatever happens.
+
+        Args:
+            exchange: The request.
+            table: What may be asked for; what clients may, if None.
+        """
         template, meters = "other", self.meters
         meters.in_flight += 1
         try:
             exchange.headers = self._headers.read(exchange.fields)
             self._prepare(exchange)
-            route = self._find(exchange)
+            table = self._clients if table is None else table
+            route = self._find(exchange, table)
             if route is not None:
                 template = route.path
                 await route.handler(exchange)
             else:
-                await self._preflight(exchange)
+                await self._preflight(exchange, table)
         except RouteError as error:
             await self._refuse(exchange, error)
         except ClientLeftError:
@@ -231,7 +232,7 @@ class Gateway:
         exchange.closes = self.phase is Phase.STOPPING
         exchange.common.extend(self.cors.headers_for(headers.get(b"origin")))
 
-    def _find(self, exchange: Exchange) -> Route | None:
+    def _find(self, exchange: Exchange, table: Table) -> Route | None:
         """The route of a request, once its caller may use it; None for a browser's preflight.
 
         What is not in the table needs a key too, so that nobody without one learns what is.
@@ -239,7 +240,7 @@ class Gateway:
         Raises:
             RouteError: 401, 404 or 405.
         """
-        methods, method = self._methods(exchange.path), exchange.method
+        methods, method = table.methods(exchange.path), exchange.method
         if method == "OPTIONS" and methods and b"origin" in exchange.headers:
             return None
         route = methods.get("GET" if method == "HEAD" else method)
@@ -263,20 +264,16 @@ class Gateway:
                 code="operators_only",
             )
 
-    def _methods(self, path: str) -> Mapping[str, Route]:
-        found = self._by_path.get(path)
-        if found is not None:
-            return found
-        return next((methods for prefix, methods in self._by_prefix if path.startswith(prefix)), {})
-
     def _hint(self, path: str) -> str:
-        """The usual slip: a base URL without ``/v1``, or with it twice."""
+        """The usual slip: a base URL without ``/v1``, or with it twice; or an operator at the clients' door."""
         usual = "/v1" + path.removeprefix("/v1")
-        return f"; did you mean {usual}?" if usual != path and usual in self._by_path else ""
+        if usual != path and self._clients.methods(usual):
+            return f"; did you mean {usual}?"
+        return " here; operators have a listener of their own: gateway.admin" if self.operators.methods(path) else ""
 
-    async def _preflight(self, exchange: Exchange) -> None:
+    async def _preflight(self, exchange: Exchange, table: Table) -> None:
         asked = exchange.headers.get(b"access-control-request-headers", b"")
-        methods = self._methods(exchange.path)
+        methods = table.methods(exchange.path)
         await exchange.start(204, self.cors.preflight(methods, asked))
         await exchange.end()
 
@@ -422,6 +419,9 @@ class Gateway:
         else:
             await exchange.json(503, {"status": "unavailable"})
 
+    async def _reload(self, exchange: Exchange) -> None:
+        await exchange.json(200, await self.reload("asked for"))
+
     async def _metrics(self, exchange: Exchange) -> None:
         metrics = self.router.services.metrics
         if not metrics.enabled:
@@ -429,14 +429,23 @@ class Gateway:
         await exchange.whole(200, metrics.render(), [(b"content-type", metrics.content_type.encode())])
 
 
-def _index(routes: tuple[Route, ...]) -> tuple[dict[str, dict[str, Route]], list[tuple[str, dict[str, Route]]]]:
-    """The table by path, and by prefix for those whose last part is a parameter."""
-    by_path: dict[str, dict[str, Route]] = {}
-    by_prefix: dict[str, dict[str, Route]] = {}
-    for route in routes:
-        fixed, brace, _ = route.path.partition("{")
-        (by_prefix if brace else by_path).setdefault(fixed, {})[route.method] = route
-    return by_path, list(by_prefix.items())
+class OperatorsDoor:
+    """A gateway as operators' own listener has it.
+
+    Args:
+        gateway: Whose.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def handle(self, exchange: Exchange) -> Coroutine[Any, Any, None]:
+        """Answer one request."""
+        return self.gateway.handle(exchange, self.gateway.operators)
+
+
+async def _nothing_to_reload(why: str) -> Mapping[str, Any]:  # noqa: ARG001 - what a `Reloader` takes
+    raise RouteError("this gateway was not started from a fleet file", status=409, code="nothing_to_reload")
 
 
 def _unexpected(exchange: Exchange, error: Exception) -> RouteError:

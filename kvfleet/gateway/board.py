@@ -44,28 +44,35 @@ class Board:
         names: Names for its replicas; their addresses are not shown.
         every_s: Seconds between two events; what they say is gathered once for all watchers.
         most_watchers: Most event streams at a time.
+        before: The board of the gateway before a reload, whose decisions are shown on.
     """
 
-    def __init__(self, router: Router, names: ReplicaNames, *, every_s: float = 1.0, most_watchers: int = 16) -> None:
-        self.recent = RecentRoutes()
+    def __init__(
+        self,
+        router: Router,
+        names: ReplicaNames,
+        *,
+        every_s: float = 1.0,
+        most_watchers: int = 16,
+        before: Board | None = None,
+    ) -> None:
+        self.recent: RecentRoutes = RecentRoutes() if before is None else before.recent
         self.watchers = 0
         self._router = router
         self._names = names
         self._every_s = every_s
         self._most_watchers = most_watchers
         self._clock = router.services.clock
-        self._since_s = self._clock.now_s()
+        self.since_s: float = self._clock.now_s() if before is None else before.since_s
         self._gathered: tuple[float, bytes] = (float("-inf"), b"")
         self._over = asyncio.Event()
 
     def open(self) -> None:
         """Begin to keep traces."""
-        self._since_s = self._clock.now_s()
         self._router.add_sink(self.recent)
 
     def close(self) -> None:
-        """Keep no more traces and end every event stream; twice is harmless."""
-        self._router.remove_sink(self.recent)
+        """End every event stream; twice is harmless."""
         self._over.set()
 
     # Handlers --------------------------------------------------------------------------------------------------------
@@ -149,7 +156,7 @@ class Board:
                 "pipeline": state["pipeline"],
                 "models": len({replica["model"] for replica in state["replicas"]}),
                 "replicas": len(state["replicas"]),
-                "uptime_seconds": self._clock.now_s() - self._since_s,
+                "uptime_seconds": self._clock.now_s() - self.since_s,
                 "version": version("kvfleet"),
             },
             "counters": None if tallies is None else tallies.counters(),

@@ -6,18 +6,16 @@ import asyncio
 import contextlib
 import email.utils
 import logging
-import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol
 
-import attrs
-
-from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.connection import ClientConnection
+from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.guard import Patience, sweep
 from kvfleet.gateway.http_exchange import HTTPExchange
 
-__all__ = ["Server", "Stop"]
+__all__ = ["Door", "Server"]
 
 _log = logging.getLogger(__name__)
 
@@ -25,11 +23,18 @@ _LAST_WORDS_S = 1.0
 """How long clients may take, after a stop, to read what was sent to them."""
 
 
+class Door(Protocol):
+    """What answers requests."""
+
+    def handle(self, exchange: Exchange) -> Coroutine[Any, Any, None]:
+        """Answer one, whatever happens."""
+
+
 class Server:
     """Serves a gateway on listening sockets.
 
     Args:
-        gateway: What answers.
+        gateway: What answers; it may be exchanged at any time, for the requests that come from then on.
         drain_s: Seconds that requests in flight have to end after a stop.
         patience: With clients that stall.
         sweep_s: Seconds between two looks at them.
@@ -39,14 +44,15 @@ class Server:
         connections: The open ones.
         date_line: The Date header of every answer, a sweep old at most.
         is_stopping: True once it accepts nothing more.
+        gateway: What answers now.
     """
 
-    def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, sweep_s: float = 1.0) -> None:
+    def __init__(self, gateway: Door, *, drain_s: float, patience: Patience, sweep_s: float = 1.0) -> None:
         self.loop = asyncio.get_running_loop()
         self.connections: set[ClientConnection] = set()
         self.date_line = _date_line()
         self.is_stopping = False
-        self._gateway = gateway
+        self.gateway = gateway
         self._drain_s = drain_s
         self._patience = patience
         self._sweep_s = sweep_s
@@ -78,11 +84,16 @@ class Server:
             await _happens(self._stopping, self._sweep_s)
         await self._end()
 
+    @property
+    def in_flight(self) -> frozenset[asyncio.Task[None]]:
+        """The requests being answered."""
+        return frozenset(self._tasks)
+
     # What a connection calls
 
     def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
         """See `kvfleet.gateway.connection.Host`."""
-        task = self.loop.create_task(self._gateway.handle(exchange))
+        task = self.loop.create_task(self.gateway.handle(exchange))
         self._tasks.add(task)
         return task
 
@@ -139,34 +150,3 @@ async def _happens(event: asyncio.Event, within_s: float) -> bool:
 
 def _date_line() -> bytes:
     return b"date: %b\r\n" % email.utils.formatdate(usegmt=True).encode("ascii")
-
-
-@attrs.define
-class Stop:
-    """What signals do: the first one stops gently, the second at once."""
-
-    unready_s: float
-    _count: int = attrs.field(init=False, default=0)
-
-    @contextlib.contextmanager
-    def on_signals(self, gateway: Gateway, server: Server) -> Iterator[None]:
-        """Obey SIGTERM and SIGINT within the block."""
-        loop = asyncio.get_running_loop()
-
-        def obey() -> None:
-            self._count += 1
-            if self._count > 1:
-                server.stop_now()
-                return
-            _log.info("gateway stopping in_flight=%d", gateway.meters.in_flight)
-            gateway.drain()
-            loop.call_later(self.unready_s, server.stop)
-
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for one in signals:
-            loop.add_signal_handler(one, obey)
-        try:
-            yield
-        finally:
-            for one in signals:
-                loop.remove_signal_handler(one)

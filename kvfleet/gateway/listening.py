@@ -6,7 +6,7 @@ import ipaddress
 import os
 import socket
 
-from kvfleet.config.findings import Finding
+from kvfleet.config.findings import Finding, Path
 from kvfleet.errors import ConfigError
 from kvfleet.gateway.auth import Keys
 
@@ -15,8 +15,14 @@ __all__ = ["bind", "check_exposure", "is_loopback", "url_of"]
 _BACKLOG = 2048
 
 
-def check_exposure(host: str, keys: Keys, *, allowed: bool) -> None:
+def check_exposure(host: str, keys: Keys, *, allowed: bool, place: Path = ("gateway", "host")) -> None:
     """Refuse to let the whole network spend the fleet's tokens by mistake.
+
+    Args:
+        host: Where is to be listened.
+        keys: What clients need.
+        allowed: True if it is meant.
+        place: Where the file says so.
 
     Raises:
         ConfigError: for an address beyond loopback without a key, unless that is allowed.
@@ -27,7 +33,7 @@ def check_exposure(host: str, keys: Keys, *, allowed: bool) -> None:
         "set gateway.api_key (as env:NAME), or listen on 127.0.0.1, "
         "or say that you mean it with --allow-unauthenticated"
     )
-    raise ConfigError([Finding(f"{host or '*'} is not loopback and no key is set", remedy, ("gateway", "host"))])
+    raise ConfigError([Finding(f"{host or '*'} is not loopback and no key is set", remedy, place)])
 
 
 def is_loopback(host: str) -> bool:

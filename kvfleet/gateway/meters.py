@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,6 +19,13 @@ GATEWAY_METRICS = (
     MetricInfo("kvfleet_gateway_responses_total", "counter", ("route", "status"), "HTTP answers, by path template."),
     MetricInfo("kvfleet_gateway_clients_left_total", "counter", (), "Clients that left before their answer's end."),
     MetricInfo("kvfleet_gateway_in_flight_requests", "gauge", (), "HTTP requests being answered."),
+    MetricInfo("kvfleet_config_reload_total", "counter", ("result",), "Reloads of the fleet file: `ok` or `refused`."),
+    MetricInfo(
+        "kvfleet_config_last_reload_success_timestamp_seconds",
+        "gauge",
+        (),
+        "When the configuration that serves was loaded, in Unix time.",
+    ),
 )
 """The gateway's own metrics; those of routes are in `kvfleet.telemetry.metrics`."""
 
@@ -29,6 +37,8 @@ class Meters(Collector):
     responses: Counter[tuple[str, int]] = attrs.field(factory=Counter)
     left: int = 0
     in_flight: int = 0
+    reloads: Counter[str] = attrs.field(factory=lambda: Counter({"ok": 0, "refused": 0}))
+    loaded_s: float = attrs.field(factory=time.time)
 
     def describe(self) -> Iterator[Metric]:
         """The names, so that two collectors cannot both have them."""
@@ -36,10 +46,15 @@ class Meters(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """One family for each metric of the table."""
-        responses, left, in_flight = GATEWAY_METRICS
+        responses, left, in_flight, reloads, loaded = GATEWAY_METRICS
         answers = CounterMetricFamily(responses.name, responses.doc, labels=responses.labels)
         for (route, status), count in sorted(self.responses.items()):
             answers.add_metric((route, str(status)), count)
         yield answers
         yield CounterMetricFamily(left.name, left.doc, value=self.left)
         yield GaugeMetricFamily(in_flight.name, in_flight.doc, value=self.in_flight)
+        results = CounterMetricFamily(reloads.name, reloads.doc, labels=reloads.labels)
+        for result, count in self.reloads.items():
+            results.add_metric((result,), count)
+        yield results
+        yield GaugeMetricFamily(loaded.name, loaded.doc, value=self.loaded_s)

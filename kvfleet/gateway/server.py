@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import attrs
@@ -16,12 +18,14 @@ from kvfleet.errors import TraceError
 from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.cors import Cors
+from kvfleet.gateway.doors import Doors, Stop
+from kvfleet.gateway.file_watch import files_of, watch
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.hosts import Hosts
-from kvfleet.gateway.httpd import Server, Stop
 from kvfleet.gateway.listening import bind, check_exposure, is_loopback, url_of
 from kvfleet.gateway.logs import set_up_logging
+from kvfleet.gateway.reload import FleetFile, Reloader
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import TraceSink
 from kvfleet.trace.otel import make_bridge
@@ -34,7 +38,12 @@ _log = logging.getLogger(__name__)
 
 
 def create_gateway_app(
-    router: Router, api_key: str = "", cors_origins: Sequence[str] | None = None, *, host: str = ""
+    router: Router,
+    api_key: str = "",
+    cors_origins: Sequence[str] | None = None,
+    *,
+    host: str = "",
+    before: Gateway | None = None,
 ) -> Gateway:
     """The gateway as an ASGI application, for a server of your own.
 
@@ -44,6 +53,7 @@ def create_gateway_app(
         cors_origins: Web origins that may call; the configured ones if None.
         host: The address it is to listen on. On the loopback and without keys it answers under the loopback's names
             alone; if empty, under any.
+        before: The gateway whose place this one is to take.
 
     Raises:
         ConfigError: if the configured headers cannot be what they are to be.
@@ -54,7 +64,7 @@ def create_gateway_app(
     keys = Keys.of(config, api_key, tenants=router.config.tenants)
     is_open = bool(host) and not keys and is_loopback(host)
     hosts = Hosts.of((host, *config.allowed_hosts)) if is_open else None
-    return Gateway(router, keys=keys, cors=cors, hosts=hosts, condition_headers=conditions)
+    return Gateway(router, keys=keys, cors=cors, hosts=hosts, condition_headers=conditions, before=before)
 
 
 @attrs.frozen
@@ -63,12 +73,20 @@ class Serving:
 
     Attributes:
         url: Where, without a path.
-        gateway: The application.
+        doors: Its listeners.
+        admin_url: Where operators have a listener of their own; empty if they have none.
+        gateway: The application that answers now.
         router: Its router.
     """
 
     url: str
-    gateway: Gateway
+    doors: Doors
+    admin_url: str = ""
+
+    @property
+    def gateway(self) -> Gateway:
+        """The application that answers now."""
+        return self.doors.gateway
 
     @property
     def router(self) -> Router:
@@ -87,14 +105,16 @@ def serve(
     unready_s: float = 0.0,
     drain_s: float = 30.0,
     log_level: str = "INFO",
+    file: FleetFile | None = None,
+    watches: bool | None = None,
 ) -> None:
     """Serve a fleet until SIGTERM or SIGINT; returns after the last answer.
 
     The first signal makes ``/readyz`` say 503; after `unready_s` no connection is accepted any more; requests in flight
-    have `drain_s` to end. A second signal ends at once.
+    have `drain_s` to end. A second signal ends at once. SIGHUP reads the fleet file again.
 
     Args:
-        config: The fleet.
+        config: The fleet, as the process starts.
         host: Address to listen on; the configured one if None.
         port: Port to listen on, 0 for any free one; the configured one if None.
         api_key: A key for clients, beside the configured ones.
@@ -103,6 +123,8 @@ def serve(
         unready_s: Seconds between not being ready and closing the door, for load balancers that poll ``/readyz``.
         drain_s: Seconds for requests in flight.
         log_level: From which level kvfleet's own lines are logged.
+        file: Where a reload reads the fleet; None for a fleet that cannot be reloaded.
+        watches: Reload when the file changes; as configured if None.
 
     Raises:
         ConfigError: if the fleet cannot be served as configured.
@@ -110,19 +132,18 @@ def serve(
         OSError: if the address cannot be listened on.
     """
     set_up_logging(as_json=config.telemetry.structured_logs, level=log_level.upper())
-    stop = Stop(unready_s=unready_s)
-    run = _serve(
-        config,
+    house = _House(
         host=config.gateway.host if host is None else host,
         port=config.gateway.port if port is None else port,
         api_key=api_key or "",
         allow_unauthenticated=allow_unauthenticated,
         drain_s=drain_s,
-        on_ready=on_ready,
-        stop=stop,
+        unready_s=unready_s,
+        file=file,
+        watches=config.gateway.watch if watches is None else watches,
     )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(run)
+        runner.run(house.serve(config, on_ready))
 
 
 @contextlib.asynccontextmanager
@@ -132,6 +153,7 @@ async def running(
     router: Router | None = None,
     api_key: str = "",
     patience: Patience | None = None,
+    file: FleetFile | None = None,
 ) -> AsyncIterator[Serving]:
     """Serve a fleet on a free port of the loopback, in the current event loop, until the block ends. For tests.
 
@@ -140,54 +162,110 @@ async def running(
         router: Its router, if it is one's own; it is closed at the end.
         api_key: A key for clients, beside the configured ones.
         patience: With clients that stall.
+        file: Where a reload reads the fleet.
     """
     router = Router(config) if router is None else router
     gateway = create_gateway_app(router, api_key, host="127.0.0.1")
-    sockets = bind("127.0.0.1", 0)
+    has_operators = config.gateway.admin.port is not None
+    sockets, operators = bind("127.0.0.1", 0), bind("127.0.0.1", 0) if has_operators else []
     await gateway.start()
-    server = Server(gateway, drain_s=5.0, patience=patience or Patience())
-    await server.start(sockets)
-    task = asyncio.create_task(server.run(), name="kvfleet-gateway")
+    doors = Doors(gateway, drain_s=5.0, patience=patience or Patience(), has_operators=has_operators)
+    await doors.open(sockets, operators)
+    task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
+    make = functools.partial(_successor, api_key, "127.0.0.1")
+    reloader = None if file is None else Reloader(doors, file, make)
     try:
-        yield Serving(url_of(sockets[0]), gateway)
+        yield Serving(url_of(sockets[0]), doors, url_of(operators[0]) if operators else "")
     finally:
-        gateway.drain()
-        server.stop()
+        doors.gateway.drain()
+        doors.stop()
         await task
-        await gateway.stop()
+        if reloader is not None:
+            await reloader.aclose()
+        await doors.gateway.stop()
 
 
-async def _serve(
-    config: FleetConfig,
-    *,
-    host: str,
-    port: int,
-    api_key: str,
-    allow_unauthenticated: bool,
-    drain_s: float,
-    on_ready: Callable[[Serving], None] | None,
-    stop: Stop,
-) -> None:
-    check_exposure(host, Keys.of(config.gateway, api_key, tenants=config.tenants), allowed=allow_unauthenticated)
-    async with contextlib.AsyncExitStack() as stack:
-        router = await _open_router(config, host, stack)
-        gateway = create_gateway_app(router, api_key, host=host)
-        sockets = bind(host, port)
-        for one in sockets:
+def _successor(api_key: str, host: str, router: Router, before: Gateway) -> Gateway:
+    return create_gateway_app(router, api_key, host=host, before=before)
+
+
+@attrs.frozen(kw_only=True)
+class _House:
+    """Everything around a gateway that `serve` has, and tests have not; see there."""
+
+    host: str
+    port: int
+    api_key: str
+    allow_unauthenticated: bool
+    drain_s: float
+    unready_s: float
+    file: FleetFile | None
+    watches: bool
+
+    async def serve(self, config: FleetConfig, on_ready: Callable[[Serving], None] | None) -> None:
+        """Serve until a signal."""
+        self._check_exposure(config)
+        async with contextlib.AsyncExitStack() as stack:
+            sockets, operators = self._bind(config, stack)
+            router = await _open_router(config, stack)
+            gateway = create_gateway_app(router, self.api_key, host=self.host)
+            await gateway.start()
+            doors = Doors(gateway, drain_s=self.drain_s, patience=Patience(), has_operators=bool(operators))
+            stack.push_async_callback(lambda: doors.gateway.stop())  # noqa: PLW0108 - whoever stands there at the end
+            await doors.open(sockets, operators)
+            task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
+            reloader = await self._reloader(doors, stack)
+            _calm_garbage_collector()
+            with Stop(self.unready_s).on_signals(doors, None if reloader is None else reloader.soon):
+                serving = Serving(url_of(sockets[0]), doors, url_of(operators[0]) if operators else "")
+                if on_ready is not None:
+                    on_ready(serving)
+                admin = f" admin_url={serving.admin_url}" if operators else ""
+                _log.info("gateway listening url=%s fleet=%s%s", serving.url, config.fleet_name, admin)
+                await task
+            _log.info("gateway stopped")
+
+    def _bind(
+        self, config: FleetConfig, stack: contextlib.ExitStack | contextlib.AsyncExitStack
+    ) -> tuple[Sequence[socket.socket], Sequence[socket.socket]]:
+        """The listening sockets for clients, and those for operators if they have any."""
+        admin = config.gateway.admin
+        found = bind(self.host, self.port), [] if admin.port is None else bind(admin.host, admin.port)
+        for one in (*found[0], *found[1]):
             stack.callback(one.close)
-        await gateway.start()
-        stack.push_async_callback(gateway.stop)
-        server = Server(gateway, drain_s=drain_s, patience=Patience())
-        await server.start(sockets)
-        task = asyncio.create_task(server.run(), name="kvfleet-gateway")
-        _calm_garbage_collector()
-        with stop.on_signals(gateway, server):
-            serving = Serving(url_of(sockets[0]), gateway)
-            if on_ready is not None:
-                on_ready(serving)
-            _log.info("gateway listening url=%s fleet=%s", serving.url, config.fleet_name)
-            await task
-        _log.info("gateway stopped")
+        return found
+
+    def _check_exposure(self, config: FleetConfig) -> None:
+        """Refuse to listen beyond loopback without a key.
+
+        Raises:
+            ConfigError: if so.
+        """
+        keys = Keys.of(config.gateway, self.api_key, tenants=config.tenants)
+        check_exposure(self.host, keys, allowed=self.allow_unauthenticated)
+        if config.gateway.admin.port is not None:
+            place = ("gateway", "admin", "host")
+            check_exposure(config.gateway.admin.host, keys, allowed=self.allow_unauthenticated, place=place)
+
+    async def _reloader(self, doors: Doors, stack: contextlib.AsyncExitStack) -> Reloader | None:
+        """What reloads, and whoever watches the file; both end with the stack."""
+        if self.file is None:
+            return None
+        file, reloader = self.file, Reloader(doors, self.file, self._make)
+        stack.push_async_callback(reloader.aclose)
+        if self.watches:
+            watching = asyncio.create_task(
+                watch(
+                    lambda: files_of(file.path, doors.gateway.router.config), lambda: reloader.quietly("file changed")
+                ),
+                name="kvfleet-watch",
+            )
+            stack.callback(watching.cancel)
+        return reloader
+
+    def _make(self, router: Router, before: Gateway) -> Gateway:
+        self._check_exposure(router.config)
+        return _successor(self.api_key, self.host, router, before)
 
 
 def _calm_garbage_collector() -> None:
@@ -201,7 +279,7 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncExitStack) -> Router:
+async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack) -> Router:
     """The router with everything around it that a running gateway has: trace store, export, a metrics port."""
     telemetry = config.telemetry
     sinks: list[TraceSink] = []
@@ -217,7 +295,7 @@ async def _open_router(config: FleetConfig, host: str, stack: contextlib.AsyncEx
         metrics.read("kvfleet_trace_store_dropped_total", lambda: store.dropped)
     if telemetry.prometheus_port is not None:
         metrics.port = telemetry.prometheus_port
-        metrics.start_server(host)
+        metrics.start_server(config.gateway.admin.host)
         stack.callback(metrics.stop_server)
     return router
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import attrs
 
@@ -45,6 +45,10 @@ class Observing:
         self._queue.append(outcome)
         self._ready.set()
 
+    def tell_instead(self, heirs: Mapping[int, BoundStage]) -> None:
+        """From now on, tell others in the place of some observers, which are named by their components' identity."""
+        self.observers = tuple(heirs.get(id(stage.component), stage) for stage in self.observers)
+
     async def settled(self) -> None:
         """Wait until everything queued so far has been observed."""
         if self._queue or not self._idle.is_set():
@@ -65,6 +69,7 @@ class Observing:
         while self._queue:
             await self.tell(self._queue.popleft())
         self._idle.set()
+        self.observers = ()  # others may have stood in for them, which must not be kept alive from here
 
     async def tell(self, outcome: Outcome) -> None:
         """Tell every observer of one outcome."""

@@ -51,6 +51,10 @@ class RoundRobinStrategy:
         turned = [*models[cursor:], *models[:cursor]]
         return Ranking(turned, [share] * len(turned), mode="round_robin")
 
+    def inherit(self, before: RoundRobinStrategy) -> None:
+        """Go on with the turns where they were before a reload."""
+        self._cursors = before._cursors
+
     def _move(self, key: int, cursor: int) -> None:
         if key not in self._cursors and len(self._cursors) >= _MOST_CURSORS:
             del self._cursors[next(iter(self._cursors))]
@@ -188,6 +192,10 @@ class SessionStrategy:
             self._keep(key, models[order[0]].id)
         totals = [1 - away + away / (1 + count) / 2 for away, count in zip(is_away, requests, strict=True)]
         return arranged(models, order, totals, terms={"requests": requests}, mode="session" if home else "new session")
+
+    def inherit(self, before: SessionStrategy) -> None:
+        """Know the homes of sessions from before a reload."""
+        self._homes = before._homes
 
     def _keep(self, key: str, replica: str) -> None:
         self._homes.pop(key, None)

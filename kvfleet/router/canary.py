@@ -271,6 +271,15 @@ class CanaryStrategy:
         except (KeyError, TypeError, ValueError) as error:
             raise ComponentError(f"the canary's state at {self._store.path} is not from this version") from error
 
+    def inherit(self, before: CanaryStrategy) -> None:
+        """Go on where the same canary was before a reload, and see to its keeping instead."""
+        if before._key != self._key:
+            return
+        self.status, self.reason = before.status, before.reason
+        self.step = min(before.step, len(self.steps) - 1)
+        self._own, self._rest, self._since_s = before._own, before._rest, before._since_s
+        self._is_dirty, before._store = True, None
+
     async def aclose(self) -> None:
         """Keep where it stands."""
         if self._store is not None and self._is_dirty:

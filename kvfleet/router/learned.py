@@ -329,6 +329,12 @@ class LearnedStrategy:
         except (TypeError, ValueError) as error:
             raise self._keeper.unusable("it is not from this version") from error
 
+    def inherit(self, before: LearnedStrategy) -> None:
+        """Go on with what was learned before a reload, and see to its keeping instead."""
+        self._arms, self._answers = before._arms, before._answers
+        self._restore(before._more())
+        self._keeper.is_dirty, before._keeper = True, ArmKeeper()
+
     async def aclose(self) -> None:
         """Keep what was learned."""
         await self._keeper.save(self._kept())

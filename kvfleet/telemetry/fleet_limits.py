@@ -81,14 +81,16 @@ class FleetLimits:
     """
 
     tracker: RateLimitTracker = attrs.field(factory=RateLimitTracker)
+    _replicas: tuple[ModelConfig, ...] = attrs.field(init=False, default=(), repr=False)
     _keys: dict[str, LimitKey] = attrs.field(init=False, factory=dict, repr=False)
+    _accounts: dict[str, list[Any]] = attrs.field(init=False, factory=dict, repr=False)
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
         """Know these replicas and what is configured of their limits; what was learned stays."""
-        self._keys = {}
+        self._replicas, self._keys = tuple(replicas), {}
         limits: dict[LimitKey, tuple[int, int]] = {}
-        accounts: dict[str, list[Any]] = {}
-        for model in replicas:
+        accounts = self._accounts
+        for model in self._replicas:
             endpoint = model.endpoint.rstrip("/").removesuffix("/v1")
             account = _number_of(accounts.setdefault(endpoint, []), (model.api_key, dict(model.custom_headers)))
             key = (endpoint, "" if model.shared_rate_limit else model.get_model_id(), account)
@@ -97,6 +99,12 @@ class FleetLimits:
             limits[key] = (_least(rpm, model.rpm or 0), _least(tpm, model.tpm or 0))
         for key, (rpm, tpm) in limits.items():
             self.tracker.configure(key, rpm=rpm, tpm=tpm)
+
+    def inherit(self, before: FleetLimits) -> None:
+        """Go on with what another one learned, whose calls in flight still tell of it."""
+        before.tracker.take_options(self.tracker)
+        self.tracker, self._accounts = before.tracker, before._accounts
+        self.register(self._replicas)
 
     def key(self, replica_id: str) -> LimitKey:
         """Under which the tracker knows the replica's limits."""

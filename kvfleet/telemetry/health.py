@@ -103,6 +103,14 @@ class HealthManager:
         made.register(models)
         return made
 
+    def change(self, config: HealthConfig, models: Iterable[ModelConfig]) -> None:
+        """Be configured otherwise from now on, for these replicas; what is known stays."""
+        self.failure_threshold = config.failure_threshold
+        self.recovery_timeout_seconds = config.recovery_timeout_seconds
+        self.slow_start_seconds = config.slow_start_seconds
+        self.pools = Pools(config.max_ejection_percent, config.panic_threshold_percent)
+        self.register(models)
+
     def register(self, models: Iterable[ModelConfig]) -> None:
         """Know which endpoints serve the same model; what is known of those that stay is kept."""
         self.pools.register(models)

@@ -139,17 +139,25 @@ class FleetLoad:
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
         """Know these replicas, and forget all others; what was learned of those that stay is kept."""
-        before, self._replicas = self._replicas, {}
-        self._at = {}
+        before, self._replicas, self._at = self._replicas, {}, {}
+        self._know(replicas, before)
+        names = {known.model for known in self._replicas.values()}
+        self._models = {name: pace for name, pace in self._models.items() if name in names}
+        self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
+
+    def also(self, replicas: Iterable[ModelConfig]) -> None:
+        """Know these replicas beside those known before, as while a changed fleet is built next to one that serves."""
+        self._know(replicas, self._replicas)
+
+    def _know(self, replicas: Iterable[ModelConfig], before: Mapping[str, ReplicaLoad]) -> None:
         for model in replicas:
             known = before.get(model.id) or ReplicaLoad()
             known.model, known.endpoint = model.name, model.endpoint
             known.declared_s = model.latency_p50_ms / 1000
             self._replicas[model.id] = known
-            self._at.setdefault(model.endpoint, []).append(model.id)
-        names = {known.model for known in self._replicas.values()}
-        self._models = {name: pace for name, pace in self._models.items() if name in names}
-        self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
+            there = self._at.setdefault(model.endpoint, [])
+            if model.id not in there:
+                there.append(model.id)
         self._tables.clear()
 
     # Our own requests

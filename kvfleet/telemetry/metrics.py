@@ -312,14 +312,25 @@ class MetricsExporter:
         port: Port of a metrics server of its own, if `start_server` is called.
         enabled: False makes every method do nothing.
         registry: Where the metrics are registered; a new one if None, so that two exporters never meet.
+        before: An exporter whose counts go on, in its registry; its state is shown until `succeed`.
     """
 
-    def __init__(self, port: int = 9090, enabled: bool = True, registry: CollectorRegistry | None = None) -> None:
+    def __init__(
+        self,
+        port: int = 9090,
+        enabled: bool = True,
+        registry: CollectorRegistry | None = None,
+        *,
+        before: MetricsExporter | None = None,
+    ) -> None:
+        self._state = _State()
+        self._server: tuple[Any, threading.Thread] | None = None
+        if before is not None:
+            self._count_on(before)
+            return
         self.port = port
         self.enabled = enabled
         self.registry = registry if registry is not None else CollectorRegistry()
-        self._state = _State()
-        self._server: tuple[Any, threading.Thread] | None = None
         kept = [info for info in METRICS if enabled and not info.is_read]
         self._counters = {i.name: Counters(i.name, i.doc, i.labels) for i in kept if i.type == "counter"}
         self._histograms = {
@@ -329,6 +340,10 @@ class MetricsExporter:
             for family in (*self._counters.values(), *self._histograms.values(), self._state):
                 self.registry.register(family)
 
+    def _count_on(self, before: MetricsExporter) -> None:
+        self.port, self.enabled, self.registry = before.port, before.enabled, before.registry
+        self._counters, self._histograms = before._counters, before._histograms
+
     # Showing
 
     content_type = CONTENT_TYPE_LATEST
@@ -336,6 +351,14 @@ class MetricsExporter:
     def render(self) -> bytes:
         """Everything, in Prometheus' text format; `content_type` is its type."""
         return generate_latest(self.registry)
+
+    def succeed(self, before: MetricsExporter) -> None:
+        """Show this one's state in the place of the one's before, and what nobody here reads from where it was."""
+        self._state.kept = {**before._state.kept, **self._state.kept}
+        self._state.told = before._state.told
+        if self.enabled:
+            self.registry.unregister(before._state)
+            self.registry.register(self._state)
 
     def start_server(self, host: str = "127.0.0.1") -> int:
         """Serve ``/metrics`` on a port of its own, from a thread; the port it got (of use if `port` is 0).

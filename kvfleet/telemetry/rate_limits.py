@@ -164,6 +164,15 @@ class RateLimitTracker:
             entry.rpm, entry.tpm = rpm, tpm
             self.changed(key, entry)
 
+    def take_options(self, other: RateLimitTracker) -> None:
+        """Have the options of another tracker from now on, and keep what is known."""
+        self.default_rpm, self.default_tpm = other.default_rpm, other.default_tpm
+        self.cooldown_seconds = other.cooldown_seconds
+        self._configured = {}
+        for entry in self._entries.values():
+            entry.rpm, entry.tpm = self.default_rpm, self.default_tpm
+        self.throttle_at(other.throttle_threshold)
+
     def throttle_at(self, threshold: float) -> None:
         """Leave backends to others from this share of a limit on."""
         self.throttle_threshold = threshold

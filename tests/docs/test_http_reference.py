@@ -13,7 +13,8 @@ from kvfleet import errors
 from kvfleet.config.fields import info_of
 from kvfleet.config.schema import FleetConfig, GatewayConfig, ModelConfig
 from kvfleet.errors import Fault, RouteError
-from kvfleet.gateway.app import Access, Gateway
+from kvfleet.gateway.app import Gateway
+from kvfleet.gateway.table import Access
 from kvfleet.runtime import Router
 from tests.docs.pages import ROOT
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from kvfleet.adapters.call import Operation
-from kvfleet.gateway.app import Access, Gateway
+from kvfleet.gateway.app import Gateway
+from kvfleet.gateway.table import Access
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.trace.spans import SpanKind
 from tests.gateway.asgi import Answer, Client, call

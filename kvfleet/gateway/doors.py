@@ -1,0 +1,117 @@
+"""The gateway's listeners, and who stands behind them: the one thing that a reload changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from kvfleet.gateway.app import Gateway, OperatorsDoor
+from kvfleet.gateway.guard import Patience
+from kvfleet.gateway.httpd import Server
+
+__all__ = ["Doors", "Stop"]
+
+_log = logging.getLogger(__name__)
+
+
+class Doors:
+    """The listeners for clients and, where they have one of their own, for operators.
+
+    A request is answered to its end by the gateway that stood behind its door when it came.
+
+    Args:
+        gateway: Who stands there at first.
+        drain_s: Seconds that requests in flight have to end after a stop.
+        patience: With clients that stall.
+        has_operators: True if operators have a listener of their own.
+
+    Attributes:
+        gateway: Who stands there now.
+    """
+
+    def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, has_operators: bool = False) -> None:
+        self.gateway = gateway
+        self._clients = Server(gateway, drain_s=drain_s, patience=patience)
+        self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=patience) if has_operators else None
+
+    async def open(self, sockets: Sequence[socket.socket], operators: Sequence[socket.socket] = ()) -> None:
+        """Accept connections from now on."""
+        await self._clients.start(sockets)
+        if self._operators is not None:
+            await self._operators.start(operators)
+
+    def change(self, gateway: Gateway) -> frozenset[asyncio.Task[Any]]:
+        """Have another gateway answer from the next request on; what is still to be answered by the one before."""
+        before = self.in_flight
+        self.gateway = self._clients.gateway = gateway
+        if self._operators is not None:
+            self._operators.gateway = OperatorsDoor(gateway)
+        return before
+
+    @property
+    def in_flight(self) -> frozenset[asyncio.Task[Any]]:
+        """The requests being answered."""
+        return self._clients.in_flight | (self._operators.in_flight if self._operators else frozenset())
+
+    @property
+    def is_stopping(self) -> bool:
+        """True once nothing more is to be accepted."""
+        return self._clients.is_stopping
+
+    def stop(self) -> None:
+        """Accept no more clients, wait for what is in flight, and end."""
+        self._clients.stop()
+
+    def stop_now(self) -> None:
+        """End without waiting."""
+        self._clients.stop_now()
+
+    async def run(self) -> None:
+        """Serve until stopped; operators are served until the clients' last answer has ended."""
+        operators = None if self._operators is None else asyncio.create_task(self._operators.run(), name="operators")
+        await self._clients.run()
+        if self._operators is not None and operators is not None:
+            self._operators.stop_now()
+            await operators
+
+
+@attrs.define
+class Stop:
+    """What signals do: the first one stops gently, the second at once.
+
+    Attributes:
+        unready_s: Seconds between not being ready and closing the door.
+    """
+
+    unready_s: float
+    _count: int = attrs.field(init=False, default=0)
+
+    @contextlib.contextmanager
+    def on_signals(self, doors: Doors, reload: Callable[[], None] | None = None) -> Iterator[None]:
+        """Obey SIGTERM and SIGINT within the block, and SIGHUP if there is something to reload."""
+        loop = asyncio.get_running_loop()
+
+        def obey() -> None:
+            self._count += 1
+            if self._count > 1:
+                doors.stop_now()
+                return
+            _log.info("gateway stopping in_flight=%d", doors.gateway.meters.in_flight)
+            doors.gateway.drain()
+            loop.call_later(self.unready_s, doors.stop)
+
+        wanted = {signal.SIGTERM: obey, signal.SIGINT: obey, **({signal.SIGHUP: reload} if reload else {})}
+        for one, do in wanted.items():
+            loop.add_signal_handler(one, do)
+        try:
+            yield
+        finally:
+            for one in wanted:
+                loop.remove_signal_handler(one)
