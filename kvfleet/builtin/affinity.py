@@ -128,7 +128,7 @@ class PrefixAffinity:
 
         Where the index's own options have changed, prompts are not known any more, but the conversations' homes are.
         """
-        self._sessions, self._placed = before._sessions, before._placed
+        self._sessions, self._looked = before._sessions, before._looked
         self._trust |= {replica: trust for replica, trust in before._trust.items() if replica in self._trust}
         for trust in self._trust.values():
             trust.least = self.min_trust

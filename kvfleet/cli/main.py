@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("Run", "kvfleet.cli.serve:serve", "Start the gateway, as `run` does."),
     "mock-engine": ("Run", "kvfleet.cli.mock_engine:mock_engine", "Serve simulated engines that speak as vLLM does."),
     "init": ("Run", "kvfleet.cli.serve:init", "Write a commented fleet file to begin with."),
+    "keys": ("Run", "kvfleet.cli.keys:keys", "Make keys of the gateway, and their digests."),
     "validate": ("Check", "kvfleet.cli.check:validate", "Check fleet files; all findings at once."),
     "test": ("Check", "kvfleet.cli.tests:test", "Run the tests that stand in fleet files."),
     "graph": ("Check", "kvfleet.cli.check:graph", "Draw the pipeline."),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from kvfleet.config.findings import Finding, Path, did_you_mean
 from kvfleet.config.schema import FleetConfig
 
-__all__ = ["check_keys"]
+__all__ = ["DIGEST", "check_keys"]
+
+DIGEST = "sha256:"
+"""What stands before a digest where a key could stand."""
 
 _TAKEN = ("default", "command line")
 """What `gateway.api_key` and ``--api-key`` are called."""
@@ -16,6 +20,13 @@ _TAKEN = ("default", "command line")
 def check_keys(config: FleetConfig) -> Iterator[Finding]:
     """The findings."""
     gateway, place = config.gateway, config.origin.finding
+    plain: dict[Path, str] = {("gateway", "api_key"): gateway.api_key}
+    plain |= {("gateway", "api_keys", name): key for name, key in gateway.api_keys.items()}
+    plain |= {("gateway", "keys", name, "key"): one.key for name, one in gateway.keys.items()}
+    for where, key in plain.items():
+        if key.startswith(DIGEST) and not re.fullmatch(r"[0-9A-Fa-f]{64}", key.removeprefix(DIGEST)):
+            what, remedy = "is no SHA-256: 64 hexadecimal digits follow `sha256:`", "`kvfleet keys hash` makes one"
+            yield place(where, what, remedy, code="key")
     for name, one in gateway.keys.items():
         path: Path = ("gateway", "keys", name)
         if bool(one.key) == bool(one.sha256):

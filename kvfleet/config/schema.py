@@ -473,7 +473,7 @@ class KeyConfig:
     sha256: str = text(
         "",
         doc="The key's SHA-256 instead, so that the file holds no key; the key must be long and random.",
-        pattern=r"|[0-9A-Fa-f]{64}",
+        pattern=r"|(?:sha256:)?[0-9A-Fa-f]{64}",
         pattern_doc="64 hexadecimal digits",
     )
     tenant: str = text("", doc="The tenant whose requests it makes; if empty, those of none.")
@@ -508,7 +508,9 @@ class GatewayConfig:
     port: int = number(8000, ge=0, le=65535, doc="Port to listen on; 0 takes any free one.")
     admin: AdminConfig = section(AdminConfig, doc="A listener of the operators' own.")
     watch: bool = flag(doc="Reload when this file changes, or a file that a secret in it is read from.")
-    api_key: str = secret(doc="Key that clients must send as a bearer token; none is asked for if empty.")
+    api_key: str = secret(
+        doc="Key that clients must send as a bearer token, or `sha256:` and its digest; none is asked for if empty."
+    )
     api_keys: Mapping[str, str] = mapping(
         doc="Further keys, by a name that logs may show; a key named as a tenant is that tenant's. Values are secrets.",
         example={"team-a": "env:TEAM_A_KEY"},

@@ -8,10 +8,11 @@ from hashlib import sha256
 
 import attrs
 
+from kvfleet.config.key_checks import DIGEST
 from kvfleet.config.schema import FleetConfig, GatewayConfig
 from kvfleet.errors import AuthenticationError
 
-__all__ = ["ANYBODY", "Caller", "Keys", "admin_key"]
+__all__ = ["ANYBODY", "Caller", "Keys", "admin_key", "digest_text"]
 
 
 @attrs.frozen
@@ -78,18 +79,32 @@ def admin_key(config: FleetConfig) -> str:
     gateway = config.gateway
     others = [key for name, key in gateway.api_keys.items() if name not in config.tenants]
     admins = [one.key for one in gateway.keys.values() if one.role == "admin"]
-    return next((key for key in (gateway.api_key, *others, *admins) if key), "")
+    return next((key for key in (gateway.api_key, *others, *admins) if key and not key.startswith(DIGEST)), "")
+
+
+def digest_text(key: str) -> str:
+    """What a fleet file may have instead of a key.
+
+    >>> digest_text("test")
+    'sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08'
+    """
+    return DIGEST + sha256(key.encode()).hexdigest()
+
+
+def _digest(key: str) -> bytes:
+    """The digest of a key, or the one that stands for it."""
+    return bytes.fromhex(key.removeprefix(DIGEST)) if key.startswith(DIGEST) else sha256(key.encode()).digest()
 
 
 def _plain(config: GatewayConfig, api_key: str, tenants: Collection[str]) -> Iterator[tuple[Caller, bytes]]:
     for name, key in {"default": config.api_key, "command line": api_key, **config.api_keys}.items():
         if key:
             is_tenants = name in tenants
-            yield Caller(name, name if is_tenants else "", not is_tenants), sha256(key.encode()).digest()
+            yield Caller(name, name if is_tenants else "", not is_tenants), _digest(key)
 
 
 def _own(config: GatewayConfig) -> Iterator[tuple[Caller, bytes]]:
     for name, one in config.keys.items():
-        digest = bytes.fromhex(one.sha256) if one.sha256 else sha256(one.key.encode()).digest()
         if one.sha256 or one.key:
+            digest = _digest(DIGEST + one.sha256.removeprefix(DIGEST) if one.sha256 else one.key)
             yield Caller(name, one.tenant, one.role == "admin"), digest

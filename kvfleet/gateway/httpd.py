@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 1.0
 """How long clients may take, after a stop, to read what was sent to them."""
+_FIRST_WORDS_S = 0.5
+"""How long clients that have just connected, at a stop, may take to say what they want."""
+_A_MOMENT_S = 0.02
 
 
 class Door(Protocol):
@@ -57,6 +60,7 @@ class Server:
         self._patience = patience
         self._sweep_s = sweep_s
         self._listening: list[asyncio.Server] = []
+        self._sockets: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._is_hurried = asyncio.Event()
@@ -65,6 +69,7 @@ class Server:
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections from now on."""
         for one in sockets:
+            self._sockets.append(one.dup())  # outlives the server, for who has connected and was not accepted yet
             self._listening.append(await self.loop.create_server(lambda: ClientConnection(self), sock=one))
 
     def stop(self) -> None:
@@ -118,6 +123,8 @@ class Server:
         self.is_stopping = True
         for server in self._listening:
             server.close()
+        await self._accept_the_last()
+        await self._hear_the_last()
         for connection in tuple(self.connections):
             connection.stop()
         self._look_around()
@@ -130,6 +137,23 @@ class Server:
             for connection in tuple(self.connections):
                 connection.abort()
             await _happens(self._is_quiet, _LAST_WORDS_S)
+
+    async def _accept_the_last(self) -> None:
+        """Accept who has connected already: the system would reset them when the last listening socket is closed."""
+        for one in self._sockets:
+            with one, contextlib.suppress(OSError):
+                while True:
+                    sock, _ = one.accept()
+                    sock.setblocking(False)
+                    await self.loop.connect_accepted_socket(lambda: ClientConnection(self), sock)
+
+    async def _hear_the_last(self) -> None:
+        """Let requests come in that are on their way, on connections where nothing is being answered."""
+        await _happens(self._is_hurried, _A_MOMENT_S)
+        by_s = self.loop.time() + _FIRST_WORDS_S
+        while any(one.in_head_since is not None for one in self.connections) and self.loop.time() < by_s:
+            if await _happens(self._is_hurried, _A_MOMENT_S):
+                return
 
     async def _quiet(self, seconds: float) -> None:
         """Wait until nothing is in flight, somebody is in a hurry, or the time is up."""

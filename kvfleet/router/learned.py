@@ -75,14 +75,14 @@ class LearnedRanking(Ranking):
     """A ranking whose first place was drawn.
 
     Attributes:
-        by: The strategy that drew it.
+        by: The arms it was drawn from, which tell whose choice it was.
         chance: With which probability its first model was to be chosen: the propensity.
         arms: How many models there were.
     """
 
     __slots__ = ("arms", "by", "chance")
 
-    by: LearnedStrategy
+    by: Mapping[str, ArmStats]
     chance: float
     arms: int
 
@@ -142,7 +142,7 @@ class LearnedStrategy:
             terms={"propensity": [chances[i] for i in at], "samples": [float(arms[i].pulls) for i in at]},
             mode="exploit" if chosen == best else "explore",
         )
-        ranking.by, ranking.chance, ranking.arms = self, chances[chosen], len(names)
+        ranking.by, ranking.chance, ranking.arms = self._arms, chances[chosen], len(names)
         return ranking
 
     def _best(self, names: Sequence[str], arms: Sequence[ArmStats], declared: Sequence[float]) -> int:
@@ -218,8 +218,8 @@ class LearnedStrategy:
         A model that failed earns 0. Who was refused, left, or sent a wrong request teaches nothing.
         """
         ranking = outcome.ranking
-        if not isinstance(ranking, LearnedRanking) or ranking.by is not self:
-            return
+        if not isinstance(ranking, LearnedRanking) or ranking.by is not self._arms:
+            return  # it was not this strategy's, nor that of the one before a reload
         first = ranking.models[0].name
         self._settle(first)
         result = result_of(outcome)
