@@ -14,6 +14,7 @@ import attrs
 
 from kvfleet.config.convert import unstructure
 from kvfleet.config.findings import Path
+from kvfleet.config.overload import OverloadConfig
 from kvfleet.config.schema import SELF_HOSTED_PROVIDERS, FleetConfig, ModelConfig, StageConfig
 
 __all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path", "strategy_of"]
@@ -48,6 +49,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("filter.shadow_only", config.shadow.exclusive and bool(config.shadow.shadow_models)),
         ("answer.semantic_cache", config.semantic_cache.enabled),
         ("filter.capabilities", True),
+        ("admit.queue", _queues(config)),
         ("filter.health", True),
         ("filter.service_level", config.slo.enabled),
         ("filter.rate_limits", True),
@@ -103,6 +105,10 @@ def _has_budget(config: FleetConfig) -> bool:
 
 def _sheds(config: FleetConfig) -> bool:
     return config.slo.enabled and config.slo.load_shed_threshold is not None
+
+
+def _queues(config: FleetConfig) -> bool:
+    return bool(config.overload.max_in_flight or config.overload.max_in_flight_per_replica)
 
 
 def _looks_for_pii(config: FleetConfig) -> bool:
@@ -189,6 +195,12 @@ def _overload(config: FleetConfig) -> Options:
     return {"load_shed_threshold": config.slo.load_shed_threshold} if _sheds(config) else {}
 
 
+def _queue(config: FleetConfig) -> Options:
+    section = config.overload
+    options = {field.name: getattr(section, field.name) for field in attrs.fields(OverloadConfig)}
+    return {**options, "tenants": {name: unstructure(share) for name, share in section.tenants.items()}}
+
+
 def _fallback(config: FleetConfig) -> Options:
     fallback = config.fallback
     if not fallback.enabled:
@@ -265,6 +277,7 @@ _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.tenant": (("tenants",), _tenants),
     "filter.service_level": (("slo",), _service_level),
     "filter.overload": (("slo",), _overload),
+    "admit.queue": (("overload",), _queue),
     "filter.shadow_only": (("shadow",), _shadow_only),
     "observe.shadow": (("shadow",), _shadow),
     "execute.fallback": (("fallback",), _fallback),

@@ -16,6 +16,7 @@ from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
 from kvfleet.config.findings import NOWHERE, Origin
 from kvfleet.config.health import HealthConfig
+from kvfleet.config.overload import OverloadConfig
 from kvfleet.config.simulation import SimulatedFleet
 
 __all__ = [
@@ -624,6 +625,7 @@ class FleetConfig:
     )
     fallback: FallbackConfig = section(FallbackConfig, doc="What happens after a failed attempt.")
     health: HealthConfig = section(HealthConfig, doc="When a replica is left alone, and how it comes back.")
+    overload: OverloadConfig = section(OverloadConfig, doc="More requests than the fleet can serve.")
     rate_limits: RateLimitsConfig = section(RateLimitsConfig, doc="What providers allow, and when to go elsewhere.")
     cache_affinity: CacheAffinityConfig = section(CacheAffinityConfig, doc="Use of the replicas' KV caches.")
     shadow: ShadowConfig = section(ShadowConfig, doc="Mirroring requests to other models.")

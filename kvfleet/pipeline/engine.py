@@ -41,6 +41,7 @@ __all__ = ["Decision"]
 _step: Callable[[tuple[Any, ...]], Step] = functools.partial(tuple.__new__, Step)
 _floats: Callable[[Iterable[float]], Iterator[float]] = functools.partial(map, float)
 _id_of: Callable[[ModelConfig], str] = operator.attrgetter("id")
+_ADMITTED = (names.ADMITTED,)
 _value_of: Callable[[CacheMode], str] = operator.attrgetter("_value_")
 
 
@@ -148,21 +149,31 @@ class Decision:
                 shown[f"{fact.attribute}.{detail}"] = what
         return stage.shape(tuple(shown)), tuple(shown.values()), ()
 
-    async def admit(self, stage: BoundStage) -> None:
+    async def admit(self, stage: BoundStage) -> Said | None:
         """Keep the lease, or refuse the request."""
         got = await stage.run(self.ctx)
-        granted = not isinstance(got, Refusal)
-        attributes = self._span_of(stage).attributes
-        attributes[names.ADMITTED] = granted
-        if granted:
+        if not isinstance(got, Refusal):
             self.leases.append(got)
-            attributes.update(getattr(got, "attributes", ()))
-            return
+            told = getattr(got, "attributes", None)
+            if not told:
+                return stage.shape(_ADMITTED), (True,), ()
+            self._span_of(stage).attributes.update({names.ADMITTED: True, **told})
+            if getattr(got, "waited_s", 0.0):  # what follows is decided by the fleet as it is now
+                self.ctx = attrs.evolve(self.ctx, now_s=self.clock.now_s())
+            return None
+        attributes = self._span_of(stage).attributes
+        attributes[names.ADMITTED] = False
         attributes[names.REFUSAL] = got.reason
         if got.retry_after_s is not None:
             attributes[names.RETRY_AFTER_S] = got.retry_after_s
         refused = QuotaError if got.code == QuotaError.code else AdmissionError
-        raise refused(got.reason, code=got.code or None, retry_after_s=got.retry_after_s, details={"stage": stage.key})
+        raise refused(
+            got.reason,
+            status=got.status,
+            code=got.code or None,
+            retry_after_s=got.retry_after_s,
+            details={"stage": stage.key},
+        )
 
     async def answer(self, stage: BoundStage) -> None:
         """Take the short-circuit answer, if there is one."""

@@ -270,12 +270,13 @@ class Filtered(list[Drop]):
 class Refusal:
     """An admission refused: why, and after how many seconds to come back (None if unknown).
 
-    `code` is the error's code if it is not the usual ``rate_limit_exceeded``.
+    `code` is the error's code if it is not the usual ``rate_limit_exceeded``, `status` its HTTP status if not 429.
     """
 
     reason: str
     retry_after_s: float | None = None
     code: str = ""
+    status: int | None = None
 
 
 @attrs.define

@@ -107,6 +107,16 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("kvfleet_drops_total", "counter", ("stage", "rule"), "Candidates dropped."),
     MetricInfo("kvfleet_stage_failures_total", "counter", ("stage", "skipped"), "Stages that failed."),
     MetricInfo("kvfleet_admissions_refused_total", "counter", ("stage",), "Requests refused before any backend."),
+    MetricInfo("kvfleet_queue_depth", "gauge", ("priority",), "Requests that wait for a place in the gateway."),
+    MetricInfo(
+        "kvfleet_queue_wait_seconds", "histogram", ("priority",), "How long those waited that got one.", _SECONDS
+    ),
+    MetricInfo(
+        "kvfleet_queue_refusals_total",
+        "counter",
+        ("reason",),
+        "Requests that got none: `full`, `wait` or `deadline` (it would take too long), `timeout`, `displaced`.",
+    ),
     MetricInfo("kvfleet_budget_spend_usd_total", "counter", ("account",), "What was booked to a budget."),
     MetricInfo("kvfleet_budget_refusals_total", "counter", ("account", "code"), "Requests a budget refused."),
     MetricInfo("kvfleet_budget_alerts_total", "counter", ("account",), "Months in which a budget reached its alert."),

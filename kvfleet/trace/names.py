@@ -178,6 +178,11 @@ ANSWER_SAVED_USD = _name(
 )
 ADMITTED = _name("kvfleet.admit.granted", "admit", "bool", "True if the request was let in.")
 REFUSAL = _name("kvfleet.admit.refusal", "admit", "string", "Why it was not.")
+QUEUE_WAIT_S = _name(
+    "kvfleet.queue.wait", "admit", "double", "How long the request waited for a place; absent if it did not.", "s"
+)
+QUEUE_AHEAD = _name("kvfleet.queue.ahead", "admit", "double", "About how many were to go before it when it came.")
+PRIORITY = _name("kvfleet.priority", "admit", "int", "Its priority while it waited; the greater goes first.")
 BUDGET_ACCOUNTS = _name(
     "kvfleet.budget.accounts", "admit", "string[]", "Budgets the request is held to: `fleet`, `tenant/NAME`."
 )

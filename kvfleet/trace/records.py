@@ -64,6 +64,7 @@ class StageRecord:
         is_answer: True if the stage answered the request itself.
         match, similarity, age_s: How its answer was found, and how old it is, if the stage says so.
         refusal: Why an admission refused.
+        waited_s, ahead: How long the request waited for its place, and about how many were to go before it.
         retry_after_s: When to come back after a refusal; for a filter, when the first of its drops may be back.
         grade, verdict: How good judges found the answer once it had left, 0..1, and which of them decided, and why.
         is_policy: True if the stage must hold.
@@ -91,6 +92,8 @@ class StageRecord:
     similarity: float | None = None
     age_s: float | None = None
     refusal: str = ""
+    waited_s: float | None = None
+    ahead: float | None = None
     retry_after_s: float | None = None
     grade: float | None = None
     verdict: str = ""
@@ -124,6 +127,8 @@ class StageRecord:
             similarity=number(a, names.ANSWER_SIMILARITY),
             age_s=number(a, names.ANSWER_AGE_S),
             refusal=text(a, names.REFUSAL),
+            waited_s=number(a, names.QUEUE_WAIT_S),
+            ahead=number(a, names.QUEUE_AHEAD),
             retry_after_s=number(a, names.RETRY_AFTER_S),
             grade=number(a, names.GRADE),
             verdict=text(a, names.GRADE_REASON),
@@ -170,6 +175,8 @@ class StageRecord:
             "similarity": self.similarity,
             "age_s": self.age_s,
             "refusal": self.refusal,
+            "waited_s": self.waited_s,
+            "ahead": self.ahead,
             "retry_after_s": self.retry_after_s,
             "grade": self.grade,
             "verdict": self.verdict,

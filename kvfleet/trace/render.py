@@ -147,6 +147,8 @@ def _stage(explanation: Explanation, stage: StageRecord, paint: Paint) -> _Piece
     if stage.verdict:
         grade = "cannot tell" if stage.grade is None else f"grade {stage.grade:.2f}"
         pieces.append((f"{grade} ({stage.verdict})", _bare))
+    if stage.waited_s is not None:
+        pieces.append((f"waited {duration(stage.waited_s * 1000)} behind {stage.ahead or 0:.0f}", paint.warn))
     if stage.refusal:
         again = "" if stage.retry_after_s is None else f"; again in {duration(stage.retry_after_s * 1000)}"
         pieces.append((f"refused: {stage.refusal}{again}", paint.bad))

@@ -40,9 +40,11 @@ def calls_of(tree: ast.AST) -> Iterator[tuple[str, dict[str, ast.expr]]]:
 
 
 def codes_in(path: Path) -> Iterator[str]:
-    """The error codes a module writes: in errors it raises, beside a status, and in an error object."""
+    """The error codes a module writes: in errors it raises and refusals it gives, beside a status, and in an error object."""
     tree = ast.parse(path.read_text())
-    found: list[ast.expr | None] = [words.get("code") for name, words in calls_of(tree) if name.endswith("Error")]
+    found: list[ast.expr | None] = [
+        words.get("code") for name, words in calls_of(tree) if name.endswith(("Error", "Refusal"))
+    ]
     for node in ast.walk(tree):
         if isinstance(node, ast.Tuple) and len(node.elts) >= 2:
             status = node.elts[-2]

@@ -1,0 +1,175 @@
+"""Twice what the fleet can do: what is served in time, with the queue of `overload:` and without it.
+
+    python benchmarks/overload.py [--seconds 60] [--json]
+
+Gateway, client and two simulated engines (`provider: mock`, eight requests in a batch, 1.6 s for an answer) share one
+process; the engines are slow, so that it is they who are at their limit and not the machine. First a closed loop of as
+many clients as they have places finds the most they serve. Then requests come at twice that rate, by a Poisson process
+with a fixed seed, whatever becomes of the earlier ones; each has a deadline of ten seconds. Three tenants send them:
+`loud` 70 %, `quiet` 25 %, `vip` 5 % with a higher priority.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import httpx
+
+from kvfleet.config.overload import OverloadConfig, TenantShare
+from kvfleet.config.schema import (
+    FleetConfig,
+    GatewayConfig,
+    ModelConfig,
+    TelemetryConfig,
+    TenantConfig,
+    TraceStoreConfig,
+)
+from kvfleet.gateway.server import running
+from kvfleet.runtime import Router
+
+BATCH, ANSWER_TOKENS, DEADLINE_MS = 8, 30, 10_000
+ENGINES = ("mock://a", "mock://b")
+DEMAND = {"loud": 0.70, "quiet": 0.25, "vip": 0.05}
+QUEUE = OverloadConfig(
+    max_in_flight_per_replica=BATCH,
+    max_queue=64,
+    max_wait_ms=3000,
+    tenants={"vip": TenantShare(priority=1)},
+)
+
+
+@attrs.frozen
+class Asked:
+    """One request: whose, when it was sent, how long it took, and how it ended (0 for an error of the connection)."""
+
+    tenant: str
+    at_s: float
+    took_s: float
+    status: int
+
+
+def fleet(overload: OverloadConfig) -> FleetConfig:
+    """Two engines behind a gateway."""
+    options = {"max_batch": BATCH, "decode_ms_per_token": 40.0, "answer_tokens": ANSWER_TOKENS, "max_queue": 100_000}
+    model = ModelConfig(name="m", endpoint=ENGINES[0], replicas=ENGINES[1:], provider="mock", options=options)
+    return FleetConfig(
+        models=(model,),
+        overload=overload,
+        gateway=GatewayConfig(tenant_header="X-Tenant"),
+        tenants={name: TenantConfig() for name in DEMAND},
+        telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
+    )
+
+
+async def ask(client: httpx.AsyncClient, tenant: str, number: int) -> Asked:
+    """Send one request and wait for what comes of it."""
+    began_s = time.monotonic()
+    body = {"model": "auto", "messages": [{"role": "user", "content": f"Question {number}: " + "word " * 40}]}
+    headers = {"X-Tenant": tenant, "X-KVFleet-Timeout": str(DEADLINE_MS)}
+    try:
+        status = (await client.post("/v1/chat/completions", json=body, headers=headers)).status_code
+    except httpx.HTTPError:
+        status = 0
+    return Asked(tenant, began_s, time.monotonic() - began_s, status)
+
+
+async def most_per_s(client: httpx.AsyncClient, seconds: float) -> float:
+    """What a closed loop of as many clients as there are places gets served."""
+    until_s = time.monotonic() + seconds
+
+    async def one(number: int) -> int:
+        served = 0
+        while time.monotonic() < until_s:
+            served += (await ask(client, "loud", number)).status == 200
+        return served
+
+    return sum(await asyncio.gather(*(one(i) for i in range(BATCH * len(ENGINES))))) / seconds
+
+
+async def offer(client: httpx.AsyncClient, rate_per_s: float, seconds: float, seed: int) -> list[Asked]:
+    """Send requests at a rate, whatever becomes of them."""
+    chance = random.Random(seed)
+    tenants, weights = list(DEMAND), list(DEMAND.values())
+    tasks, at_s = [], time.monotonic()
+    end_s = at_s + seconds
+    while at_s < end_s:
+        await asyncio.sleep(max(at_s - time.monotonic(), 0))
+        tenant = chance.choices(tenants, weights)[0]
+        tasks.append(asyncio.create_task(ask(client, tenant, len(tasks))))
+        at_s += chance.expovariate(rate_per_s)
+    return [await task for task in tasks]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share of them lies; NaN without any."""
+    found = sorted(values)
+    return found[min(int(share * len(found)), len(found) - 1)] if found else float("nan")
+
+
+def figures(found: Sequence[Asked], most: float, seconds: float) -> dict[str, Any]:
+    """What the run came to."""
+    served = [one for one in found if one.status == 200 and one.took_s <= DEADLINE_MS / 1000]
+    refused = [one for one in found if one.status in (429, 503)]
+    by_tenant, wanted = Counter(one.tenant for one in served), Counter(one.tenant for one in found)
+    return {
+        "most_per_s": most,
+        "offered_per_s": len(found) / seconds,
+        "served_per_s": len(served) / seconds,
+        "of_the_most": len(served) / seconds / most,
+        "median_s": percentile([one.took_s for one in served], 0.5),
+        "p99_s": percentile([one.took_s for one in served], 0.99),
+        "refused_p99_ms": 1000 * percentile([one.took_s for one in refused], 0.99),
+        "refused_median_ms": 1000 * percentile([one.took_s for one in refused], 0.5),
+        "statuses": dict(Counter(one.status for one in found)),
+        "served_of_wanted": {tenant: by_tenant[tenant] / wanted[tenant] for tenant in DEMAND},
+    }
+
+
+async def measure(overload: OverloadConfig, seconds: float, seed: int) -> Mapping[str, Any]:
+    """One gateway: the most it can serve, and what it serves of twice that."""
+    config = fleet(overload)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with (
+        running(config, router=Router(config, polls=False)) as serving,
+        httpx.AsyncClient(base_url=serving.url, limits=limits, timeout=60) as client,
+    ):
+        await most_per_s(client, 5)  # learn the pace
+        most = await most_per_s(client, max(seconds / 4, 5))
+        return figures(await offer(client, 2 * most, seconds, seed), most, seconds)
+
+
+def main() -> None:
+    """Measure both, and print them side by side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    options = parser.parse_args()
+    found = {
+        name: asyncio.run(measure(overload, options.seconds, options.seed))
+        for name, overload in (("without", OverloadConfig()), ("with", QUEUE))
+    }
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, one in found.items():
+        shares = ", ".join(f"{tenant} {share:.0%}" for tenant, share in one["served_of_wanted"].items())
+        print(
+            f"{name:8} most {one['most_per_s']:.1f}/s  offered {one['offered_per_s']:.1f}/s  "
+            f"served in time {one['served_per_s']:.1f}/s ({one['of_the_most']:.0%})  "
+            f"median {one['median_s']:.2f} s  p99 {one['p99_s']:.2f} s  "
+            f"refused after {one['refused_median_ms']:.0f} ms, p99 {one['refused_p99_ms']:.0f} ms"
+        )
+        print(f"{'':8} of what each asked for: {shares}   {one['statuses']}")
+
+
+if __name__ == "__main__":
+    main()

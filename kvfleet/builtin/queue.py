@@ -1,0 +1,335 @@
+"""Admission to a fleet that has no room: some wait, in a fair order, and the others are told when to come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import attrs
+
+from kvfleet.builtin.facts import answer_tokens, prompt_tokens
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.fields import flag, mapping, number, text
+from kvfleet.config.overload import TenantShare
+from kvfleet.config.schema import ModelConfig
+from kvfleet.plugin.component import Component, Services
+from kvfleet.plugin.contract import Kind, Lease, Outcome, Refusal, RouteRequest, RoutingContext
+from kvfleet.plugin.spec import hookimpl
+from kvfleet.router.fair_queue import FairQueue, Waiting
+from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
+from kvfleet.trace.spans import AttributeValue
+
+__all__ = ["QueueAdmission"]
+
+_WEIGHT_OF_NEW = 0.1
+_SOON_S = 1.0
+_USUAL_ANSWER = 256
+_ANSWER_TOKENS_WEIGH = 2.0
+"""A token that is written takes as much as two that are read (as in the virtual token counter's paper)."""
+_DID_NOT_WAIT: Mapping[str, AttributeValue] = MappingProxyType({})
+
+
+class _Nothing:
+    """What a dry run reserves."""
+
+    def release(self, outcome: Outcome) -> None:
+        """Nothing to give back."""
+
+
+_NOTHING = _Nothing()
+
+
+@attrs.define(eq=False)
+class _Place:
+    """One request's place; given back once.
+
+    Attributes:
+        waited_s: How long it waited for it.
+        attributes: What the trace says of that; empty for one that did not wait.
+    """
+
+    owner: QueueAdmission
+    request: RouteRequest
+    waited_s: float = 0.0
+    attributes: Mapping[str, AttributeValue] = _DID_NOT_WAIT
+    entry: Waiting[_Waiter] | None = None
+    _is_released: bool = attrs.field(init=False, default=False)
+
+    def release(self, outcome: Outcome) -> None:
+        if not self._is_released:
+            self._is_released = True
+            self.owner.release(self, outcome)
+
+
+@attrs.define(eq=False)
+class _Waiter:
+    """One that waits: it is told its place, or why there is none."""
+
+    told: asyncio.Future[Refusal | None]
+    candidates: Sequence[ModelConfig]
+    request: RouteRequest
+
+
+@attrs.define(kw_only=True)
+class QueueAdmission:
+    """Let in as many requests as the fleet can serve, and have some of the others wait for a moment.
+
+    Those that wait go in order of priority, and among equals so that every tenant gets its share of the work. A request
+    is refused at once if the queue is full, or if it would wait longer than it may or its own deadline allows; it is
+    told when there should be room, by the rate at which requests end. A replica's breaker that opens takes its room
+    away. Stand this after the filters of policy and before those of health, so that these see the fleet as it is after
+    the wait.
+    """
+
+    max_in_flight: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
+    max_in_flight_per_replica: int = number(
+        0, ge=0, unit="requests", doc="Most for each replica that may be called; no limit if 0."
+    )
+    max_queue: int = number(256, ge=0, unit="requests", doc="Most that wait; nobody does if 0.")
+    max_wait_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait.")
+    refuse_late: bool = flag(
+        True, doc="Refuse a request at once that is not expected to be answered within its own deadline."
+    )
+    priority_header: str = text("", doc="Header with which a request asks for a priority; off if empty.")
+    priority: int = number(0, ge=-100, le=100, doc="Priority of a request that asks for none; greater goes first.")
+    max_priority: int | None = number(None, ge=-100, le=100, doc="Highest to ask for; `priority` if absent.")
+    tenants: Mapping[str, TenantShare] = mapping(doc="By tenant: its weight and its priorities.")
+    _queue: FairQueue[_Waiter] = attrs.field(init=False, repr=False, eq=False)
+    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
+    _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
+    _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
+    _metrics: MetricsExporter = attrs.field(
+        init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
+    )
+    _in_flight: int = attrs.field(init=False, default=0)
+    _on_the_way: set[int] = attrs.field(init=False, factory=set, repr=False, eq=False)
+    _hold_s: float | None = attrs.field(init=False, default=None)
+    _turned_away: int = attrs.field(init=False, default=0)
+
+    @_queue.default
+    def _make_queue(self) -> FairQueue[_Waiter]:
+        return FairQueue(self.max_queue, {name: share.weight for name, share in self.tenants.items()})
+
+    @property
+    def reads_headers(self) -> tuple[str, ...]:
+        """The request headers it looks at."""
+        return (self.priority_header,) if self.priority_header else ()
+
+    def provision(self, services: Services) -> None:
+        """Use the fleet's health and load."""
+        self._clock, self._metrics = services.clock, services.metrics
+        self._health, self._load = services.health, services.load
+        services.load.register(services.models)
+        if services.metrics.enabled:
+            services.metrics.read_gauge("kvfleet_queue_depth", self._depths)
+
+    async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
+        """A place, at once or after a wait, or a refusal."""
+        if ctx.request.timeout_s is not None and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
+            return late
+        queue = self._queue
+        if not (queue.size and queue.holds(ctx.request.models)) and self._has_room(ctx.candidates, ctx.now_s):
+            return _NOTHING if ctx.dry_run else self._let_in(ctx.request)
+        return self._why_not_wait(ctx) or (_NOTHING if ctx.dry_run else await self._wait(ctx))
+
+    def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:  # noqa: ARG002 - wherever it goes
+        """A request is at a replica now, where the load is about to count it."""
+        self._on_the_way.discard(id(ctx.request))
+        if self._queue.size:
+            asyncio.get_running_loop().call_soon(self._call_next)
+
+    def release(self, place: _Place, outcome: Outcome) -> None:
+        """Take a place back, learn how long it was used, and let the next ones in."""
+        self._in_flight -= 1
+        self._on_the_way.discard(id(place.request))
+        held_s = outcome.duration_s - place.waited_s
+        known = self._hold_s
+        self._hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
+        self._turned_away = max(self._turned_away - 1, 0) if self._in_flight else 0
+        if place.entry is not None and outcome.usage is not None:
+            took = outcome.usage.prompt_tokens + _ANSWER_TOKENS_WEIGH * outcome.usage.completion_tokens
+            self._queue.correct(place.entry, took - place.entry.work)
+        if self._queue.size:
+            self._call_next()
+
+    def state(self) -> Mapping[str, Any]:
+        """How many are in flight and wait, and for how long a place is used."""
+        return {
+            "in_flight": self._in_flight,
+            "waiting": self._queue.size,
+            "turned_away": self._turned_away,
+            "hold_s": self._hold_s or 0.0,
+        }
+
+    # Room
+
+    def _has_room(self, candidates: Sequence[ModelConfig], now_s: float) -> bool:
+        """True if one more may go to one of these; also if none of them may be called, which is not for us to say."""
+        if self.max_in_flight and self._in_flight >= self.max_in_flight:
+            return False
+        most = self.max_in_flight_per_replica
+        if not most:
+            return True
+        out, in_flight = self._health.unavailable(now_s), self._load.in_flight
+        if out:
+            candidates = [one for one in candidates if one.endpoint not in out]
+            if not candidates:
+                return True
+        if not self._on_the_way:
+            for one in candidates:  # noqa: SIM110 - a generator takes as long again as the usual first look
+                if in_flight(one.id) < most:
+                    return True
+            return False
+        return sum(max(most - in_flight(one.id), 0) for one in candidates) > len(self._on_the_way)
+
+    def _let_in(self, request: RouteRequest) -> _Place:
+        self._in_flight += 1
+        self._on_the_way.add(id(request))
+        return _Place(self, request)
+
+    def _call_next(self) -> None:
+        """Let in those that wait, as long as there is room for any of them."""
+        now_s = self._clock.now_s()
+        while self._queue.size:
+            known: dict[Hashable, bool] = {}
+
+            def has_room(one: Waiting[_Waiter], known: dict[Hashable, bool] = known) -> bool:
+                if one.pool not in known:
+                    known[one.pool] = self._has_room(one.item.candidates, now_s)
+                return known[one.pool]
+
+            one = self._queue.next(has_room)
+            if one is None:
+                return
+            if not one.item.told.done():  # else it is being cancelled, and has not run yet
+                self._in_flight += 1
+                self._on_the_way.add(id(one.item.request))
+                one.item.told.set_result(None)
+
+    # Waiting
+
+    async def _wait(self, ctx: RoutingContext) -> Lease | Refusal:
+        tenant, priority = ctx.tenant, self._priority_of(ctx)
+        since_s, ahead = self._clock.now_s(), self._queue.ahead(tenant, priority)
+        waiter = _Waiter(asyncio.get_running_loop().create_future(), ctx.candidates, ctx.request)
+        entry = self._queue.add(waiter, tenant, priority, _work_of(ctx), ctx.request.models)
+        try:
+            async with asyncio.timeout(self.max_wait_ms / 1000):
+                refusal = await waiter.told
+        except TimeoutError:
+            if self._queue.remove(entry) or waiter.told.cancelled():
+                waited = f"no place became free within {self.max_wait_ms / 1000:g} s"
+                return self._refuse(ctx, "timeout", waited)
+            refusal = waiter.told.result()
+        except asyncio.CancelledError:
+            if not self._queue.remove(entry) and not waiter.told.cancelled() and waiter.told.result() is None:
+                self._give_back(waiter)
+            raise
+        if refusal is not None:
+            return refusal
+        waited_s = self._clock.now_s() - since_s
+        self._metrics.observe("kvfleet_queue_wait_seconds", waited_s, str(priority))
+        told = {names.QUEUE_WAIT_S: waited_s, names.QUEUE_AHEAD: ahead, names.PRIORITY: priority}
+        return _Place(self, waiter.request, waited_s, told, entry)
+
+    def _give_back(self, waiter: _Waiter) -> None:
+        """A place was given to a request that is gone."""
+        self._in_flight -= 1
+        self._on_the_way.discard(id(waiter.request))
+        self._call_next()
+
+    def _why_not_wait(self, ctx: RoutingContext) -> Refusal | None:
+        """Why a request may not wait; None, and a place in the queue, if it may."""
+        tenant, priority = ctx.tenant, self._priority_of(ctx)
+        room = self._queue.room_for(tenant, priority)
+        if room is False:
+            return self._refuse(ctx, "full", "the fleet is at its limit, and as many wait as may")
+        wait_s = self._wait_s(self._queue.ahead(tenant, priority) + 1)
+        if wait_s is not None and wait_s > self.max_wait_ms / 1000:
+            return self._refuse(ctx, "wait", f"a place is expected to be free in {wait_s:.1f} s, which is too late")
+        late = self._too_late(ctx, wait_s or 0.0) if self.refuse_late else None
+        if late is None and isinstance(room, Waiting) and not ctx.dry_run:
+            self._send_away(room)
+        return late
+
+    def _send_away(self, entry: Waiting[_Waiter]) -> None:
+        """One that waits has to make room for one that comes before it."""
+        self._queue.remove(entry)
+        self._metrics.count("kvfleet_queue_refusals_total", "displaced")
+        self._turned_away += 1
+        said = "the queue is full, and others come first"
+        if not entry.item.told.done():
+            entry.item.told.set_result(self._refusal(said))
+
+    def _too_late(self, ctx: RoutingContext, wait_s: float) -> Refusal | None:
+        """A refusal for a request whose answer is not expected in time; None for one that has the time."""
+        if ctx.request.timeout_s is None:
+            return None
+        left_s = ctx.request.timeout_s - (self._clock.now_s() - ctx.now_s)
+        needs_s = wait_s + self._expected_s(ctx)
+        if needs_s <= left_s:
+            return None
+        said = f"an answer is expected in {needs_s:.1f} s, and its deadline is in {left_s:.1f} s"
+        return self._refuse(ctx, "deadline", said)
+
+    def _expected_s(self, ctx: RoutingContext) -> float:
+        """Seconds to a first byte, or to a whole answer, from the replica that is soonest; 0 if unknown."""
+        known = [one for one in ctx.candidates if self._load.expected_ttfb_s(one.id) is not None]
+        if not known or len(known) < len(ctx.candidates):
+            return 0.0  # one that nobody has measured may be quick
+        found = self._load.waits(known, prompt_tokens(ctx), (), self._clock.now_s())
+        tokens = 0 if ctx.request.stream else answer_tokens(ctx, 0)
+        return min(
+            queue_s + prompt_s + step_s * tokens
+            for queue_s, prompt_s, step_s in zip(found.queue_s, found.prompt_s, found.step_s, strict=True)
+        )
+
+    # Saying no
+
+    def _wait_s(self, places: float) -> float | None:
+        """Seconds until so many places have become free, by the rate at which they do; None before the first."""
+        if self._hold_s is None:
+            return None
+        return self._hold_s * places / max(self._in_flight, 1)
+
+    def _refuse(self, ctx: RoutingContext, reason: str, said: str) -> Refusal:
+        if not ctx.dry_run:
+            self._turned_away += 1
+            self._metrics.count("kvfleet_queue_refusals_total", reason)
+        return self._refusal(said)
+
+    def _refusal(self, said: str) -> Refusal:
+        wait_s = self._wait_s(self._queue.size + max(self._turned_away, 1))
+        return Refusal(reason=said, retry_after_s=max(wait_s or 0.0, _SOON_S), code="overloaded", status=503)
+
+    def _priority_of(self, ctx: RoutingContext) -> int:
+        share = self.tenants.get(ctx.tenant)
+        usual = self.priority if share is None else share.priority
+        asked = ctx.request.condition_headers.get(self.priority_header.lower()) if self.priority_header else None
+        if asked is None:
+            return usual
+        try:
+            wanted = int(asked)
+        except ValueError:
+            return usual
+        most = self.max_priority if share is None else share.max_priority
+        return max(min(wanted, usual if most is None else most), -100)
+
+    def _depths(self) -> dict[tuple[str, ...], float]:
+        return {(str(priority),): depth for priority, depth in self._queue.depths().items()}
+
+
+def _work_of(ctx: RoutingContext) -> float:
+    """What a request will take: tokens to read, and those to write."""
+    return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * answer_tokens(ctx, _USUAL_ANSWER)
+
+
+@hookimpl
+def kvfleet_components() -> Iterable[Component]:
+    """The queue."""
+    yield Component(Kind.ADMIT, "queue", QueueAdmission)

@@ -1,0 +1,184 @@
+"""A gateway that is offered twice what its engines can do: it serves as much as they can, and fairly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import httpx
+import pytest
+
+from kvfleet.adapters.call import Call, Reply
+from kvfleet.config.overload import OverloadConfig, TenantShare
+from kvfleet.config.schema import (
+    FleetConfig,
+    GatewayConfig,
+    ModelConfig,
+    TelemetryConfig,
+    TenantConfig,
+    TraceStoreConfig,
+)
+from kvfleet.errors import BackendError, Fault
+from kvfleet.gateway.server import Serving, running
+from kvfleet.runtime import Router
+from kvfleet.testing.fakes import FakeAdapter
+
+BODY = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
+SLOTS, SERVICE_S = 2, 0.2
+"""What each of the two engines can do: so many requests at a time, each in so many seconds; 20 a second together."""
+
+
+@attrs.define(kw_only=True)
+class Engine(FakeAdapter):
+    """Takes a while, and breaks down if it has more to do than it can."""
+
+    service_s: float = SERVICE_S
+    busy: int = 0
+    most_busy: int = 0
+    worked_s: float = 0.0
+    left: int = 0
+
+    async def send(self, call: Call) -> Reply:
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        try:
+            if self.busy > 2 * SLOTS:
+                raise BackendError(Fault.OVERLOADED, "it thrashes")
+            await asyncio.sleep(self.service_s)
+            self.worked_s += self.service_s
+            return await super().send(call)
+        except asyncio.CancelledError:
+            self.left += 1
+            raise
+        finally:
+            self.busy -= 1
+
+
+@attrs.define
+class World:
+    """A gateway, its engines, and a client."""
+
+    serving: Serving
+    engines: tuple[Engine, ...]
+    client: httpx.AsyncClient
+
+    async def ask(self, tenant: str = "loud", priority: str = "", **more: Any) -> httpx.Response:
+        headers = {"X-Tenant": tenant, "X-Priority": priority, **more.pop("headers", {})}
+        kept = {name: value for name, value in headers.items() if value}
+        return await self.client.post("/v1/chat/completions", json={**BODY, **more}, headers=kept)
+
+    @property
+    def queue(self) -> Any:
+        return self.serving.router.state()["stages"]["admit.queue"]
+
+
+@asynccontextmanager
+async def world(*, service_s: float = SERVICE_S, **overload: Any) -> AsyncIterator[World]:
+    """Two engines of two slots each."""
+    endpoints = ("mock://a", "mock://b")
+    config = FleetConfig(
+        models=(ModelConfig(name="m", endpoint=endpoints[0], replicas=endpoints[1:], provider="mock"),),
+        overload=OverloadConfig(max_in_flight_per_replica=SLOTS, priority_header="X-Priority", **overload),
+        gateway=GatewayConfig(tenant_header="X-Tenant"),
+        tenants={name: TenantConfig() for name in ("loud", "quiet", "vip")},
+        telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
+    )
+    engines = tuple(Engine(endpoint=one, model_id="m", service_s=service_s) for one in endpoints)
+    router = Router(config, adapters={f"m@{one.endpoint}": one for one in engines}, polls=False)
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        running(config, router=router) as serving,
+        httpx.AsyncClient(base_url=serving.url, limits=limits, timeout=30) as client,
+    ):
+        yield World(serving, engines, client)
+
+
+async def test_at_twice_its_capacity_it_serves_nine_tenths_of_it_and_every_tenant_its_share() -> None:
+    """40 requests a second for 3 s to engines that can do 20.
+
+    Those that cannot be served are told so at once and when to come back; the tenant that asks for its share gets it,
+    whatever the other one asks for; the important go first.
+    """
+    shares = {"vip": TenantShare(priority=1)}
+    async with world(max_queue=12, max_wait_ms=2000, tenants=shares) as here:
+        for _ in range(8):
+            await here.ask("loud")
+        began = time.monotonic()
+        worked_before = sum(engine.worked_s for engine in here.engines)
+        wanted = (["loud"] * 11 + ["quiet"] * 4 + ["vip"]) * 8
+        asked: list[tuple[str, asyncio.Task[httpx.Response]]] = []
+        for i, tenant in enumerate(wanted):
+            await asyncio.sleep(max(began + i / 40 - time.monotonic(), 0))
+            asked.append((tenant, asyncio.create_task(here.ask(tenant))))
+        window_s = time.monotonic() - began
+        worked_s = sum(engine.worked_s for engine in here.engines) - worked_before
+        answers = [(tenant, await task) for tenant, task in asked]
+        assert worked_s >= 0.9 * (window_s - SERVICE_S) * 2 * SLOTS
+        assert max(engine.most_busy for engine in here.engines) <= 2 * SLOTS
+        served = Counter(tenant for tenant, answer in answers if answer.status_code == 200)
+        refused = [answer for _, answer in answers if answer.status_code != 200]
+        assert served["vip"] == 8
+        assert served["quiet"] >= 0.8 * wanted.count("quiet")
+        assert served["loud"] < 0.6 * wanted.count("loud")
+        assert {(one.status_code, one.json()["error"]["code"]) for one in refused} == {(503, "overloaded")}
+        assert all(1 <= int(one.headers["retry-after"]) <= 30 for one in refused)
+        assert all("x-should-retry" not in one.headers for one in refused)
+        assert (here.queue["in_flight"], here.queue["waiting"]) == (0, 0)
+
+
+async def test_the_wait_is_in_the_trace_and_is_spent_from_the_deadline() -> None:
+    """A request that waits for longer than its deadline gets a 504 then, and leaves the queue."""
+    async with world(refuse_late=False) as here:
+        first = [asyncio.create_task(here.ask()) for _ in range(4)]
+        await until(lambda: here.queue["in_flight"] == 4)
+        late = await here.ask(headers={"X-KVFleet-Timeout": "50"})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert here.queue["waiting"] == 0
+        waits = await here.ask()
+        shown = (await here.client.get(f"/dashboard/api/route/{waits.headers['x-kvfleet-trace']}")).json()
+        stage = next(one for one in shown["stages"] if one["stage"] == "admit.queue")
+        assert 0 < stage["waited_s"] < 5
+        assert {one.status_code for one in await asyncio.gather(*first)} == {200}
+        page = (await here.client.get("/metrics")).text
+        assert 'kvfleet_queue_wait_seconds_count{priority="0"} 1.0' in page
+
+
+async def test_a_client_that_leaves_the_queue_takes_no_place() -> None:
+    """Its request is gone from the queue at once, and the engines never hear of it."""
+    async with world(service_s=0.5) as here:
+        first = [asyncio.create_task(here.ask()) for _ in range(4)]
+        await until(lambda: here.queue["in_flight"] == 4)
+        left = asyncio.create_task(here.ask())
+        await until(lambda: here.queue["waiting"] == 1)
+        left.cancel()
+        began = time.monotonic()
+        await until(lambda: here.queue["waiting"] == 0)
+        assert time.monotonic() - began < 0.1
+        await asyncio.gather(*first)
+        assert sum(len(engine.calls) for engine in here.engines) == 4
+        assert here.queue["in_flight"] == 0
+
+
+@pytest.mark.parametrize("priority", ["1", "9"])
+async def test_a_client_cannot_make_itself_more_important_than_it_may(priority: str) -> None:
+    """Without `max_priority` the header can only ask for less."""
+    async with world() as here:
+        first = [asyncio.create_task(here.ask()) for _ in range(4)]
+        await until(lambda: here.queue["in_flight"] == 4)
+        waits = asyncio.create_task(here.ask(priority=priority))
+        await until(lambda: here.queue["waiting"] == 1)
+        page = (await here.client.get("/metrics")).text
+        assert 'kvfleet_queue_depth{priority="0"} 1.0' in page
+        await asyncio.gather(*first, waits)
+
+
+async def until(holds: Any) -> None:
+    """Let the loop run until something holds."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.001)
