@@ -49,6 +49,7 @@ from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.kv_metrics import show_caches
 from kvfleet.telemetry.kv_watch import CacheWatch
 from kvfleet.telemetry.load import FleetLoad
+from kvfleet.telemetry.loop_lag import LoopLag
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.telemetry.outliers import Outliers
 from kvfleet.telemetry.rate_limits import RateLimitTracker
@@ -234,6 +235,7 @@ class Router:
     async def _watch(self) -> None:
         """Ask the engines, and listen to them."""
         async with anyio.create_task_group() as group:
+            group.start_soon(LoopLag(self.services.metrics).run)
             group.start_soon(self._collector().run)
             group.start_soon(self._outliers().run)
             group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)

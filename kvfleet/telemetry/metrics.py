@@ -141,6 +141,13 @@ METRICS: tuple[MetricInfo, ...] = (
     ),
     MetricInfo("kvfleet_judge_cost_usd_total", "counter", ("model",), "What judges' calls cost; on nobody's budget."),
     MetricInfo(
+        "kvfleet_event_loop_lag_seconds",
+        "histogram",
+        (),
+        "How late the event loop was: what one request's work makes others wait.",
+        _OVERHEAD,
+    ),
+    MetricInfo(
         "kvfleet_trace_store_dropped_total", "counter", (), "Traces the local store could not take.", is_read=True
     ),
     MetricInfo(
