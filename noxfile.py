@@ -95,6 +95,20 @@ def real(session: nox.Session) -> None:
 
 
 @nox.session
+def clients(session: nox.Session) -> None:
+    """Every client that should work against the gateway, unmodified; those of Node if there is npm."""
+    session.install("-e", ".", *GROUPS["clients"])
+    words: list[str] = []
+    if shutil.which("npm"):
+        folder = Path(session.create_tmp()).resolve() / "node"
+        folder.mkdir(exist_ok=True)
+        packages = ("openai", "@anthropic-ai/sdk")
+        session.run("npm", "install", "--silent", "--no-save", "--prefix", str(folder), *packages, external=True)
+        words = ["--node", str(folder)]
+    session.run("python", "tests/clients/run.py", *words, *session.posargs)
+
+
+@nox.session
 def page(session: nox.Session) -> None:
     """What the feature page promises, each with its tests: a table, and a failure if a promise is not kept."""
     session.install("-e", ".", *GROUPS["test"])
