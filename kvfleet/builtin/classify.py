@@ -12,6 +12,7 @@ from kvfleet.adapters.call import Operation
 from kvfleet.builtin.facts import (
     DOMAIN,
     EMBEDDING,
+    LANGUAGE,
     MODALITY,
     PII,
     PROMPT,
@@ -26,6 +27,7 @@ from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.policy.pii import PIIDetector
+from kvfleet.router.language import PromptLanguage, detect_language, primary_language
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
 from kvfleet.router.prototypes import Prototypes, keyword_weights, shipped_prototypes
 from kvfleet.router.semantic import (
@@ -37,7 +39,7 @@ from kvfleet.router.semantic import (
     estimate_complexity,
 )
 
-__all__ = ["DomainClassifier", "ModalityClassifier", "PIIClassifier", "PromptClassifier"]
+__all__ = ["DomainClassifier", "LanguageClassifier", "ModalityClassifier", "PIIClassifier", "PromptClassifier"]
 
 
 @attrs.frozen
@@ -58,6 +60,21 @@ class ModalityClassifier:
         if ctx.request.operation is not Operation.CHAT:
             return {MODALITY: TEXT_ONLY}
         return {MODALITY: detect_modality(messages_of(ctx.request.body))}
+
+
+@attrs.frozen
+class LanguageClassifier:
+    """See in which language the user's last message is: by the request's tag `language`, or else by its text.
+
+    Of a text that is short, mixed or code nobody can tell, and then no model is left out for its languages.
+    """
+
+    async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
+        """Gives `LANGUAGE`."""
+        tag = ctx.request.tags.get("language", "")
+        if tag:
+            return {LANGUAGE: PromptLanguage(primary_language(tag), "tag")}
+        return {LANGUAGE: PromptLanguage(detect_language(prompt_of(ctx).question))}
 
 
 @attrs.define
@@ -141,4 +158,5 @@ def kvfleet_components() -> Iterable[Component]:
     yield Component(Kind.CLASSIFY, "prompt", PromptClassifier, gives=(PROMPT,), stability=Stability.STABLE)
     yield Component(Kind.CLASSIFY, "modality", ModalityClassifier, gives=(MODALITY,), stability=Stability.STABLE)
     yield Component(Kind.CLASSIFY, "pii", PIIClassifier, gives=(PII,), must_hold=True)
+    yield Component(Kind.CLASSIFY, "language", LanguageClassifier, gives=(LANGUAGE,))
     yield Component(Kind.CLASSIFY, "domain", DomainClassifier, gives=(DOMAIN,))

@@ -14,6 +14,7 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
 from kvfleet.router.embedding import PromptEmbedding
+from kvfleet.router.language import PromptLanguage
 from kvfleet.router.multimodal import ModalityDetection
 from kvfleet.router.routes import RouteMatch
 from kvfleet.router.semantic import KEYWORDS, PromptDomain
@@ -23,6 +24,7 @@ from kvfleet.trace.spans import AttributeValue
 __all__ = [
     "DOMAIN",
     "EMBEDDING",
+    "LANGUAGE",
     "MODALITY",
     "PII",
     "PROMPT",
@@ -239,6 +241,14 @@ def _domain_details(found: PromptDomain) -> Mapping[str, AttributeValue]:
     return {**told, "degraded": found.degraded} if found.degraded else told
 
 
+def _describe_language(found: PromptLanguage) -> str:
+    return found.language or "unknown"
+
+
+def _language_details(found: PromptLanguage) -> Mapping[str, AttributeValue]:
+    return {"method": found.method} if found.language else {}
+
+
 def _describe_embedding(found: PromptEmbedding) -> str:
     return found.embedder if found.vector is not None else f"none: {found.reason}"
 
@@ -254,6 +264,7 @@ def _route_details(found: RouteMatch) -> Mapping[str, AttributeValue]:
 
 PROMPT: Fact[PromptFacts] = Fact("prompt", _describe_prompt)
 MODALITY: Fact[ModalityDetection] = Fact("modality", _describe_modality)
+LANGUAGE: Fact[PromptLanguage] = Fact("language", _describe_language, _language_details)
 PII: Fact[PIIDetectionResult] = Fact("pii", _describe_pii)
 DOMAIN: Fact[PromptDomain] = Fact("domain", _describe_domain, _domain_details)
 EMBEDDING: Fact[PromptEmbedding] = Fact("embedding", _describe_embedding)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import attrs
 
 from kvfleet.adapters.call import Native, Operation
-from kvfleet.builtin.facts import MODALITY, PROMPT
+from kvfleet.builtin.facts import LANGUAGE, MODALITY, PROMPT
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services, Stability
@@ -67,8 +67,9 @@ _REASONS = (
 class CapabilityFilter:
     """Drop models that cannot do what the request needs.
 
-    Looked at are: the type of model, tools, JSON mode, pictures, sound, video, streaming, and whether prompt and answer
-    fit into the context window. If nobody is capable, nobody is left, and the error says why.
+    Looked at are: the type of model, tools, JSON mode, pictures, sound, video, streaming, the language if
+    `classify.language` can tell it, and whether prompt and answer fit into the context window. If nobody is capable,
+    nobody is left, and the error says why.
     """
 
     window_share: float = number(
@@ -81,6 +82,7 @@ class CapabilityFilter:
     _services: Services = attrs.field(init=False, factory=Services, repr=False, eq=False)
     _lacks: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _windows: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _has_languages: bool = attrs.field(init=False, default=True, repr=False)
     _smallest: int = attrs.field(init=False, default=0)
     _lacked: int = attrs.field(init=False, default=-1, repr=False)
     _texts: dict[int, tuple[str, str]] = attrs.field(init=False, factory=dict, repr=False)
@@ -90,6 +92,7 @@ class CapabilityFilter:
         self._services = services
         self._lacks = {model.id: _lacks(model) for model in services.models}
         self._windows = {model.id: _window(model) for model in services.models}
+        self._has_languages = any(model.capabilities.supported_languages for model in services.models)
         self._smallest = min(self._windows.values(), default=0)
         self._lacked = functools.reduce(operator.or_, self._lacks.values(), 0) if self._lacks else -1
 
@@ -97,9 +100,25 @@ class CapabilityFilter:
         """The drops."""
         native = ctx.request.native
         drops = self._incapable(ctx)
+        if self._has_languages:
+            drops = [*drops, *self._foreign(ctx, {drop.candidate.id for drop in drops})]
         if native is not None and native.only:
             return [*drops, *self._deaf(ctx, native, {drop.candidate.id for drop in drops})]
         return drops
+
+    def _foreign(self, ctx: RoutingContext, dropped: Container[str]) -> list[Drop]:
+        """Those of the rest that are not good at the request's language, where it is known."""
+        found = ctx.fact_or_none(LANGUAGE)
+        if found is None or not found.language:
+            return []
+        reason = f"is not good at the language {found.language}"
+        return [
+            Drop(model, reason, "language")
+            for model in ctx.candidates
+            if (spoken := model.capabilities.supported_languages)
+            and found.language not in spoken
+            and model.id not in dropped
+        ]
 
     def _deaf(self, ctx: RoutingContext, native: Native, dropped: Container[str]) -> list[Drop]:
         """Those of the rest that do not speak the client's API, where only who does can answer."""

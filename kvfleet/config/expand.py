@@ -40,6 +40,7 @@ def _uses(config: FleetConfig) -> list[str]:
     wanted = [
         ("classify.prompt", True),
         ("classify.modality", True),
+        ("classify.language", any(model.capabilities.supported_languages for model in config.models)),
         ("classify.pii", _looks_for_pii(config)),
         ("classify.domain", _tells_domains(config)),
         ("admit.concurrency", bool(_concurrency(config))),

@@ -124,7 +124,13 @@ class ModelCapabilities:
     max_context_window: int | None = number(
         None, gt=0, unit="tokens", doc="Longest prompt plus answer; unknown if absent, and then not checked."
     )
-    supported_languages: tuple[str, ...] = listing((), doc="Languages (ISO 639-1) it is good at; empty means any.")
+    supported_languages: tuple[str, ...] = listing(
+        (),
+        doc="Languages (ISO 639-1) it is good at, and gets no others if `classify.language` can tell; empty means any.",
+        pattern=r"[a-z]{2,3}",
+        pattern_doc="a language as ISO 639 has it, as in `de`",
+        example=["en", "de"],
+    )
 
 
 @attrs.frozen(kw_only=True)

@@ -8,6 +8,7 @@ import pytest
 
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.adapters.call import Operation
+from kvfleet.builtin.classify import LanguageClassifier
 from kvfleet.builtin.filters import CapabilityFilter, HealthFilter, RateLimitFilter
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
@@ -75,6 +76,28 @@ def test_streaming_is_a_capability() -> None:
     whole = able("whole", supports_streaming=False)
     assert dropped(context([whole, PLAIN], stream=True)) == {"whole": ("streaming", "does not stream")}
     assert dropped(context([whole, PLAIN])) == {}
+
+
+async def test_a_language_that_is_known_drops_who_is_not_good_at_it() -> None:
+    """By the request's tag or its text; a model that names no languages takes any, and so does all where none is known."""
+    models = (
+        able("any"),
+        able("english", supported_languages=("en",)),
+        able("german", supported_languages=("de", "en")),
+    )
+    german = [user("Wie backe ich ein Brot, das nicht trocken wird?")]
+
+    async def found(**asked: Any) -> dict[str, tuple[str, str]]:
+        ctx = context(models, **asked)
+        ctx.facts.update(await LanguageClassifier().classify(ctx))  # type: ignore[attr-defined]
+        return dropped(ctx)
+
+    reason = "is not good at the language"
+    assert await found(messages=german) == {"english": ("language", f"{reason} de")}
+    assert await found(messages=german, tags={"language": "en-GB"}) == {}
+    assert set(await found(tags={"language": "fr"})) == {"english", "german"}
+    assert await found(messages=[user("x = f(3)")]) == {}
+    assert dropped(context(models, messages=german)) == {}
 
 
 def test_everything_that_is_lacking_is_told() -> None:
