@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import flag, mapping, number, text
@@ -29,6 +30,7 @@ __all__ = ["QueueAdmission"]
 _WEIGHT_OF_NEW = 0.1
 _SOON_S = 1.0
 _USUAL_ANSWER = 256
+_MOST_TENANTS = 4096
 _ANSWER_TOKENS_WEIGH = 2.0
 """A token that is written takes as much as two that are read (as in the virtual token counter's paper)."""
 _DID_NOT_WAIT: Mapping[str, AttributeValue] = MappingProxyType({})
@@ -110,6 +112,7 @@ class QueueAdmission:
     _on_the_way: set[int] = attrs.field(init=False, factory=set, repr=False, eq=False)
     _hold_s: float | None = attrs.field(init=False, default=None)
     _turned_away: int = attrs.field(init=False, default=0)
+    _answers: dict[str, float] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
     @_queue.default
     def _make_queue(self) -> FairQueue[_Waiter]:
@@ -152,8 +155,7 @@ class QueueAdmission:
         self._hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
         self._turned_away = max(self._turned_away - 1, 0) if self._in_flight else 0
         if place.entry is not None and outcome.usage is not None:
-            took = outcome.usage.prompt_tokens + _ANSWER_TOKENS_WEIGH * outcome.usage.completion_tokens
-            self._queue.correct(place.entry, took - place.entry.work)
+            self._learn(place.entry, outcome.usage)
         if self._queue.size:
             self._call_next()
 
@@ -165,6 +167,27 @@ class QueueAdmission:
             "turned_away": self._turned_away,
             "hold_s": self._hold_s or 0.0,
         }
+
+    def _learn(self, entry: Waiting[_Waiter], usage: Usage) -> None:
+        """Book what a request really took, and remember how long answers of its tenant are.
+
+        What is booked at first must be near to that: were it far more, each end of an answer would give its own tenant
+        so much back that the place went to the same tenant again.
+        """
+        took = usage.prompt_tokens + _ANSWER_TOKENS_WEIGH * usage.completion_tokens
+        self._queue.correct(entry, took - entry.work)
+        known, tokens = self._answers, float(usage.completion_tokens)
+        for whose in ("", entry.tenant):
+            usual = known.pop(whose, tokens)
+            known[whose] = usual + _WEIGHT_OF_NEW * (tokens - usual)
+        if len(known) > _MOST_TENANTS:
+            del known[next(iter(known))]
+
+    def _work_of(self, ctx: RoutingContext) -> float:
+        """What a request will take: tokens to read, and those to write, as far as one knows its tenant."""
+        known = self._answers
+        usual = known.get(ctx.tenant, known.get("", _USUAL_ANSWER))
+        return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * min(usual, answer_tokens(ctx, 1 << 30))
 
     # Room
 
@@ -217,7 +240,7 @@ class QueueAdmission:
         tenant, priority = ctx.tenant, self._priority_of(ctx)
         since_s, ahead = self._clock.now_s(), self._queue.ahead(tenant, priority)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), ctx.candidates, ctx.request)
-        entry = self._queue.add(waiter, tenant, priority, _work_of(ctx), ctx.request.models)
+        entry = self._queue.add(waiter, tenant, priority, self._work_of(ctx), ctx.request.models)
         try:
             async with asyncio.timeout(self.max_wait_ms / 1000):
                 refusal = await waiter.told
@@ -322,11 +345,6 @@ class QueueAdmission:
 
     def _depths(self) -> dict[tuple[str, ...], float]:
         return {(str(priority),): depth for priority, depth in self._queue.depths().items()}
-
-
-def _work_of(ctx: RoutingContext) -> float:
-    """What a request will take: tokens to read, and those to write."""
-    return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * answer_tokens(ctx, _USUAL_ANSWER)
 
 
 @hookimpl

@@ -193,13 +193,18 @@ class FairQueue(Generic[T]):
         return None
 
     def correct(self, one: Waiting[T], work: float) -> None:
-        """What one took was so much more, or less, than was said."""
+        """What one took was so much more, or less, than was said.
+
+        What is given back never puts a tenant before one that has had less: those that began to wait meanwhile began
+        with the counters as they were, and must not be passed over for that.
+        """
         level = self._levels.get(one.priority)
         if level is None:
             return
         line = level.lines.get(one.tenant)
         if line is not None:
-            line.had = max(line.had + work / line.weight, 0.0)
+            least = min([other.had for other in level.lines.values() if other is not line], default=0.0)
+            line.had = max(line.had + work / line.weight, min(least, line.had))
         elif one.tenant in level.had:
             level.had[one.tenant] = max(level.had[one.tenant] + work / self._weight(one.tenant), 0.0)
 

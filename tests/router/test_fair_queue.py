@@ -206,3 +206,17 @@ def test_tenants_with_something_to_ask_for_never_differ_by_more_than_one_request
         busy = [tenant for tenant in "abc" if left[tenant]]
         if len(busy) > 1:
             assert max(had[t] for t in busy) - min(had[t] for t in busy) <= 20
+
+
+def test_what_is_given_back_puts_nobody_before_those_who_came_meanwhile() -> None:
+    """A tenant whose requests were taken for ten times as long does not get ten times as many for that."""
+    queue: FairQueue[str] = FairQueue()
+    for _ in range(4):
+        queue.add("old", "old", 0, 100)
+    taken = [one for one in (queue.next(), queue.next(), queue.next()) if one]
+    for _ in range(20):
+        queue.add("new", "new", 0, 10)
+        queue.add("old", "old", 0, 10)
+    for one in taken:
+        queue.correct(one, -90)
+    assert Counter(one.item for one in [queue.next() for _ in range(12)] if one)["new"] >= 6
