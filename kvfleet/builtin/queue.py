@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -77,6 +77,29 @@ class _Waiter:
     request: RouteRequest
 
 
+@attrs.define(eq=False)
+class _Flow:
+    """Who is in flight and who waits; it outlives a reload.
+
+    Attributes:
+        queue: Those that wait.
+        let_in: Lets in the next ones, by the limits as they are now.
+        in_flight: Those that have a place.
+        on_the_way: Those of them that no replica's load counts yet.
+        hold_s: How long a place is used.
+        turned_away: Refused ones, each of which is taken to come back when a place is free.
+        answers: Usual tokens of an answer, by tenant.
+    """
+
+    queue: FairQueue[_Waiter]
+    let_in: Callable[[], None]
+    in_flight: int = 0
+    on_the_way: set[int] = attrs.field(factory=set)
+    hold_s: float | None = None
+    turned_away: int = 0
+    answers: dict[str, float] = attrs.field(factory=dict)
+
+
 @attrs.define(kw_only=True)
 class QueueAdmission:
     """Let in as many requests as the fleet can serve, and have some of the others wait for a moment.
@@ -101,22 +124,27 @@ class QueueAdmission:
     priority: int = number(0, ge=-100, le=100, doc="Priority of a request that asks for none; greater goes first.")
     max_priority: int | None = number(None, ge=-100, le=100, doc="Highest to ask for; `priority` if absent.")
     tenants: Mapping[str, TenantShare] = mapping(doc="By tenant: its weight and its priorities.")
-    _queue: FairQueue[_Waiter] = attrs.field(init=False, repr=False, eq=False)
     _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
     _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
     _metrics: MetricsExporter = attrs.field(
         init=False, factory=lambda: MetricsExporter(enabled=False), repr=False, eq=False
     )
-    _in_flight: int = attrs.field(init=False, default=0)
-    _on_the_way: set[int] = attrs.field(init=False, factory=set, repr=False, eq=False)
-    _hold_s: float | None = attrs.field(init=False, default=None)
-    _turned_away: int = attrs.field(init=False, default=0)
-    _answers: dict[str, float] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _flow: _Flow = attrs.field(init=False, repr=False, eq=False)
 
-    @_queue.default
-    def _make_queue(self) -> FairQueue[_Waiter]:
-        return FairQueue(self.max_queue, {name: share.weight for name, share in self.tenants.items()})
+    @_flow.default
+    def _make_flow(self) -> _Flow:
+        return _Flow(FairQueue(self.max_queue, self._weights), self._call_next)
+
+    @property
+    def _weights(self) -> Mapping[str, float]:
+        return {name: share.weight for name, share in self.tenants.items()}
+
+    def inherit(self, before: QueueAdmission) -> None:
+        """Go on with those that were in flight or waited before a reload, under the limits as they are now."""
+        self._flow = before._flow
+        self._flow.let_in = self._call_next
+        self._flow.queue.most, self._flow.queue.weights = self.max_queue, self._weights
 
     @property
     def reads_headers(self) -> tuple[str, ...]:
@@ -135,37 +163,37 @@ class QueueAdmission:
         """A place, at once or after a wait, or a refusal."""
         if ctx.request.timeout_s is not None and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
             return late
-        queue = self._queue
+        queue = self._flow.queue
         if not (queue.size and queue.holds(ctx.request.models)) and self._has_room(ctx.candidates, ctx.now_s):
             return _NOTHING if ctx.dry_run else self._let_in(ctx.request)
         return self._why_not_wait(ctx) or (_NOTHING if ctx.dry_run else await self._wait(ctx))
 
     def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:  # noqa: ARG002 - wherever it goes
         """A request is at a replica now, where the load is about to count it."""
-        self._on_the_way.discard(id(ctx.request))
-        if self._queue.size:
-            asyncio.get_running_loop().call_soon(self._call_next)
+        self._flow.on_the_way.discard(id(ctx.request))
+        if self._flow.queue.size:
+            asyncio.get_running_loop().call_soon(self._flow.let_in)
 
     def release(self, place: _Place, outcome: Outcome) -> None:
         """Take a place back, learn how long it was used, and let the next ones in."""
-        self._in_flight -= 1
-        self._on_the_way.discard(id(place.request))
+        self._flow.in_flight -= 1
+        self._flow.on_the_way.discard(id(place.request))
         held_s = outcome.duration_s - place.waited_s
-        known = self._hold_s
-        self._hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
-        self._turned_away = max(self._turned_away - 1, 0) if self._in_flight else 0
+        known = self._flow.hold_s
+        self._flow.hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
+        self._flow.turned_away = max(self._flow.turned_away - 1, 0) if self._flow.in_flight else 0
         if place.entry is not None and outcome.usage is not None:
             self._learn(place.entry, outcome.usage)
-        if self._queue.size:
-            self._call_next()
+        if self._flow.queue.size:
+            self._flow.let_in()
 
     def state(self) -> Mapping[str, Any]:
         """How many are in flight and wait, and for how long a place is used."""
         return {
-            "in_flight": self._in_flight,
-            "waiting": self._queue.size,
-            "turned_away": self._turned_away,
-            "hold_s": self._hold_s or 0.0,
+            "in_flight": self._flow.in_flight,
+            "waiting": self._flow.queue.size,
+            "turned_away": self._flow.turned_away,
+            "hold_s": self._flow.hold_s or 0.0,
         }
 
     def _learn(self, entry: Waiting[_Waiter], usage: Usage) -> None:
@@ -175,8 +203,8 @@ class QueueAdmission:
         so much back that the place went to the same tenant again.
         """
         took = usage.prompt_tokens + _ANSWER_TOKENS_WEIGH * usage.completion_tokens
-        self._queue.correct(entry, took - entry.work)
-        known, tokens = self._answers, float(usage.completion_tokens)
+        self._flow.queue.correct(entry, took - entry.work)
+        known, tokens = self._flow.answers, float(usage.completion_tokens)
         for whose in ("", entry.tenant):
             usual = known.pop(whose, tokens)
             known[whose] = usual + _WEIGHT_OF_NEW * (tokens - usual)
@@ -185,7 +213,7 @@ class QueueAdmission:
 
     def _work_of(self, ctx: RoutingContext) -> float:
         """What a request will take: tokens to read, and those to write, as far as one knows its tenant."""
-        known = self._answers
+        known = self._flow.answers
         usual = known.get(ctx.tenant, known.get("", _USUAL_ANSWER))
         return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * min(usual, answer_tokens(ctx, 1 << 30))
 
@@ -193,7 +221,7 @@ class QueueAdmission:
 
     def _has_room(self, candidates: Sequence[ModelConfig], now_s: float) -> bool:
         """True if one more may go to one of these; also if none of them may be called, which is not for us to say."""
-        if self.max_in_flight and self._in_flight >= self.max_in_flight:
+        if self.max_in_flight and self._flow.in_flight >= self.max_in_flight:
             return False
         most = self.max_in_flight_per_replica
         if not most:
@@ -203,22 +231,22 @@ class QueueAdmission:
             candidates = [one for one in candidates if one.endpoint not in out]
             if not candidates:
                 return True
-        if not self._on_the_way:
+        if not self._flow.on_the_way:
             for one in candidates:  # noqa: SIM110 - a generator takes as long again as the usual first look
                 if in_flight(one.id) < most:
                     return True
             return False
-        return sum(max(most - in_flight(one.id), 0) for one in candidates) > len(self._on_the_way)
+        return sum(max(most - in_flight(one.id), 0) for one in candidates) > len(self._flow.on_the_way)
 
     def _let_in(self, request: RouteRequest) -> _Place:
-        self._in_flight += 1
-        self._on_the_way.add(id(request))
+        self._flow.in_flight += 1
+        self._flow.on_the_way.add(id(request))
         return _Place(self, request)
 
     def _call_next(self) -> None:
         """Let in those that wait, as long as there is room for any of them."""
         now_s = self._clock.now_s()
-        while self._queue.size:
+        while self._flow.queue.size:
             known: dict[Hashable, bool] = {}
 
             def has_room(one: Waiting[_Waiter], known: dict[Hashable, bool] = known) -> bool:
@@ -226,31 +254,31 @@ class QueueAdmission:
                     known[one.pool] = self._has_room(one.item.candidates, now_s)
                 return known[one.pool]
 
-            one = self._queue.next(has_room)
+            one = self._flow.queue.next(has_room)
             if one is None:
                 return
             if not one.item.told.done():  # else it is being cancelled, and has not run yet
-                self._in_flight += 1
-                self._on_the_way.add(id(one.item.request))
+                self._flow.in_flight += 1
+                self._flow.on_the_way.add(id(one.item.request))
                 one.item.told.set_result(None)
 
     # Waiting
 
     async def _wait(self, ctx: RoutingContext) -> Lease | Refusal:
         tenant, priority = ctx.tenant, self._priority_of(ctx)
-        since_s, ahead = self._clock.now_s(), self._queue.ahead(tenant, priority)
+        since_s, ahead = self._clock.now_s(), self._flow.queue.ahead(tenant, priority)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), ctx.candidates, ctx.request)
-        entry = self._queue.add(waiter, tenant, priority, self._work_of(ctx), ctx.request.models)
+        entry = self._flow.queue.add(waiter, tenant, priority, self._work_of(ctx), ctx.request.models)
         try:
             async with asyncio.timeout(self.max_wait_ms / 1000):
                 refusal = await waiter.told
         except TimeoutError:
-            if self._queue.remove(entry) or waiter.told.cancelled():
+            if self._flow.queue.remove(entry) or waiter.told.cancelled():
                 waited = f"no place became free within {self.max_wait_ms / 1000:g} s"
                 return self._refuse(ctx, "timeout", waited)
             refusal = waiter.told.result()
         except asyncio.CancelledError:
-            if not self._queue.remove(entry) and not waiter.told.cancelled() and waiter.told.result() is None:
+            if not self._flow.queue.remove(entry) and not waiter.told.cancelled() and waiter.told.result() is None:
                 self._give_back(waiter)
             raise
         if refusal is not None:
@@ -262,17 +290,17 @@ class QueueAdmission:
 
     def _give_back(self, waiter: _Waiter) -> None:
         """A place was given to a request that is gone."""
-        self._in_flight -= 1
-        self._on_the_way.discard(id(waiter.request))
-        self._call_next()
+        self._flow.in_flight -= 1
+        self._flow.on_the_way.discard(id(waiter.request))
+        self._flow.let_in()
 
     def _why_not_wait(self, ctx: RoutingContext) -> Refusal | None:
         """Why a request may not wait; None, and a place in the queue, if it may."""
         tenant, priority = ctx.tenant, self._priority_of(ctx)
-        room = self._queue.room_for(tenant, priority)
+        room = self._flow.queue.room_for(tenant, priority)
         if room is False:
             return self._refuse(ctx, "full", "the fleet is at its limit, and as many wait as may")
-        wait_s = self._wait_s(self._queue.ahead(tenant, priority) + 1)
+        wait_s = self._wait_s(self._flow.queue.ahead(tenant, priority) + 1)
         if wait_s is not None and wait_s > self.max_wait_ms / 1000:
             return self._refuse(ctx, "wait", f"a place is expected to be free in {wait_s:.1f} s, which is too late")
         late = self._too_late(ctx, wait_s or 0.0) if self.refuse_late else None
@@ -282,9 +310,9 @@ class QueueAdmission:
 
     def _send_away(self, entry: Waiting[_Waiter]) -> None:
         """One that waits has to make room for one that comes before it."""
-        self._queue.remove(entry)
+        self._flow.queue.remove(entry)
         self._metrics.count("kvfleet_queue_refusals_total", "displaced")
-        self._turned_away += 1
+        self._flow.turned_away += 1
         said = "the queue is full, and others come first"
         if not entry.item.told.done():
             entry.item.told.set_result(self._refusal(said))
@@ -316,18 +344,18 @@ class QueueAdmission:
 
     def _wait_s(self, places: float) -> float | None:
         """Seconds until so many places have become free, by the rate at which they do; None before the first."""
-        if self._hold_s is None:
+        if self._flow.hold_s is None:
             return None
-        return self._hold_s * places / max(self._in_flight, 1)
+        return self._flow.hold_s * places / max(self._flow.in_flight, 1)
 
     def _refuse(self, ctx: RoutingContext, reason: str, said: str) -> Refusal:
         if not ctx.dry_run:
-            self._turned_away += 1
+            self._flow.turned_away += 1
             self._metrics.count("kvfleet_queue_refusals_total", reason)
         return self._refusal(said)
 
     def _refusal(self, said: str) -> Refusal:
-        wait_s = self._wait_s(self._queue.size + max(self._turned_away, 1))
+        wait_s = self._wait_s(self._flow.queue.size + max(self._flow.turned_away, 1))
         return Refusal(reason=said, retry_after_s=max(wait_s or 0.0, _SOON_S), code="overloaded", status=503)
 
     def _priority_of(self, ctx: RoutingContext) -> int:
@@ -344,7 +372,7 @@ class QueueAdmission:
         return max(min(wanted, usual if most is None else most), -100)
 
     def _depths(self) -> dict[tuple[str, ...], float]:
-        return {(str(priority),): depth for priority, depth in self._queue.depths().items()}
+        return {(str(priority),): depth for priority, depth in self._flow.queue.depths().items()}
 
 
 @hookimpl

@@ -386,3 +386,19 @@ async def test_with_room_it_costs_next_to_nothing() -> None:
             lease.release(over)
         best_s = min(best_s, (time.thread_time() - began) / 500)
     assert best_s < 5e-6
+
+
+async def test_a_reload_loses_neither_those_in_flight_nor_those_that_wait() -> None:
+    """They go on under the new limits: with one place more, the one that waited longest gets it at the next end."""
+    fleet = Fleet.of(max_in_flight=1)
+    first, second, third = await fleet.asked(), await fleet.asked(), await fleet.asked()
+    after = QueueAdmission(max_in_flight=2, max_queue=1)
+    after.provision(Services(clock=fleet.clock, models=(A, B), health=fleet.health, load=fleet.load))
+    after.inherit(fleet.queue)
+    assert after.state()["in_flight"] == 1
+    assert isinstance(await after.admit(fleet.ctx()), Refusal), "the queue takes one now, and two wait"
+    fleet.end(place(first))
+    await settle()
+    fleet.end(place(second))
+    fleet.end(place(third))
+    assert (after.state()["in_flight"], after.state()["waiting"]) == (0, 0)
