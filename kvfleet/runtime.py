@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -106,6 +106,7 @@ class Router:
         polls: False to leave health and load unpolled, as tests do.
         state_dir: Where components keep what outlives the process; None to keep nothing.
         before: The router whose place this one is to take; see `successor`.
+        news: Tells the gateway's other workers something of a stage, named by its key; None where there are none.
 
     Raises:
         ConfigError: with every finding, if the pipeline cannot be built.
@@ -126,6 +127,7 @@ class Router:
         seed: int | None = None,
         state_dir: Path | None = None,
         before: Router | None = None,
+        news: Callable[[str, bytes], None] | None = None,
     ) -> None:
         self.config = config
         self.table = discover() if table is None else table
@@ -146,6 +148,7 @@ class Router:
             ),
             find=self.table.get,
             state_dir=state_dir,
+            news=None if news is None else self._publish,
         )
         self.services.caches.register(self.models)
         self.services.rate, self.services.annotate = self._rate, self._annotate
@@ -172,7 +175,8 @@ class Router:
         self._background: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._is_closed = False
-        self._given, self._state_dir = dict(adapters or {}), state_dir
+        self._given, self._state_dir, self._news = dict(adapters or {}), state_dir, news
+        self._keys = {id(stage.component): stage.key for stage in self.pipeline.all_stages}
         self._lent: frozenset[int] = frozenset(map(id, (self.connections, *given.values()))) if before else frozenset()
         self._turn = Turn()
         if before is None:
@@ -279,6 +283,7 @@ class Router:
             polls=self._polls,
             state_dir=self._state_dir,
             before=self,
+            news=self._news,
         )
 
     def unchanged(self, models: Sequence[ModelConfig]) -> dict[str, InferenceAdapter]:
@@ -301,6 +306,21 @@ class Router:
         self.services.metrics.succeed(before.services.metrics)
         self._lent, before._lent = before._lent, self._lent
         self._turn.begin()
+
+    def _publish(self, component: Any, payload: bytes) -> None:
+        if self._news is not None:
+            self._news(self._keys[id(component)], payload)
+
+    def hear(self, stage: str, payload: bytes) -> None:
+        """Have a stage take in what the same one of another worker tells; nothing if there is none here.
+
+        Args:
+            stage: Its key, as in ``affinity.prefix``.
+            payload: What it tells, in its own words.
+        """
+        for one in self.pipeline.all_stages:
+            if one.key == stage and callable(take := getattr(one.component, "hear", None)):
+                take(payload)
 
     async def stop_watching(self) -> None:
         """Ask the engines no more, and listen to none."""

@@ -10,11 +10,13 @@ import attrs
 
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import PROMPT, PromptFacts, prompt_of
+from kvfleet.builtin.placements import Placement
 from kvfleet.builtin.told import Told, ToldCaches
 from kvfleet.cache.blocks import BYTES_PER_TOKEN, PromptBlocks, salt_of
 from kvfleet.cache.kv_affinity import ConsistentHashRing
 from kvfleet.cache.prefix_index import RoutedIndex, Visit
 from kvfleet.cache.trust import Trust
+from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import flag, number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services
@@ -103,6 +105,8 @@ class PrefixAffinity:
     )
     _rings: dict[str, ConsistentHashRing] = attrs.field(init=False, factory=dict, repr=False)
     _metrics: MetricsExporter | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
+    _news: Callable[[Any, bytes], None] | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     @_index.default
@@ -112,6 +116,7 @@ class PrefixAffinity:
     def provision(self, services: Services) -> None:
         """Know the replicas, and put those of each model on a ring."""
         self._metrics, self._load = services.metrics, services.load
+        self._clock, self._news = services.clock, services.news
         self._index.register([model.id for model in services.models])
         self._told = ToldCaches(services.caches, self.lease_s, self.other_tier_worth)
         self._told.register(services.models)
@@ -189,6 +194,8 @@ class PrefixAffinity:
         visit = self._index.record(candidate.id, _whole(looked.blocks), ctx.now_s, self.lease_s)
         if visit is not None:
             looked.visits.append((candidate.id, visit))
+            if self._news is not None:
+                self._news(self, Placement(candidate.id, visit.blocks, self.lease_s).packed())
         coming = self._told.placed(ctx, candidate)
         if coming is not None:
             looked.told_visits.append((candidate.id, coming))
@@ -223,8 +230,19 @@ class PrefixAffinity:
             self._hold_to_it(told, served, outcome.usage)
         self._keep(looked, served.id, ctx.now_s + outcome.duration_s)
         self._note_size(served, looked.blocks.block_tokens)
-        if looked.prompt.session:
-            self._bind(ctx, looked.prompt.session, served.id)
+        session = looked.prompt.session
+        if session:
+            self._bind(ctx.tenant, session, served.id, ctx.now_s)
+        if self._news is not None:
+            blocks = _whole(looked.blocks)
+            self._news(self, Placement(served.id, blocks, self.session_ttl_s, ctx.tenant, session).packed())
+
+    def hear(self, payload: bytes) -> None:
+        """Know where another worker of the gateway sent a prompt."""
+        one, now_s = Placement.unpacked(payload), self._clock.now_s()
+        self._index.record(one.replica, one.blocks, now_s, one.ttl_s)
+        if one.session:
+            self._bind(one.tenant, one.session, one.replica, now_s)
 
     def _keep(self, looked: _Looked, replica: str, now_s: float) -> None:
         """Remember that the replica computed the prompt."""
@@ -300,11 +318,11 @@ class PrefixAffinity:
         bound = self._sessions.get((ctx.tenant, prompt.session)) if prompt.session else None
         return bound[0] if bound is not None and bound[1] >= ctx.now_s else ""
 
-    def _bind(self, ctx: RoutingContext, session: str, replica: str) -> None:
+    def _bind(self, tenant: str, session: str, replica: str, now_s: float) -> None:
         sessions = self._sessions
-        sessions.pop((ctx.tenant, session), None)
-        sessions[ctx.tenant, session] = replica, ctx.now_s + self.session_ttl_s
-        while len(sessions) > _MOST_SESSIONS or next(iter(sessions.values()))[1] < ctx.now_s:
+        sessions.pop((tenant, session), None)
+        sessions[tenant, session] = replica, now_s + self.session_ttl_s
+        while len(sessions) > _MOST_SESSIONS or next(iter(sessions.values()))[1] < now_s:
             sessions.popitem(last=False)
 
     def _hold_to_it(self, told: Told, served: ModelConfig, usage: Usage | None) -> None:

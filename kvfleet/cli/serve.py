@@ -49,6 +49,14 @@ def _gateway_options() -> Decorator:
         ),
         click.option("--allow-unauthenticated", is_flag=True, help="Listen beyond this machine without a key."),
         click.option(
+            "-w",
+            "--workers",
+            type=click.IntRange(1, 64),
+            default=1,
+            show_default=True,
+            help="Processes behind the one port; more than one use more cores.",
+        ),
+        click.option(
             "--watch/--no-watch",
             default=None,
             help="Reload when the file changes, or a secret's file in it; as the file says if not given.",
@@ -118,6 +126,7 @@ def _start(
     watch: bool | None,
     drain_timeout: float,
     unready: float,
+    workers: int,
 ) -> None:
     table = discover()
     config = read_quickstart() if path is None else read_fleet(path, table)
@@ -143,6 +152,7 @@ def _start(
         unready_s=unready,
         file=None if path is None else FleetFile(path, lambda: checked_fleet(path, table)),
         watches=watch,
+        workers=workers,
     )
 
 

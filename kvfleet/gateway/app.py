@@ -26,7 +26,7 @@ from kvfleet.gateway.errors import error_headers, error_object, shutting_down
 from kvfleet.gateway.exchange import ClientLeftError, Exchange
 from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
-from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet
+from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
 from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.relay import Relay
@@ -42,6 +42,7 @@ from kvfleet.plugin.contract import RouteRequest
 from kvfleet.trace.spans import SpanKind
 
 if TYPE_CHECKING:
+    from kvfleet.gateway.siblings import Siblings
     from kvfleet.runtime import Router
 
 __all__ = ["Gateway", "OperatorsDoor"]
@@ -99,6 +100,7 @@ class Gateway:
         self.board: Board = Board(router, self.replicas, before=None if before is None else before.board)
         self.phase = Phase.STARTING
         self.reload: Reload = _nothing_to_reload if before is None else before.reload
+        self.siblings: Siblings | None = None if before is None else before.siblings
         self._headers = HeaderNames.of(config.gateway, condition_headers)
         self._reader = RequestReader(self._headers)
         self._catalogue = catalogue(config, int(time.time()))
@@ -166,6 +168,11 @@ class Gateway:
         self.drain()
         self.router.services.metrics.registry.unregister(self.meters)
         await self.router.aclose()
+
+    def join(self, siblings: Siblings) -> None:
+        """Answer for other workers too, where it does not matter who is asked."""
+        self.siblings = self.board.siblings = siblings
+        self.board.recent.mark = f"{siblings.seat.number}-"
 
     async def open_beside(self) -> None:
         """Open the router, and leave the rest to `take_over`."""
@@ -386,7 +393,12 @@ class Gateway:
 
     async def _feedback(self, exchange: Exchange) -> None:
         given = read_feedback(await exchange.body(self._max_body_bytes))
-        model = self.router.feedback(given.identifier, given.score)
+        try:
+            model = self.router.feedback(given.identifier, given.score)
+        except RouteError:
+            if self.siblings is None:
+                raise
+            model = await self.siblings.feedback(given)
         await exchange.json(200, {"object": "feedback", "model": model, "score": given.score})
 
     # The rest --------------------------------------------------------------------------------------------------------
@@ -405,7 +417,10 @@ class Gateway:
         await exchange.json(200, statements(self.router.state(), exchange.caller))
 
     async def _health(self, exchange: Exchange) -> None:
-        status, report = fleet_report(self.router.state(), self.replicas, self.phase)
+        state: Mapping[str, Any] = self.router.state()
+        if self.siblings is not None:
+            state = with_others(state, await self.siblings.snapshots())
+        status, report = fleet_report(state, self.replicas, self.phase)
         await exchange.json(status, report)
 
     async def _livez(self, exchange: Exchange) -> None:
@@ -426,7 +441,8 @@ class Gateway:
         metrics = self.router.services.metrics
         if not metrics.enabled:
             raise RouteError("metrics are switched off; see telemetry.prometheus_enabled", status=404, code="disabled")
-        await exchange.whole(200, metrics.render(), [(b"content-type", metrics.content_type.encode())])
+        body = metrics.render() if self.siblings is None else await self.siblings.rendered(metrics.registry)
+        await exchange.whole(200, body, [(b"content-type", metrics.content_type.encode())])
 
 
 class OperatorsDoor:

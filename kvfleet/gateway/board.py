@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import orjson
 
 from kvfleet.errors import RouteError
 from kvfleet.gateway.exchange import Exchange
-from kvfleet.gateway.health import is_usable
+from kvfleet.gateway.health import is_usable, with_others
+from kvfleet.gateway.merging import MergedMetrics, dumped
 from kvfleet.gateway.page import load_page
 from kvfleet.gateway.recent import RecentRoutes, detail_of
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.gateway.tallies import Tallies
 
 if TYPE_CHECKING:
+    from kvfleet.gateway.siblings import Siblings
     from kvfleet.runtime import Router
 
 __all__ = ["PATH", "Board"]
@@ -29,6 +33,8 @@ _SHOWN = (
     "kv_usage", "prefix_hit_rate", "expected_ttfb_s", "cache_mode", "cache_why", "rate_limit_left",
     "rate_limited_for_s",
 )  # fmt: skip
+_NO_STORE = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
+_ANY_KEYS = orjson.OPT_NON_STR_KEYS
 _STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -58,6 +64,7 @@ class Board:
     ) -> None:
         self.recent: RecentRoutes = RecentRoutes() if before is None else before.recent
         self.watchers = 0
+        self.siblings: Siblings | None = None if before is None else before.siblings
         self._router = router
         self._names = names
         self._every_s = every_s
@@ -84,8 +91,7 @@ class Board:
 
     async def state(self, exchange: Exchange) -> None:
         """What the page shows, as JSON."""
-        no_store = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")]
-        await exchange.whole(200, self._gather(), no_store)
+        await exchange.whole(200, await self._gather(), _NO_STORE)
 
     async def route(self, exchange: Exchange) -> None:
         """One of the last decisions, whole.
@@ -93,14 +99,26 @@ class Board:
         Raises:
             RouteError: 404 if it is not kept.
         """
-        trace = self.recent.find(exchange.path.removeprefix(f"{PATH}/api/route/"))
-        if trace is None:
+        name = exchange.path.removeprefix(f"{PATH}/api/route/")
+        body = self._own_route(name)
+        if body is None and self.siblings is not None:
+            body = next(iter(await self.siblings.bodies(f"/-/worker/route/{quote(name)}")), None)
+        if body is None:
             raise RouteError(
                 f"this route is not among the last {self.recent.size}; 'kvfleet trace show ID' has older ones",
                 status=404,
                 code="trace_not_found",
             )
-        await exchange.json(200, detail_of(trace, self._names.hide_in), [(b"cache-control", b"no-store")])
+        await exchange.whole(200, body, _NO_STORE)
+
+    def _own_route(self, name: str) -> bytes | None:
+        trace = self.recent.find(name)
+        return None if trace is None else orjson.dumps(detail_of(trace, self._names.hide_in), option=_ANY_KEYS)
+
+    async def own_route(self, exchange: Exchange, name: str) -> None:
+        """The same for another worker, of what this one decided."""
+        body = self._own_route(name)
+        await exchange.whole(404 if body is None else 200, body or b"", _NO_STORE)
 
     async def events(self, exchange: Exchange) -> None:
         """The same as `state` every second, until the watcher leaves or the gateway stops.
@@ -127,7 +145,7 @@ class Board:
     async def _push(self, exchange: Exchange) -> None:
         await exchange.start(200, _STREAM)
         while not self._over.is_set():
-            await exchange.piece(b"data: " + self._gather() + b"\n\n")
+            await exchange.piece(b"data: " + await self._gather() + b"\n\n")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._every_s):
                     await self._over.wait()
@@ -136,19 +154,33 @@ class Board:
 
     # Gathering -------------------------------------------------------------------------------------------------------
 
-    def _gather(self) -> bytes:
+    async def _gather(self) -> bytes:
         """The state as JSON, at most `every_s` old."""
         now_s = self._clock.now_s()
         if now_s - self._gathered[0] >= 0.9 * self._every_s:  # timers may be early
-            self._gathered = (now_s, orjson.dumps(self.snapshot(), option=orjson.OPT_NON_STR_KEYS))
+            shown = self.snapshot() if self.siblings is None else await self._of_all(self.siblings)
+            self._gathered = (now_s, orjson.dumps(shown, option=_ANY_KEYS))
         return self._gathered[1]
 
-    def snapshot(self) -> dict[str, Any]:
-        """The fleet, its counters and its last decisions, without addresses."""
+    async def _of_all(self, siblings: Siblings) -> dict[str, Any]:
+        """The fleet as all workers have it: their counts and requests added, their decisions by time."""
+        own = dumped(self._router.services.metrics.registry)
+        merged = await asyncio.to_thread(siblings.metrics, own)
+        return self.snapshot(merged, await siblings.snapshots())
+
+    def snapshot(self, merged: MergedMetrics | None = None, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+        """The fleet, its counters and its last decisions, without addresses.
+
+        Args:
+            merged: The metrics of all workers; this one's if None.
+            others: What the other workers have in flight, and decided.
+        """
         router, names = self._router, self._names
-        state, metrics = router.state(), router.services.metrics
-        tallies = Tallies.read(metrics.registry) if metrics.enabled else None
-        rows = self.recent.rows(_MOST_ROWS)
+        state, metrics = with_others(router.state(), others), router.services.metrics
+        tallies = Tallies.read(merged or metrics.registry) if metrics.enabled else None
+        rows = [*self.recent.rows(_MOST_ROWS), *(row for other in others for row in other["rows"])]
+        if others:
+            rows = sorted(rows, key=lambda row: str(row["timestamp"]), reverse=True)[:_MOST_ROWS]
         return {
             "fleet": {
                 "name": state["fleet"],
@@ -167,6 +199,12 @@ class Board:
             "stages": names.hide_in(state["stages"]),
             "recent_routes": [{**row, "served_by": names.by_id.get(row["served_by"], "")} for row in rows],
         }
+
+    def own_snapshot(self) -> dict[str, Any]:
+        """What another worker needs to show the fleet: what is in flight here, and the last decisions."""
+        load = self._router.services.load
+        in_flight = {model.id: load.in_flight(model.id) for model in self._router.models}
+        return {"in_flight": in_flight, "rows": self.recent.rows(_MOST_ROWS)}
 
     def _replica(self, state: dict[str, Any]) -> dict[str, Any]:
         replica = f"{state['model']}@{state['endpoint']}"

@@ -8,13 +8,17 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
 
-from kvfleet.gateway.app import Gateway, OperatorsDoor
+from kvfleet.gateway.app import Gateway, OperatorsDoor, Reload
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
+from kvfleet.gateway.listening import listening_at
+from kvfleet.gateway.siblings import SiblingsDoor
+from kvfleet.gateway.workers import Seat
 
 __all__ = ["Doors", "Stop"]
 
@@ -39,6 +43,7 @@ class Doors:
     def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, has_operators: bool = False) -> None:
         self.gateway = gateway
         self._clients = Server(gateway, drain_s=drain_s, patience=patience)
+        self._siblings: tuple[Server, SiblingsDoor] | None = None
         self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=patience) if has_operators else None
 
     async def open(self, sockets: Sequence[socket.socket], operators: Sequence[socket.socket] = ()) -> None:
@@ -47,10 +52,19 @@ class Doors:
         if self._operators is not None:
             await self._operators.start(operators)
 
+    async def open_to_siblings(self, path: Path, reload: Reload | None) -> None:
+        """Let the other workers ask, on a socket of the file system."""
+        door = SiblingsDoor(self.gateway, reload)
+        server = Server(door, drain_s=0.0, patience=Patience())
+        await server.start([listening_at(path)])
+        self._siblings = server, door
+
     def change(self, gateway: Gateway) -> frozenset[asyncio.Task[Any]]:
         """Have another gateway answer from the next request on; what is still to be answered by the one before."""
         before = self.in_flight
         self.gateway = self._clients.gateway = gateway
+        if self._siblings is not None:
+            self._siblings[1].gateway = gateway
         if self._operators is not None:
             self._operators.gateway = OperatorsDoor(gateway)
         return before
@@ -76,10 +90,14 @@ class Doors:
     async def run(self) -> None:
         """Serve until stopped; operators are served until the clients' last answer has ended."""
         operators = None if self._operators is None else asyncio.create_task(self._operators.run(), name="operators")
+        siblings = (
+            None if self._siblings is None else asyncio.create_task(self._siblings[0].run(), name="kvfleet-siblings")
+        )
         await self._clients.run()
-        if self._operators is not None and operators is not None:
-            self._operators.stop_now()
-            await operators
+        for server, task in ((self._operators, operators), (self._siblings and self._siblings[0], siblings)):
+            if server is not None and task is not None:
+                server.stop_now()
+                await task
 
 
 @attrs.define
@@ -94,8 +112,10 @@ class Stop:
     _count: int = attrs.field(init=False, default=0)
 
     @contextlib.contextmanager
-    def on_signals(self, doors: Doors, reload: Callable[[], None] | None = None) -> Iterator[None]:
-        """Obey SIGTERM and SIGINT within the block, and SIGHUP if there is something to reload."""
+    def on_signals(
+        self, doors: Doors, reload: Callable[[], None] | None = None, seat: Seat | None = None
+    ) -> Iterator[None]:
+        """Obey SIGTERM and SIGINT within the block, SIGHUP if there is something to reload, and a supervisor's end."""
         loop = asyncio.get_running_loop()
 
         def obey() -> None:
@@ -107,11 +127,20 @@ class Stop:
             doors.gateway.drain()
             loop.call_later(self.unready_s, doors.stop)
 
+        def alone(leash: int) -> None:
+            loop.remove_reader(leash)
+            _log.error("supervisor is gone")
+            obey()
+
         wanted = {signal.SIGTERM: obey, signal.SIGINT: obey, **({signal.SIGHUP: reload} if reload else {})}
         for one, do in wanted.items():
             loop.add_signal_handler(one, do)
+        if seat is not None:
+            loop.add_reader(seat.leash, alone, seat.leash)
         try:
             yield
         finally:
             for one in wanted:
                 loop.remove_signal_handler(one)
+            if seat is not None:
+                loop.remove_reader(seat.leash)

@@ -16,12 +16,12 @@ A degraded gateway answers 200, since a load balancer that took it out would tur
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvfleet.gateway.replicas import ReplicaNames
 
-__all__ = ["Phase", "fleet_report", "is_usable", "is_usable_fleet"]
+__all__ = ["Phase", "fleet_report", "is_usable", "is_usable_fleet", "with_others"]
 
 _SHOWN = (
     "healthy", "reason", "breaker", "in_flight", "running", "waiting", "kv_usage", "prefix_hit_rate", "expected_ttfb_s",
@@ -77,3 +77,16 @@ def fleet_report(state: Mapping[str, Any], names: ReplicaNames, phase: Phase) ->
         "endpoints": endpoints,
     }
     return (200 if usable else 503), names.hide_in(body)
+
+
+def with_others(state: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The state of a router with what other workers have in flight at its replicas."""
+    if not others:
+        return state
+
+    def added(replica: Mapping[str, Any]) -> dict[str, Any]:
+        name = f"{replica['model']}@{replica['endpoint']}"
+        more = sum(other["in_flight"].get(name, 0) for other in others)
+        return {**replica, "in_flight": (replica.get("in_flight") or 0) + more}
+
+    return {**state, "replicas": [added(replica) for replica in state["replicas"]]}

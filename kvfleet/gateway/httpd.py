@@ -70,7 +70,8 @@ class Server:
         """Accept connections from now on."""
         for one in sockets:
             self._sockets.append(one.dup())  # outlives the server, for who has connected and was not accepted yet
-            self._listening.append(await self.loop.create_server(lambda: ClientConnection(self), sock=one))
+            make = self.loop.create_unix_server if one.family == socket.AF_UNIX else self.loop.create_server
+            self._listening.append(await make(lambda: ClientConnection(self), sock=one))
 
     def stop(self) -> None:
         """Accept nothing more, wait for what is in flight, and end."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from pathlib import Path
 
-from kvfleet.config.findings import Finding, Path
+from kvfleet.config.findings import Finding
+from kvfleet.config.findings import Path as Place
 from kvfleet.errors import ConfigError
 from kvfleet.gateway.auth import Keys
 
-__all__ = ["bind", "check_exposure", "is_loopback", "url_of"]
+__all__ = ["bind", "check_exposure", "is_loopback", "listening_at", "url_of"]
 
 _BACKLOG = 2048
 
 
-def check_exposure(host: str, keys: Keys, *, allowed: bool, place: Path = ("gateway", "host")) -> None:
+def check_exposure(host: str, keys: Keys, *, allowed: bool, place: Place = ("gateway", "host")) -> None:
     """Refuse to let the whole network spend the fleet's tokens by mistake.
 
     Args:
@@ -71,6 +73,16 @@ def bind(host: str, port: int) -> list[socket.socket]:
             one.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(error.errno, f"cannot listen on {host or '*'}:{port}: {reason}") from error
+    return found
+
+
+def listening_at(path: Path) -> socket.socket:
+    """A listening socket of the file system, in the place of any before."""
+    path.unlink(missing_ok=True)
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    found.setblocking(False)
+    found.bind(str(path))
+    found.listen(_BACKLOG)
     return found
 
 

@@ -12,9 +12,7 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 
 __all__ = ["MergedMetrics", "dumped"]
 
-_ADDED = frozenset(
-    {"kvfleet_gateway_in_flight_requests", "kvfleet_in_flight_requests", "kvfleet_queued_prompt_tokens"}
-)
+_ADDED = frozenset({"kvfleet_gateway_in_flight_requests", "kvfleet_in_flight_requests", "kvfleet_queued_prompt_tokens"})
 _LEAST = frozenset(
     {"kvfleet_model_health", "kvfleet_cache_trust", "kvfleet_config_last_reload_success_timestamp_seconds"}
 )
@@ -34,7 +32,10 @@ Label = tuple[tuple[str, str], ...]
 def dumped(registry: CollectorRegistry) -> bytes:
     """What a registry shows, as JSON."""
     return orjson.dumps(
-        [[m.name, m.documentation, m.type, [[s.name, s.labels, s.value] for s in m.samples]] for m in registry.collect()]
+        [
+            [m.name, m.documentation, m.type, [[s.name, s.labels, s.value] for s in m.samples]]
+            for m in registry.collect()
+        ]
     )
 
 

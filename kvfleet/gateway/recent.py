@@ -36,11 +36,13 @@ class RecentRoutes:
 
     Attributes:
         size: Most traces kept.
+        mark: What their numbers begin with, where several workers number theirs.
         modes: By replica: how its cache was known when it was last expected to hold a part of a prompt. From the
             decisions that were looked at.
     """
 
     size: int = 200
+    mark: str = ""
     modes: dict[str, str] = attrs.field(init=False, factory=dict)
     _kept: deque[_Kept] = attrs.field(init=False, repr=False)
     _count: int = attrs.field(init=False, default=0)
@@ -67,7 +69,7 @@ class RecentRoutes:
     def _row(self, kept: _Kept) -> dict[str, Any]:
         if kept.row is None:
             explanation = Explanation(_without_scores(kept.trace))
-            kept.row = {"id": str(kept.number), **row_of(explanation)}
+            kept.row = {"id": f"{self.mark}{kept.number}", **row_of(explanation)}
             for stage in explanation.stages:
                 if stage.kind == "affinity":
                     self.modes.update((r, m) for r, m in zip(stage.scored, stage.modes, strict=False) if m != "none")
@@ -75,7 +77,9 @@ class RecentRoutes:
 
     def find(self, name: str) -> Trace | None:
         """The newest trace with this number or trace identifier; None if it is not kept any more."""
-        return next((k.trace for k in reversed(tuple(self._kept)) if name in (str(k.number), k.trace.trace_id)), None)
+        return next(
+            (k.trace for k in reversed(tuple(self._kept)) if name in (f"{self.mark}{k.number}", k.trace.trace_id)), None
+        )
 
 
 def _without_scores(trace: Trace) -> Trace:

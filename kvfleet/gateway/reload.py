@@ -25,6 +25,7 @@ from kvfleet.errors import ConfigError, KVFleetError, RouteError
 from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.doors import Doors
 from kvfleet.gateway.health import Phase
+from kvfleet.gateway.siblings import Siblings
 from kvfleet.runtime import Router
 
 __all__ = ["FleetFile", "Reloader", "needs_restart"]
@@ -74,11 +75,18 @@ class Reloader:
         doors: Where the new gateway is to stand.
         file: What is read.
         make: The gateway of a router, and of the gateway before.
+        siblings: The other workers, which are told if the file is good; None if there are none.
         retire_s: Seconds that requests have, after a reload, to be answered by the gateway they came to.
     """
 
     def __init__(
-        self, doors: Doors, file: FleetFile, make: Callable[[Router, Gateway], Gateway], *, retire_s: float = 3600.0
+        self,
+        doors: Doors,
+        file: FleetFile,
+        make: Callable[[Router, Gateway], Gateway],
+        *,
+        siblings: Siblings | None = None,
+        retire_s: float = 3600.0,
     ) -> None:
         self.file = file
         self._doors = doors
@@ -88,14 +96,25 @@ class Reloader:
         self._lock = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
         self._asked: asyncio.Task[None] | None = None
+        self._siblings = siblings
         doors.gateway.reload = self.reload
 
     async def reload(self, why: str) -> Mapping[str, Any]:
-        """Read the file and serve by it; what came of it, as ``POST /-/reload`` answers.
+        """Read the file and serve by it, and then have the other workers do so; what came of it, for whoever asked.
 
         Raises:
             RouteError: 400 with the findings, if there are any; 409 while the gateway stops.
         """
+        done = await self.reload_here(why)
+        if self._siblings is None:
+            return done
+        statuses = [status for status, _ in await self._siblings.all("POST", "/-/worker/reload")]
+        if any(status != 200 for status in statuses):
+            _log.error("configuration not reloaded by every worker statuses=%s", ",".join(map(str, statuses)))
+        return {**done, "workers": 1 + len(statuses), "reloaded": 1 + statuses.count(200)}
+
+    async def reload_here(self, why: str) -> Mapping[str, Any]:
+        """The same for this worker alone."""
         async with self._lock:
             try:
                 gateway = await self._beside()

@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import attrs
 
 from kvfleet.config.schema import FleetConfig, TraceStoreConfig
-from kvfleet.errors import TraceError
-from kvfleet.gateway.app import Gateway
+from kvfleet.errors import KVFleetError, TraceError
+from kvfleet.gateway.app import Gateway, Reload
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.doors import Doors, Stop
@@ -25,7 +25,10 @@ from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.listening import bind, check_exposure, is_loopback, url_of
 from kvfleet.gateway.logs import set_up_logging
+from kvfleet.gateway.news import News
 from kvfleet.gateway.reload import FleetFile, Reloader
+from kvfleet.gateway.siblings import Siblings
+from kvfleet.gateway.workers import Seat, Supervisor
 from kvfleet.runtime import Router
 from kvfleet.trace.explanation import TraceSink
 from kvfleet.trace.otel import make_bridge
@@ -107,6 +110,7 @@ def serve(
     log_level: str = "INFO",
     file: FleetFile | None = None,
     watches: bool | None = None,
+    workers: int = 1,
 ) -> None:
     """Serve a fleet until SIGTERM or SIGINT; returns after the last answer.
 
@@ -125,6 +129,7 @@ def serve(
         log_level: From which level kvfleet's own lines are logged.
         file: Where a reload reads the fleet; None for a fleet that cannot be reloaded.
         watches: Reload when the file changes; as configured if None.
+        workers: How many processes serve, behind one port.
 
     Raises:
         ConfigError: if the fleet cannot be served as configured.
@@ -142,8 +147,20 @@ def serve(
         file=file,
         watches=config.gateway.watch if watches is None else watches,
     )
-    with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(house.serve(config, on_ready))
+    house.check_exposure(config)
+    with contextlib.ExitStack() as stack:
+        sockets = house.bind(config, stack)
+
+        def work(seat: Seat | None = None) -> None:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                runner.run(
+                    house.serve(config if seat is None else house.read_again(config, seat), sockets, on_ready, seat)
+                )
+
+        if workers == 1:
+            work()
+        else:
+            Supervisor(workers, [*sockets[0], *sockets[1]], work).run()
 
 
 @contextlib.asynccontextmanager
@@ -189,6 +206,10 @@ def _successor(api_key: str, host: str, router: Router, before: Gateway) -> Gate
     return create_gateway_app(router, api_key, host=host, before=before)
 
 
+Sockets = tuple[Sequence[socket.socket], Sequence[socket.socket]]
+"""The listening sockets for clients, and those for operators."""
+
+
 @attrs.frozen(kw_only=True)
 class _House:
     """Everything around a gateway that `serve` has, and tests have not; see there."""
@@ -202,32 +223,35 @@ class _House:
     file: FleetFile | None
     watches: bool
 
-    async def serve(self, config: FleetConfig, on_ready: Callable[[Serving], None] | None) -> None:
-        """Serve until a signal."""
-        self._check_exposure(config)
+    async def serve(
+        self, config: FleetConfig, sockets: Sockets, on_ready: Callable[[Serving], None] | None, seat: Seat | None
+    ) -> None:
+        """Serve until a signal; with a seat, as one of several workers."""
         async with contextlib.AsyncExitStack() as stack:
-            sockets, operators = self._bind(config, stack)
-            router = await _open_router(config, stack)
+            news = None if seat is None else News(seat)
+            router = await _open_router(config, stack, news)
             gateway = create_gateway_app(router, self.api_key, host=self.host)
             await gateway.start()
-            doors = Doors(gateway, drain_s=self.drain_s, patience=Patience(), has_operators=bool(operators))
+            doors = Doors(gateway, drain_s=self.drain_s, patience=Patience(), has_operators=bool(sockets[1]))
             stack.push_async_callback(lambda: doors.gateway.stop())  # noqa: PLW0108 - whoever stands there at the end
-            await doors.open(sockets, operators)
+            siblings = None if seat is None else Siblings(seat)
+            reloader = self._reloader(doors, siblings, stack)
+            if seat is not None and siblings is not None and news is not None:
+                stack.callback(siblings.close)
+                await _join(doors, siblings, None if reloader is None else reloader.reload_here)
+                telling = asyncio.create_task(news.run(lambda: doors.gateway.router), name="kvfleet-news")
+                stack.callback(telling.cancel)
+            _serve_metrics(config, doors, siblings, stack)
+            await doors.open(*sockets)
             task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
-            reloader = await self._reloader(doors, stack)
             _calm_garbage_collector()
-            with Stop(self.unready_s).on_signals(doors, None if reloader is None else reloader.soon):
-                serving = Serving(url_of(sockets[0]), doors, url_of(operators[0]) if operators else "")
-                if on_ready is not None:
-                    on_ready(serving)
-                admin = f" admin_url={serving.admin_url}" if operators else ""
-                _log.info("gateway listening url=%s fleet=%s%s", serving.url, config.fleet_name, admin)
+            with Stop(self.unready_s).on_signals(doors, None if reloader is None else reloader.soon, seat):
+                serving = Serving(url_of(sockets[0][0]), doors, url_of(sockets[1][0]) if sockets[1] else "")
+                _announce(serving, config, on_ready, seat)
                 await task
             _log.info("gateway stopped")
 
-    def _bind(
-        self, config: FleetConfig, stack: contextlib.ExitStack | contextlib.AsyncExitStack
-    ) -> tuple[Sequence[socket.socket], Sequence[socket.socket]]:
+    def bind(self, config: FleetConfig, stack: contextlib.ExitStack) -> Sockets:
         """The listening sockets for clients, and those for operators if they have any."""
         admin = config.gateway.admin
         found = bind(self.host, self.port), [] if admin.port is None else bind(admin.host, admin.port)
@@ -235,7 +259,17 @@ class _House:
             stack.callback(one.close)
         return found
 
-    def _check_exposure(self, config: FleetConfig) -> None:
+    def read_again(self, config: FleetConfig, seat: Seat) -> FleetConfig:
+        """The configuration of a worker that is started again: as the file is now, or else as the process began."""
+        if self.file is None or seat.starts == 1:
+            return config
+        try:
+            return self.file.read()
+        except (KVFleetError, OSError) as error:
+            _log.error("worker begins with the configuration of the start, for the file is refused: %s", error)
+            return config
+
+    def check_exposure(self, config: FleetConfig) -> None:
         """Refuse to listen beyond loopback without a key.
 
         Raises:
@@ -247,13 +281,13 @@ class _House:
             place = ("gateway", "admin", "host")
             check_exposure(config.gateway.admin.host, keys, allowed=self.allow_unauthenticated, place=place)
 
-    async def _reloader(self, doors: Doors, stack: contextlib.AsyncExitStack) -> Reloader | None:
+    def _reloader(self, doors: Doors, siblings: Siblings | None, stack: contextlib.AsyncExitStack) -> Reloader | None:
         """What reloads, and whoever watches the file; both end with the stack."""
         if self.file is None:
             return None
-        file, reloader = self.file, Reloader(doors, self.file, self._make)
+        file, reloader = self.file, Reloader(doors, self.file, self._make, siblings=siblings)
         stack.push_async_callback(reloader.aclose)
-        if self.watches:
+        if self.watches and (siblings is None or siblings.seat.number == 0):  # one is enough, and tells the others
             watching = asyncio.create_task(
                 watch(
                     lambda: files_of(file.path, doors.gateway.router.config), lambda: reloader.quietly("file changed")
@@ -264,8 +298,26 @@ class _House:
         return reloader
 
     def _make(self, router: Router, before: Gateway) -> Gateway:
-        self._check_exposure(router.config)
+        self.check_exposure(router.config)
         return _successor(self.api_key, self.host, router, before)
+
+
+async def _join(doors: Doors, siblings: Siblings, reload: Reload | None) -> None:
+    """Have a worker answer for the others, and they for it."""
+    doors.gateway.join(siblings)
+    await doors.open_to_siblings(siblings.seat.path(siblings.seat.number), reload)
+
+
+def _announce(
+    serving: Serving, config: FleetConfig, on_ready: Callable[[Serving], None] | None, seat: Seat | None
+) -> None:
+    """Say that requests are accepted; of several workers one says so for all, the first time."""
+    is_first = seat is None or (seat.number == 0 and seat.starts == 1)
+    if on_ready is not None and is_first:
+        on_ready(serving)
+    admin = f" admin_url={serving.admin_url}" if serving.admin_url else ""
+    worker = "" if seat is None else f" worker={seat.number} pid={os.getpid()}"
+    _log.info("gateway listening url=%s fleet=%s%s%s", serving.url, config.fleet_name, admin, worker)
 
 
 def _calm_garbage_collector() -> None:
@@ -279,8 +331,8 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack) -> Router:
-    """The router with everything around it that a running gateway has: trace store, export, a metrics port."""
+async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack, news: News | None) -> Router:
+    """The router with everything around it that a running gateway has: trace store, export, news of other workers."""
     telemetry = config.telemetry
     sinks: list[TraceSink] = []
     store = _open_store(telemetry.trace_store) if telemetry.trace_store.enabled else None
@@ -289,15 +341,30 @@ async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack) ->
         sinks.append(store)
     bridge = make_bridge(telemetry, os.environ)
     stack.push_async_callback(bridge.aclose)
-    router = Router(config, sinks=sinks, bridge=bridge, state_dir=default_path(os.environ).parent)
+    router = Router(
+        config,
+        sinks=sinks,
+        bridge=bridge,
+        state_dir=default_path(os.environ).parent,
+        news=None if news is None else news.publish,
+    )
     metrics = router.services.metrics
     if store is not None:
         metrics.read("kvfleet_trace_store_dropped_total", lambda: store.dropped)
-    if telemetry.prometheus_port is not None:
-        metrics.port = telemetry.prometheus_port
-        metrics.start_server(config.gateway.admin.host)
-        stack.callback(metrics.stop_server)
     return router
+
+
+def _serve_metrics(
+    config: FleetConfig, doors: Doors, siblings: Siblings | None, stack: contextlib.AsyncExitStack
+) -> None:
+    """Serve the metrics on a port of their own, if that is configured; of several workers the first does."""
+    telemetry, metrics = config.telemetry, doors.gateway.router.services.metrics
+    if telemetry.prometheus_port is None or (siblings is not None and siblings.seat.number):
+        return
+    metrics.port = telemetry.prometheus_port
+    merged = None if siblings is None else siblings.registry(metrics.registry)
+    metrics.start_server(config.gateway.admin.host, merged)
+    stack.callback(metrics.stop_server)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

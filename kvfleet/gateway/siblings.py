@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import logging
 import socket
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import orjson
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.registry import Collector
 
 from kvfleet.errors import RouteError
 from kvfleet.gateway.exchange import Exchange
-from kvfleet.gateway.feedback import read_feedback
+from kvfleet.gateway.feedback import Feedback, read_feedback
 from kvfleet.gateway.merging import MergedMetrics, dumped
 from kvfleet.gateway.table import Access, Route, Table
 from kvfleet.gateway.workers import Seat
 
 if TYPE_CHECKING:
-    from kvfleet.gateway.app import Gateway
+    from kvfleet.gateway.app import Gateway, Reload
 
 __all__ = ["Siblings", "SiblingsDoor"]
 
 _log = logging.getLogger(__name__)
 
 _PATIENCE_S = 5.0
-_MOST_ROWS = 50
 _MOST_BYTES = 64 * 1024
 
 
@@ -90,13 +90,50 @@ class Siblings:
         """The whole answers to a question."""
         return [body for status, body in await self.all("GET", path) if status == 200]
 
+    async def feedback(self, given: Feedback) -> str:
+        """Have whichever worker answered a request learn how good the answer was; gives the model.
+
+        Raises:
+            RouteError: 404 if no worker knows the request.
+        """
+        body = orjson.dumps({"request_id": given.identifier, "score": given.score})
+        answers = await self.all("POST", "/-/worker/feedback", body)
+        found = next((orjson.loads(answer)["model"] for status, answer in answers if status == 200), None)
+        if found is None:
+            raise RouteError(
+                "no strategy that learns remembers an answer to this request", status=404, code="unknown_request"
+            )
+        return str(found)
+
+    async def rendered(self, registry: CollectorRegistry) -> bytes:
+        """The metrics of all workers, for Prometheus."""
+        return (await asyncio.to_thread(self.metrics, dumped(registry))).render()
+
     def metrics(self, own: bytes) -> MergedMetrics:
         """This worker's metrics, dumped, and the others'; for a thread."""
-        return MergedMetrics.of([own, *(body for status, body in self.ask_all("GET", "/metrics") if status == 200)])
+        return MergedMetrics.of(
+            [own, *(body for status, body in self.ask_all("GET", "/-/worker/metrics") if status == 200)]
+        )
+
+    def registry(self, own: CollectorRegistry) -> _Everywhere:
+        """A registry that shows the metrics of all workers, for a server of threads."""
+        return _Everywhere(self, own)
 
     async def snapshots(self) -> Sequence[Mapping[str, Any]]:
         """What the others' dashboards would show of their own."""
-        return [orjson.loads(body) for body in await self.bodies("/snapshot")]
+        return [orjson.loads(body) for body in await self.bodies("/-/worker/snapshot")]
+
+
+@attrs.frozen(eq=False)
+class _Everywhere(Collector):
+    """Asks all workers at each scrape."""
+
+    siblings: Siblings
+    own: CollectorRegistry
+
+    def collect(self) -> Iterator[Metric]:
+        """The families, merged."""
+        return self.siblings.metrics(dumped(self.own)).collect()
 
 
 class SiblingsDoor:
@@ -104,17 +141,19 @@ class SiblingsDoor:
 
     Args:
         gateway: Whose.
+        reload: Reloads this worker alone; None if there is no file.
     """
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, reload: Reload | None) -> None:
         self.gateway = gateway
+        self._reload_here = reload
         self._table = Table.of(
             (
-                Route("GET", "/metrics", Access.OPEN, self._metrics),
-                Route("GET", "/snapshot", Access.OPEN, self._snapshot),
-                Route("GET", "/route/{id}", Access.OPEN, self._route),
-                Route("POST", "/reload", Access.OPEN, self._reload),
-                Route("POST", "/feedback", Access.OPEN, self._feedback),
+                Route("GET", "/-/worker/metrics", Access.OPEN, self._metrics),
+                Route("GET", "/-/worker/snapshot", Access.OPEN, self._snapshot),
+                Route("GET", "/-/worker/route/{id}", Access.OPEN, self._route),
+                Route("POST", "/-/worker/reload", Access.OPEN, self._reload),
+                Route("POST", "/-/worker/feedback", Access.OPEN, self._feedback),
             )
         )
 
@@ -127,23 +166,16 @@ class SiblingsDoor:
         await exchange.whole(200, body, [(b"content-type", b"application/json")])
 
     async def _snapshot(self, exchange: Exchange) -> None:
-        await exchange.json(200, own_snapshot(self.gateway))
+        await exchange.json(200, self.gateway.board.own_snapshot())
 
     async def _route(self, exchange: Exchange) -> None:
-        await self.gateway.board.own_route(exchange, exchange.path.removeprefix("/route/"))
+        await self.gateway.board.own_route(exchange, exchange.path.removeprefix("/-/worker/route/"))
 
     async def _reload(self, exchange: Exchange) -> None:
-        await exchange.json(200, await self.gateway.reload("told by another worker"))
+        if self._reload_here is None:
+            raise RouteError("there is no file", status=409, code="nothing_to_reload")
+        await exchange.json(200, await self._reload_here("told by another worker"))
 
     async def _feedback(self, exchange: Exchange) -> None:
         given = read_feedback(await exchange.body(_MOST_BYTES))
         await exchange.json(200, {"model": self.gateway.router.feedback(given.identifier, given.score)})
-
-
-def own_snapshot(gateway: Gateway) -> dict[str, Any]:
-    """What other workers need to show the fleet: what is in flight here, and the last decisions."""
-    load = gateway.router.services.load
-    return {
-        "in_flight": {model.id: load.in_flight(model.id) for model in gateway.router.models},
-        "rows": gateway.board.recent.rows(_MOST_ROWS),
-    }

@@ -10,6 +10,8 @@ import attrs
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
+from kvfleet.gateway.merging import MergedMetrics
+
 __all__ = ["READ", "Tallies"]
 
 _REQUESTS = "kvfleet_route_requests_total"
@@ -51,7 +53,7 @@ class Tallies:
     samples: Mapping[str, list[Sample]]
 
     @classmethod
-    def read(cls, registry: CollectorRegistry) -> Tallies:
+    def read(cls, registry: CollectorRegistry | MergedMetrics) -> Tallies:
         """Read the counters; whatever else the registry has is not asked."""
         found: dict[str, list[Sample]] = defaultdict(list)
         families: Iterable[Metric] = registry.restricted_registry(_SAMPLES).collect()

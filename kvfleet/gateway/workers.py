@@ -85,9 +85,9 @@ class _Child:
 class Supervisor:
     """Runs workers until it is told to stop; returns when the last one has ended.
 
-    A worker that ends by itself is started again, after a wait that doubles as long as they end soon. SIGTERM and SIGINT
-    go to all; the doors are closed here first, so that they are closed when the last worker closes its own. SIGHUP goes
-    to one, which tells the others if the file is good.
+    A worker that ends by itself is started again, after a wait that doubles as long as they end soon. SIGTERM and
+    SIGINT go to all; the doors are closed here first, so that they are closed when the last worker closes its own.
+    SIGHUP goes to one, which tells the others if the file is good.
 
     Args:
         count: How many workers.
@@ -170,6 +170,7 @@ class Supervisor:
             child.pid = pid
             return
         os.close(self._held)
+        os.setpgrp()  # a terminal's Ctrl-C is for the supervisor, which passes it on once
         os._exit(_life_of(self.work, seat))
 
     def _stop(self, what: signal.Signals) -> None:

@@ -126,6 +126,7 @@ class Services:
             unless the execute stage may pay for several.
         embeddings: Makes vectors of texts, once a stage before has brought an embedder; None without one.
         state_dir: Where components keep what outlives the process; None to keep nothing.
+        news: Has the same component in the gateway's other workers ``hear`` something; None where there are none.
     """
 
     clock: Clock = attrs.field(factory=SystemClock)
@@ -145,3 +146,4 @@ class Services:
     most_usd: Callable[[Mapping[str, float]], float] | None = None
     embeddings: Embeddings | None = None
     state_dir: Path | None = None
+    news: Callable[[Any, bytes], None] | None = None

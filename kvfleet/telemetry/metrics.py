@@ -377,8 +377,10 @@ class MetricsExporter:
             self.registry.unregister(before._state)
             self.registry.register(self._state)
 
-    def start_server(self, host: str = "127.0.0.1") -> int:
+    def start_server(self, host: str = "127.0.0.1", instead: Collector | None = None) -> int:
         """Serve ``/metrics`` on a port of its own, from a thread; the port it got (of use if `port` is 0).
+
+        `instead` is shown in the place of this exporter's own metrics.
 
         Does nothing but return the port if it is running or the exporter is disabled.
 
@@ -386,7 +388,11 @@ class MetricsExporter:
             OSError: if the port is taken.
         """
         if self.enabled and self._server is None:
-            self._server = start_http_server(self.port, addr=host, registry=self.registry)
+            shown = self.registry
+            if instead is not None:
+                shown = CollectorRegistry()
+                shown.register(instead)
+            self._server = start_http_server(self.port, addr=host, registry=shown)
             self.port = self._server[0].server_port
         return self.port
 
