@@ -16,6 +16,7 @@ from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
 from kvfleet.config.findings import NOWHERE, Origin
 from kvfleet.config.health import HealthConfig
+from kvfleet.config.limits import ClientLimits
 from kvfleet.config.overload import OverloadConfig
 from kvfleet.config.simulation import SimulatedFleet
 
@@ -549,6 +550,7 @@ class GatewayConfig:
         of=("request", "backend"),
         doc="Whose identifier an answer's `id` is: the request's, as in `X-Request-ID`, or its backend's own.",
     )
+    limits: ClientLimits = section(ClientLimits, doc="How large requests may be, and how slow clients.")
     max_body_bytes: int = number(20 * 1024 * 1024, gt=0, unit="bytes", doc="Largest request body.")
     max_concurrent: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
 

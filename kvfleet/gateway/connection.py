@@ -15,17 +15,35 @@ from collections import deque
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+import attrs
 import httptools
 import orjson
 
+from kvfleet.config.limits import ClientLimits
 from kvfleet.gateway.http_exchange import STATUS_LINES, HTTPExchange
 
-__all__ = ["MOST_HEADERS", "MOST_HEAD_BYTES", "ClientConnection", "Host"]
+__all__ = ["DEFAULT_SIZES", "ClientConnection", "Host", "Sizes"]
 
-MOST_HEAD_BYTES = 32 * 1024
-MOST_HEADERS = 100
 
+_FULL = (503, "too_many_connections")
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """How large a request's head may be, and how many connections there may be; 0 is no limit for these."""
+
+    head_bytes: int = 32 * 1024
+    headers: int = 100
+    connections: int = 0
+
+    @classmethod
+    def of(cls, limits: ClientLimits) -> Sizes:
+        """As configured."""
+        return cls(head_bytes=limits.max_header_bytes, headers=limits.max_headers, connections=limits.max_connections)
+
+
+DEFAULT_SIZES = Sizes()
 
 
 class Host(Protocol):
@@ -35,6 +53,7 @@ class Host(Protocol):
     connections: set[ClientConnection]
     date_line: bytes
     is_stopping: bool
+    sizes: Sizes
 
     def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
         """Have a request answered."""
@@ -104,8 +123,12 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self.host.connections.add(self)
+        host = self.host
+        host.connections.add(self)
         self.in_head_since = self.loop.time()
+        if host.sizes.connections and len(host.connections) > host.sizes.connections:
+            status, code = _FULL
+            self.refuse(status, "as many clients are connected as may be", code)
 
     def data_received(self, data: bytes) -> None:
         if self.closing_since is not None:
@@ -119,8 +142,8 @@ class ClientConnection(asyncio.Protocol):
             self._on_nonsense()
         if self.in_head_since is not None:
             self._head_bytes += len(data)
-            if self._head_bytes > MOST_HEAD_BYTES:
-                self.refuse(431, "the request's head is larger than 32 KiB")
+            if self._head_bytes > self.host.sizes.head_bytes:
+                self._refuse_head()
 
     def eof_received(self) -> None:
         """A client that closes its half has left: the transport closes itself."""
@@ -159,10 +182,11 @@ class ClientConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         fields = self._fields
-        if len(fields) > MOST_HEADERS:
+        sizes = self.host.sizes
+        if len(fields) > sizes.headers:
             raise ValueError("too many headers")
         # Only what came with a large read can be a large head, and only then are the bytes counted.
-        if self._read_bytes + self._head_bytes > MOST_HEAD_BYTES and self._size_of_head() > MOST_HEAD_BYTES:
+        if self._read_bytes + self._head_bytes > sizes.head_bytes and self._size_of_head() > sizes.head_bytes:
             raise ValueError("too large a head")
         parser = self._parser
         if parser.should_upgrade():
@@ -250,8 +274,8 @@ class ClientConnection(asyncio.Protocol):
         if self._answering is None:
             self._transport.close()
 
-    def refuse(self, status: int, message: str) -> None:
-        """Answer what is no proper request, and close; amid another answer, only close."""
+    def refuse(self, status: int, message: str, code: str = "invalid_http") -> None:
+        """Answer what is no proper request, or cannot be taken, and close; amid another answer, only close."""
         self.in_head_since = self.in_body_since = None
         answering = self._answering
         if answering is not None and answering.is_received and not answering.keeps_alive:
@@ -262,7 +286,8 @@ class ClientConnection(asyncio.Protocol):
         if answering is not None:  # it is its body that is nonsense, and whoever waits for that is told to stop
             self._answering = self._incoming = None
             answering.leave()
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        error = {"message": message, "type": kind, "param": None, "code": code}
         body = orjson.dumps({"error": error})
         head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n" % len(body)
         self.write(STATUS_LINES[status] + head + self.host.date_line + b"\r\n" + body)
@@ -316,10 +341,15 @@ class ClientConnection(asyncio.Protocol):
         self.data_received(b"\r\n".join(lines) + rest)
 
     def _on_nonsense(self) -> None:
-        if len(self._fields) > MOST_HEADERS or self._size_of_head() > MOST_HEAD_BYTES:
-            self.refuse(431, f"the request's head has more than {MOST_HEADERS} headers or 32 KiB")
+        sizes = self.host.sizes
+        if len(self._fields) > sizes.headers or self._size_of_head() > sizes.head_bytes:
+            self._refuse_head()
         else:
             self.refuse(400, "what was sent is not proper HTTP/1.1")
+
+    def _refuse_head(self) -> None:
+        sizes = self.host.sizes
+        self.refuse(431, f"the request's head has more than {sizes.headers} headers or {sizes.head_bytes} bytes")
 
     def _size_of_head(self) -> int:
         return len(self._url) + sum([len(name) + len(value) for name, value in self._fields])

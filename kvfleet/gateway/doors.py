@@ -14,6 +14,7 @@ from typing import Any
 import attrs
 
 from kvfleet.gateway.app import Gateway, OperatorsDoor, Reload
+from kvfleet.gateway.connection import Sizes
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
 from kvfleet.gateway.listening import listening_at
@@ -33,18 +34,23 @@ class Doors:
     Args:
         gateway: Who stands there at first.
         drain_s: Seconds that requests in flight have to end after a stop.
-        patience: With clients that stall.
+        patience: With clients that stall; as the fleet's file has it, also after a reload, if None.
         has_operators: True if operators have a listener of their own.
 
     Attributes:
         gateway: Who stands there now.
     """
 
-    def __init__(self, gateway: Gateway, *, drain_s: float, patience: Patience, has_operators: bool = False) -> None:
+    def __init__(
+        self, gateway: Gateway, *, drain_s: float, patience: Patience | None = None, has_operators: bool = False
+    ) -> None:
         self.gateway = gateway
-        self._clients = Server(gateway, drain_s=drain_s, patience=patience)
+        self._patience = patience
+        clients = patience or Patience()
+        self._clients = Server(gateway, drain_s=drain_s, patience=clients)
         self._siblings: tuple[Server, SiblingsDoor] | None = None
-        self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=patience) if has_operators else None
+        self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=clients) if has_operators else None
+        self._set_limits()
 
     async def open(self, sockets: Sequence[socket.socket], operators: Sequence[socket.socket] = ()) -> None:
         """Accept connections from now on."""
@@ -63,11 +69,18 @@ class Doors:
         """Have another gateway answer from the next request on; what is still to be answered by the one before."""
         before = self.in_flight
         self.gateway = self._clients.gateway = gateway
+        self._set_limits()
         if self._siblings is not None:
             self._siblings[1].gateway = gateway
         if self._operators is not None:
             self._operators.gateway = OperatorsDoor(gateway)
         return before
+
+    def _set_limits(self) -> None:
+        """Hold clients to what the file says; operators' connections are not counted."""
+        limits = self.gateway.router.config.gateway.limits
+        self._clients.sizes = Sizes.of(limits)
+        self._clients.patience = self._patience or Patience.of(limits)
 
     @property
     def in_flight(self) -> frozenset[asyncio.Task[Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import attrs
 
+from kvfleet.config.limits import ClientLimits
 from kvfleet.gateway.connection import ClientConnection
 
 __all__ = ["Patience", "sweep"]
@@ -33,6 +34,16 @@ class Patience:
     read_s: float = 120.0
     idle_s: float = 75.0
     close_s: float = 2.0
+
+    @classmethod
+    def of(cls, limits: ClientLimits) -> Patience:
+        """As configured."""
+        return cls(
+            head_s=limits.header_timeout_seconds,
+            body_s=limits.body_timeout_seconds,
+            read_s=limits.read_timeout_seconds,
+            idle_s=limits.idle_timeout_seconds,
+        )
 
 
 def sweep(connections: Iterable[ClientConnection], now_s: float, patience: Patience) -> int:

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
-from kvfleet.gateway.connection import ClientConnection
+from kvfleet.gateway.connection import DEFAULT_SIZES, ClientConnection, Sizes
 from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.guard import Patience, sweep
 from kvfleet.gateway.http_exchange import HTTPExchange
@@ -41,6 +41,7 @@ class Server:
         drain_s: Seconds that requests in flight have to end after a stop.
         patience: With clients that stall.
         sweep_s: Seconds between two looks at them.
+        sizes: How large heads may be, and how many connections there may be.
 
     Attributes:
         loop: The event loop it runs on.
@@ -48,16 +49,26 @@ class Server:
         date_line: The Date header of every answer, a sweep old at most.
         is_stopping: True once it accepts nothing more.
         gateway: What answers now.
+        patience, sizes: The same, as they are now.
     """
 
-    def __init__(self, gateway: Door, *, drain_s: float, patience: Patience, sweep_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        gateway: Door,
+        *,
+        drain_s: float,
+        patience: Patience,
+        sweep_s: float = 1.0,
+        sizes: Sizes = DEFAULT_SIZES,
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.connections: set[ClientConnection] = set()
         self.date_line = _date_line()
         self.is_stopping = False
+        self.sizes = sizes
         self.gateway = gateway
         self._drain_s = drain_s
-        self._patience = patience
+        self.patience = patience
         self._sweep_s = sweep_s
         self._listening: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
@@ -86,7 +97,7 @@ class Server:
         """Serve until stopped; returns after the last answer."""
         while not self._stopping.is_set():
             self.date_line = _date_line()
-            sweep(self.connections, self.loop.time(), self._patience)
+            sweep(self.connections, self.loop.time(), self.patience)
             await _happens(self._stopping, self._sweep_s)
         await self._end()
 

@@ -186,7 +186,7 @@ async def running(
     has_operators = config.gateway.admin.port is not None
     sockets, operators = bind("127.0.0.1", 0), bind("127.0.0.1", 0) if has_operators else []
     await gateway.start()
-    doors = Doors(gateway, drain_s=5.0, patience=patience or Patience(), has_operators=has_operators)
+    doors = Doors(gateway, drain_s=5.0, patience=patience, has_operators=has_operators)
     await doors.open(sockets, operators)
     task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
     make = functools.partial(_successor, api_key, "127.0.0.1")
@@ -232,7 +232,7 @@ class _House:
             router = await _open_router(config, stack, news)
             gateway = create_gateway_app(router, self.api_key, host=self.host)
             await gateway.start()
-            doors = Doors(gateway, drain_s=self.drain_s, patience=Patience(), has_operators=bool(sockets[1]))
+            doors = Doors(gateway, drain_s=self.drain_s, has_operators=bool(sockets[1]))
             stack.push_async_callback(lambda: doors.gateway.stop())  # noqa: PLW0108 - whoever stands there at the end
             siblings = None if seat is None else Siblings(seat)
             reloader = self._reloader(doors, siblings, stack)

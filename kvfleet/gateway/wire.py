@@ -31,13 +31,14 @@ __all__ = ["RequestReader", "parse"]
 
 MOST_MESSAGES = 10_000
 MOST_TAGS = 16
+MOST_DEPTH = 64
 LONGEST_NAME = 256
 
 Body = dict[str, Any]
 
 
-def parse(raw: bytes) -> Body:
-    """The body as a JSON object. Nesting is bounded by the parser (1,024 levels).
+def parse(raw: bytes, most_depth: int = MOST_DEPTH) -> Body:
+    """The body as a JSON object, nested no deeper than that.
 
     Raises:
         BadRequestError: if it is not one; says at which character, never what stands there.
@@ -51,7 +52,24 @@ def parse(raw: bytes) -> Body:
         raise BadRequestError(f"the request body is not valid JSON (near {place})", code="invalid_json") from error
     if not isinstance(body, dict):
         raise BadRequestError(f"the request body must be a JSON object, not {_kind(body)}", code="invalid_json")
+    # What opens no more brackets than that cannot be deeper: only what opens more is looked at again.
+    if raw.count(b"{") + raw.count(b"[") > most_depth and _is_deeper(body, most_depth):
+        raise BadRequestError(f"the request body is nested deeper than {most_depth} levels", code="invalid_json")
     return body
+
+
+_CONTAINERS = frozenset({dict, list})
+
+
+def _is_deeper(body: Body, levels: int) -> bool:
+    """True if a value is nested deeper than that; level by level, so that no nesting is deep for us."""
+    level: list[Any] = [body]
+    for _ in range(levels):
+        inside = [one.values() if type(one) is dict else one for one in level]
+        level = [value for values in inside for value in values if type(value) in _CONTAINERS]
+        if not level:
+            return False
+    return True
 
 
 @attrs.frozen
@@ -59,6 +77,7 @@ class RequestReader:
     """Makes route requests of what the configured headers and the body say."""
 
     names: HeaderNames
+    most_depth: int = MOST_DEPTH
 
     def read(
         self, operation: Operation, raw: bytes, headers: Headers, request_id: str, *, key: str = ""
@@ -68,7 +87,7 @@ class RequestReader:
         Raises:
             BadRequestError: naming the field or header that is wrong.
         """
-        body = parse(raw)
+        body = parse(raw, self.most_depth)
         _CHECKS[operation](body)
         return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)
 
@@ -87,7 +106,7 @@ class RequestReader:
         Raises:
             BadRequestError: naming the field or header that is wrong.
         """
-        asked = surface.read(parse(raw), fields)
+        asked = surface.read(parse(raw, self.most_depth), fields)
         _check_chat(asked.chat)
         request = self._request(Operation.CHAT, asked.chat, b"", headers=headers, request_id=request_id, key=key)
         return asked, request.changed(native=asked.native, session=request.session or asked.session)
@@ -98,7 +117,7 @@ class RequestReader:
         Raises:
             BadRequestError: naming the field or header that is wrong.
         """
-        body = parse(raw)
+        body = parse(raw, self.most_depth)
         operation = next((op for field, op in _FIELD_OF.items() if field in body), Operation.CHAT)
         _CHECKS[operation](body)
         return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)

@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from kvfleet.gateway.auth import Keys
-from kvfleet.gateway.connection import ClientConnection
+from kvfleet.gateway.connection import DEFAULT_SIZES, ClientConnection
 from kvfleet.gateway.guard import Patience, sweep
 from kvfleet.gateway.http_exchange import HTTPExchange
 from kvfleet.gateway.listening import bind, url_of
@@ -40,7 +40,7 @@ class MockServer:
         keys: What clients must bring one of.
 
     Attributes:
-        loop, connections, date_line, is_stopping: See `kvfleet.gateway.connection.Host`.
+        loop, connections, date_line, is_stopping, sizes: See `kvfleet.gateway.connection.Host`.
         url: Where it listens.
     """
 
@@ -49,6 +49,7 @@ class MockServer:
         self.connections: set[ClientConnection] = set()
         self.date_line = _date_line()
         self.is_stopping = False
+        self.sizes = DEFAULT_SIZES
         self.engine = engine
         self._host, self._port = host, port
         self._app = MockApp(engine, self._refuse, keys)
