@@ -207,6 +207,7 @@ class AttemptRecord:
         response_id: The engine's id of the answer.
         repeats: Times the call was repeated on a fresh connection.
         is_discarded: True for a stream that began and was not read on.
+        redacted: Types of personal data that were taken out before the request left.
         confidence: How far its answer was trusted, 0..1; None if nobody judged it, or could tell.
         verdict: Which judge decided, and why; empty if nobody judged it.
     """
@@ -228,6 +229,7 @@ class AttemptRecord:
     response_id: str = ""
     repeats: int = 0
     is_discarded: bool = False
+    redacted: tuple[str, ...] = ()
     confidence: float | None = None
     verdict: str = ""
 
@@ -255,6 +257,7 @@ class AttemptRecord:
             response_id=text(a, names.GEN_AI_RESPONSE_ID),
             repeats=count(a, names.ATTEMPT_RECONNECTED) or 0,
             is_discarded=flag(a, names.ATTEMPT_DISCARDED),
+            redacted=texts(a, names.REDACTED),
         )
 
     def judged(self, verdicts: Mapping[int, tuple[float, str]]) -> AttemptRecord:
@@ -273,7 +276,7 @@ class AttemptRecord:
         """The same as plain JSON types."""
         plain = attrs.asdict(self, recurse=False)
         plain["usage"] = self.usage.to_openai() if self.usage else None
-        plain["finish_reasons"] = list(self.finish_reasons)
+        plain["finish_reasons"], plain["redacted"] = list(self.finish_reasons), list(self.redacted)
         return plain
 
 

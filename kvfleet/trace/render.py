@@ -249,6 +249,8 @@ def _answer(attempt: AttemptRecord) -> Iterator[str]:
         yield f"{usage.prompt_tokens:,}{cached} in / {usage.completion_tokens:,} out tokens"
     if attempt.finish_reasons:
         yield ", ".join(attempt.finish_reasons)
+    if attempt.redacted:
+        yield f"without {', '.join(attempt.redacted)}"
     if attempt.is_discarded:
         yield "not read on"
     if attempt.verdict:

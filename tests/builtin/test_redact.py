@@ -20,6 +20,8 @@ from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
 from kvfleet.trace import names
+from kvfleet.trace.explanation import Explanation
+from kvfleet.trace.render import render
 from kvfleet.trace.spans import Trace
 from tests.gateway.asgi import call
 
@@ -109,6 +111,9 @@ async def test_a_cloud_sees_no_value_and_the_caller_every_one(stream: bool) -> N
         assert len(one.backends["cloud"].calls) == 1
         assert not any(secret in one.sent("cloud") for secret in SECRETS)
         assert "[EMAIL_1] about [SSN_1] and [CREDIT_CARD_1]" in one.sent("cloud")
+    shown = render(Explanation(one.sink.traces[0]))
+    assert "without email, ssn, credit_card" in shown
+    assert not any(secret in shown for secret in SECRETS)
 
 
 @pytest.mark.parametrize("stream", [False, True])
