@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.call import Operation
@@ -266,6 +266,7 @@ def test_any_bytes_are_an_object_or_a_refusal(raw: bytes) -> None:
         JSON,
     ),
 )
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_json_object_is_a_request_or_a_refusal(operation: Operation, body: Any) -> None:
     """Whatever the fields hold, the answer is a request that holds them all, or a refusal."""
     raw = orjson.dumps(body)
