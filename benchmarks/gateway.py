@@ -102,7 +102,35 @@ def profiled() -> Iterator[None]:
         yield
     finally:
         profile.disable()
-        pstats.Stats(profile, stream=sys.stdout).sort_stats("tottime").print_stats(40)
+        stats = pstats.Stats(profile, stream=sys.stdout)
+        print_parts(stats.stats)  # type: ignore[attr-defined]
+        stats.sort_stats("tottime").print_stats(40)
+
+
+def print_parts(stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]]) -> None:
+    """Print which part of the code the time goes to, C functions counted where they are called from."""
+    spent: dict[str, float] = {}
+    for (place, _, _), (_, _, own_s, _, callers) in stats.items():
+        if place == "~":  # written in C
+            for (caller, _, _), (_, _, called_s, _) in callers.items():
+                spent[_part(caller)] = spent.get(_part(caller), 0.0) + called_s
+        else:
+            spent[_part(place)] = spent.get(_part(place), 0.0) + own_s
+    whole = sum(spent.values()) or 1.0
+    print("| part | share |\n|---|---|")
+    for part, part_s in sorted(spent.items(), key=lambda one: -one[1]):
+        if part_s > whole / 200:
+            print(f"| {part} | {part_s / whole:.0%} |")
+
+
+def _part(place: str) -> str:
+    """The subpackage a file belongs to; `attrs` for methods it made, else the library, or the event loop."""
+    _, ours, inner = place.rpartition("/kvfleet/")
+    if ours:
+        return f"kvfleet.{inner.partition('/')[0].removesuffix('.py')}"
+    if place.startswith("<attrs"):
+        return "objects made by attrs"
+    return Path(place).parent.name if "/" in place else "event loop and the rest"
 
 
 class MockEngine(asyncio.Protocol):

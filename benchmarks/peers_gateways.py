@@ -22,6 +22,7 @@ PACKAGES: Mapping[str, str] = {
     "sglang-router": "sglang-router",
     "smg": "smg",
     "litellm": "litellm[proxy]",
+    "kvfleet-0.11": "kvfleet[gateway]==0.11.*",
 }
 """What pip installs, by the folder of its virtual environment."""
 
@@ -39,6 +40,7 @@ class Place:
         folder: For its files; empty.
         port, metrics_port: Where it listens.
         engines: URLs of the engines.
+        model: The name by which they know their model.
     """
 
     peers: Path
@@ -46,6 +48,7 @@ class Place:
     port: int
     metrics_port: int
     engines: tuple[str, ...]
+    model: str = MODEL
 
     def program(self, venv: str, name: str) -> str:
         """A peer's command.
@@ -77,7 +80,7 @@ class Gateway:
 def _kvfleet(strategy: str) -> Callable[[Place], Sequence[str]]:
     def command(place: Place) -> Sequence[str]:
         first, *others = place.engines
-        model = {"name": MODEL, "provider": "vllm", "endpoint": first, "replicas": others, "timeout_seconds": 300}
+        model = {"name": place.model, "provider": "vllm", "endpoint": first, "replicas": others, "timeout_seconds": 300}
         fleet = {
             "models": [{**model, "capabilities": {"max_context_window": 32_768}}],
             "strategy": strategy,
@@ -103,8 +106,8 @@ def _rust(venv: str, words: Sequence[str], policy: str, more: Sequence[str] = ()
 
 def _litellm(place: Place) -> Sequence[str]:
     def entry(url: str) -> Mapping[str, object]:
-        backend = {"model": f"hosted_vllm/{MODEL}", "api_base": f"{url}/v1", "api_key": "none"}
-        return {"model_name": MODEL, "litellm_params": backend}
+        backend = {"model": f"hosted_vllm/{place.model}", "api_base": f"{url}/v1", "api_key": "none"}
+        return {"model_name": place.model, "litellm_params": backend}
 
     fleet = {
         "model_list": [entry(url) for url in place.engines],
