@@ -142,6 +142,9 @@ class BackendError(KVFleetError):
         retry_after_s: Seconds the backend asked to wait, if it did.
         headers: The headers of its refusal, lower-case, if there were any; they may tell its rate limits.
         received: True if any byte of an answer had arrived, so that the call must not be repeated.
+
+    Attributes:
+        limit: Which time limit ended the call, by the name of its option or header; empty if none did.
     """
 
     def __init__(
@@ -163,6 +166,7 @@ class BackendError(KVFleetError):
         self.retry_after_s = retry_after_s
         self.headers: Mapping[str, str] = headers or {}
         self.received = received
+        self.limit = ""
 
 
 class KVEventError(KVFleetError, ValueError):

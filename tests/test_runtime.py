@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Self
 
+import attrs
 import orjson
 import pytest
 
@@ -321,7 +322,8 @@ async def test_a_cancelled_caller_leaves_nothing_behind() -> None:
 async def test_all_attempts_failing_is_one_error_with_the_way() -> None:
     """The error lists the attempts; the trace has them all."""
     down = {"small": FakeReply(fail=Fault.CONNECT), "large": FakeReply(fail=Fault.SERVER_ERROR)}
-    async with Fleet(scripts=down) as fleet:
+    once = [attrs.evolve(model, max_retries=0) for model in (SMALL, LARGE)]
+    async with Fleet(*once, scripts=down) as fleet:
         with pytest.raises(AttemptsExhaustedError) as raised:
             await fleet.router.route(prompt="Hi")
         assert raised.value.details["attempts"] == [

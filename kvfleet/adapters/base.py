@@ -207,7 +207,13 @@ class InferenceAdapter(abc.ABC):
         headers: Sent with every call.
         connections: The pools shared with other adapters (`kvfleet.adapters.connections.Connections`); an adapter that
             needs some and is given none makes its own, and closes them.
+
+    Attributes:
+        continues: What its engine can go on with where an answer stopped: a text whose prompt ends in its beginning, a
+            chat whose last message is its beginning (``continue_final_message``, ``add_generation_prompt: false``).
     """
+
+    continues: ClassVar[frozenset[Operation]] = frozenset()
 
     endpoint: str = ""
     model_id: str = ""

@@ -37,6 +37,7 @@ class VLLMAdapter(MeteredAdapter):
     """vLLM's OpenAI server. Start it with ``--enable-prompt-tokens-details`` to have cached tokens reported."""
 
     usual_surfaces: ClassVar[frozenset[str]] = frozenset({"messages"})
+    continues: ClassVar[frozenset[Operation]] = frozenset({Operation.CHAT, Operation.COMPLETION})
     prefix: ClassVar[str] = "vllm:"
     reader: ClassVar[Reader] = Reader(
         [_RUNNING, _WAITING, *_KV_USAGE, _CPU_USAGE, *_QUERIES, *_HITS, _CONFIG, _GENERATED, _THROUGHPUT]

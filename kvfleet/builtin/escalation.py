@@ -22,7 +22,7 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Attempt, RoutingContext
 from kvfleet.plugin.judging import Grade, Submission
-from kvfleet.router.attempts import exhausted
+from kvfleet.router.verdicts import exhausted
 from kvfleet.telemetry.cost import Price, cost_usd
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue
@@ -80,6 +80,7 @@ class Escalation:
     _held: list[Held] = attrs.field(init=False, factory=list)
     _faults: list[tuple[ModelConfig, BackendError]] = attrs.field(init=False, factory=list)
     _made: list[tuple[ModelConfig, Tally]] = attrs.field(init=False, factory=list)
+    _out_of: str = attrs.field(init=False, default="")
 
     async def run(self, ranked: Sequence[ModelConfig]) -> Answer:
         """The answer that is trusted, or else the best there was.
@@ -90,7 +91,7 @@ class Escalation:
         try:
             await self._climb(list(self.rules.order(ranked)))
             if not self._held:
-                raise exhausted(self._faults)
+                raise exhausted(self._faults, stopped=self._out_of)
             best = max(reversed(self._held), key=self._worth)
             self._held.remove(best)
         finally:
@@ -101,7 +102,8 @@ class Escalation:
 
     async def _climb(self, queue: list[ModelConfig]) -> None:
         """Ask one after the other until an answer is trusted or nobody may be asked any more."""
-        reason, left = "first", self.rules.max_attempts
+        reason, left, first = "first", self.rules.max_attempts, queue[0].name
+        self.rules.budget.asked(first)
         while queue and left:
             candidate, left = queue.pop(0), left - 1
             try:
@@ -109,6 +111,8 @@ class Escalation:
             except BackendError as error:
                 self._faults.append((candidate, error))
                 reason, queue = error.kind.value, self.rules.worth_trying(queue, candidate, error)
+                if queue and left and (whose := self.rules.budget.take(first)):
+                    self._out_of, queue = f"{whose}_budget", []
                 continue
             if held is None:
                 self.stopped = "deadline"

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import random
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import attrs
 
+from kvfleet.builtin.continuing import Continued
+from kvfleet.clock import Clock, SystemClock
+from kvfleet.config.fields import flag, number
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Answer, Attempt, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.attempts import FallbackRules
+from kvfleet.router.retry_budget import RetryBudget
 from kvfleet.router.scoring import Ranking
+from kvfleet.router.tries import Tries
 from kvfleet.telemetry.fleet_limits import FleetLimits
+from kvfleet.telemetry.health import HealthManager
+from kvfleet.telemetry.metrics import MetricsExporter
+from kvfleet.trace import names
 
 __all__ = ["Fallback"]
 
@@ -25,27 +35,110 @@ class Fallback(FallbackRules):
 
     A fault of the request itself (a bad parameter, refused content) is not tried elsewhere; a prompt that is too long
     is tried only on models with a larger window. After a refusal for a rate limit, whoever it holds for too is tried
-    last. Nothing is tried again after the first byte.
+    last. Once nobody else is left, a replica that had not kept silent is asked again, after a wait. Every attempt
+    beyond a request's first is paid from a budget. After the first byte nothing is tried again, but another replica may
+    go on with a stream.
     """
 
     reads_answers: ClassVar[bool] = False
+    retry_ratio: float = number(
+        0.2, ge=0, le=10, doc="Retries for each request of the last ten seconds: of its model, and of the fleet."
+    )
+    min_retries_per_second: float = number(
+        3.0, ge=0, doc="Retries that are granted in any case, to each model and to the fleet."
+    )
+    continue_streams: bool = flag(
+        doc="Have another replica of the same model go on with a stream that breaks off. It is not done with tools, "
+        "log probabilities, several choices or a format to keep, nor with engines that cannot; a comment in the stream "
+        "says that it was."
+    )
     _limits: FleetLimits = attrs.field(init=False, factory=FleetLimits, repr=False, eq=False)
+    _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
+    _metrics: MetricsExporter | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
+    _services: Services = attrs.field(init=False, factory=Services, repr=False, eq=False)
+    _budget: RetryBudget = attrs.field(init=False, repr=False, eq=False)
+
+    @_budget.default
+    def _own_budget(self) -> RetryBudget:
+        return RetryBudget(self.retry_ratio, self.min_retries_per_second)
 
     def provision(self, services: Services) -> None:
-        """Use the fleet's limits."""
-        self._limits = services.limits
+        """Use the fleet's limits, its health and its clock."""
+        self._limits, self._health, self._metrics = services.limits, services.health, services.metrics
+        self._clock, self._services = services.clock, services
+        self._budget = RetryBudget(self.retry_ratio, self.min_retries_per_second, services.clock)
 
     async def execute(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt) -> Answer:
         """The first answer.
 
         Raises:
-            AttemptsExhaustedError: if there is none.
+            RouteError: if there is none.
         """
 
         async def one(candidate: ModelConfig, timeout_s: float | None, reason: str) -> Answer:
             return await attempt(candidate, timeout_s=timeout_s, reason=reason)
 
-        return await self.first_answer(ranking.models, one, is_stream=ctx.request.stream)
+        tries = self.tries(ctx, ranking)
+        try:
+            answer = await tries.first_answer(one, is_stream=ctx.request.stream)
+        finally:
+            if tries.faults:
+                self._note(tries)
+        if tries.faults:
+            answer.details = {**answer.details, names.RETRIES_LEFT: self._left(tries)}
+        if self.continue_streams and answer.reply.events is not None:
+            return self._continued(ctx, ranking, attempt, answer)
+        return answer
+
+    def _continued(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt, answer: Answer) -> Answer:
+        """The same answer, but that others of its model may go on with it."""
+        writer = answer.served_by
+        if writer is None:
+            return answer
+        most = self.max_attempts
+        others = [model for model in ranking.models if model.name == writer.name and model.id != writer.id]
+
+        def may_call(model: ModelConfig) -> str:
+            nonlocal most
+            most -= 1
+            if most <= 0:
+                return "max_attempts"
+            if not self._health.is_available(model.endpoint):
+                return "unavailable"
+            whose = self._budget.take(model.name)
+            return f"{whose}_budget" if whose else ""
+
+        def told(then: str) -> None:
+            if self._metrics is not None:
+                self._metrics.count("kvfleet_stream_breaks_total", writer.name, then)
+
+        return Continued(
+            request=ctx.request,
+            first=answer,
+            attempt=attempt,
+            others=others,
+            adapters=self._services.adapters,
+            timeout_s=self.timeout_s(writer, is_stream=True),
+            may_call=may_call,
+            told=told,
+        ).answer()
+
+    @property
+    def budget(self) -> RetryBudget:
+        """What retries are paid from."""
+        return self._budget
+
+    def tries(self, ctx: RoutingContext, ranking: Ranking) -> Tries:
+        """The tries of one request."""
+        return Tries(
+            rules=self,
+            ranked=ranking.models,
+            budget=self._budget,
+            by_s=by_s(ctx),
+            clock=self._clock,
+            chance=random.Random(ctx.seed).random,  # noqa: S311 - the jitter of a wait
+        )
 
     def worth_trying(self, queue: list[ModelConfig], failed: ModelConfig, error: BackendError) -> list[ModelConfig]:
         """Who may still answer after this failure; those whom a refusal for a rate limit holds for too come last."""
@@ -54,6 +147,30 @@ class Fallback(FallbackRules):
             return left
         held = {model.id for model, _ in self._limits.held(left, self._limits.tracker.clock.now_s())}
         return sorted(left, key=lambda model: model.id in held)
+
+    def may_repeat(self, failed: ModelConfig) -> bool:
+        """True if a replica that failed may be asked again: as often as its model says, unless its breaker opened."""
+        return FallbackRules.may_repeat(self, failed) and self._health.is_available(failed.endpoint)
+
+    def state(self) -> Mapping[str, float]:
+        """Retries that are left to the fleet."""
+        return {"retries_left": round(self._budget.left(), 1)}
+
+    def _left(self, tries: Tries) -> float:
+        """Retries left to a request's model, and to the fleet: the fewer of both."""
+        return min(self._budget.left(tries.faults[0][0].name), self._budget.left())
+
+    def _note(self, tries: Tries) -> None:
+        if tries.stopped in ("model_budget", "fleet_budget") and self._metrics is not None:
+            model, whose = tries.faults[0][0].name, tries.stopped.removesuffix("_budget")
+            self._metrics.count("kvfleet_retries_refused_total", model, whose)
+
+
+def by_s(ctx: RoutingContext) -> float:
+    """When a request's first byte must be there, by the monotonic clock; infinite if nobody said."""
+    request = ctx.request
+    limits = [limit for limit in (request.timeout_s, request.first_byte_s) if limit is not None]
+    return ctx.now_s + min(limits) if limits else math.inf
 
 
 @hookimpl

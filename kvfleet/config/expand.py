@@ -15,10 +15,11 @@ import attrs
 from kvfleet.config.convert import unstructure
 from kvfleet.config.findings import Path
 from kvfleet.config.overload import OverloadConfig
-from kvfleet.config.schema import SELF_HOSTED_PROVIDERS, FleetConfig, ModelConfig, StageConfig
+from kvfleet.config.schema import SELF_HOSTED_PROVIDERS, FallbackConfig, FleetConfig, ModelConfig, StageConfig
 
 __all__ = ["default_data_class", "expand", "options_from_section", "section_for", "section_path", "strategy_of"]
 
+_RETRYING = ("backoff_ms", "longest_wait_ms", "retry_ratio", "min_retries_per_second", "continue_streams")
 _TOLD_APART = ("quality_score", "cost_per_1k_input_tokens", "cost_per_1k_output_tokens")
 
 Options = dict[str, Any]
@@ -213,7 +214,9 @@ def _fallback(config: FleetConfig) -> Options:
     }
     if fallback.fallback_order:
         options["fallback_order"] = list(fallback.fallback_order)
-    return options
+    usual = attrs.fields_dict(FallbackConfig)
+    changed = {name: getattr(fallback, name) for name in _RETRYING}
+    return options | {name: value for name, value in changed.items() if value != usual[name].default}
 
 
 def _affinity(config: FleetConfig) -> Options:

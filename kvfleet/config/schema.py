@@ -232,10 +232,14 @@ class ModelConfig:
     custom_content_key: str = text(
         "", doc="Where a `custom_http` answer's text stands, as in `output` or `data.0.text`."
     )
+    connect_timeout_seconds: float = number(5, gt=0, unit="s", doc="Longest wait for a connection.")
     timeout_seconds: float = number(60, gt=0, unit="s", doc="Longest wait for the first byte of an answer.")
     idle_timeout_seconds: float = number(60, gt=0, unit="s", doc="Longest silence amid an answer.")
     max_retries: int = number(
-        1, ge=0, doc="How often a call is repeated on the same replica if nothing had been received."
+        1,
+        ge=0,
+        doc="How often the same replica is asked again for a request, if nothing had been received, it had not kept "
+        "silent, and nobody else is left.",
     )
     rpm: int | None = number(
         None,
@@ -303,6 +307,17 @@ class FallbackConfig:
     promote_on_timeout: bool = flag(True, doc="A timeout also moves on to the next candidate.")
     fallback_order: tuple[str, ...] = listing(
         (), doc="Models to try after the first choice, in this order; the ranking's order if empty.", refers_to="model"
+    )
+    backoff_ms: float = number(100, gt=0, unit="ms", doc="First wait before the same replica is asked again.")
+    longest_wait_ms: float = number(
+        5000, ge=0, unit="ms", doc="Longest such wait, also where a backend asks for it; else the client is told."
+    )
+    retry_ratio: float = number(0.2, ge=0, le=10, doc="Retries for each request: of a model, and of the fleet.")
+    min_retries_per_second: float = number(
+        3.0, ge=0, doc="Retries that are made in any case, of a model and of the fleet."
+    )
+    continue_streams: bool = flag(
+        doc="Have another replica of the model go on with a stream that breaks, where its engine can and it is safe."
     )
 
 
@@ -551,6 +566,9 @@ class GatewayConfig:
         doc="Whose identifier an answer's `id` is: the request's, as in `X-Request-ID`, or its backend's own.",
     )
     limits: ClientLimits = section(ClientLimits, doc="How large requests may be, and how slow clients.")
+    request_timeout_seconds: float | None = number(
+        None, gt=0, unit="s", doc="Longest a request may take, its whole stream included; no limit if absent."
+    )
     max_body_bytes: int = number(20 * 1024 * 1024, gt=0, unit="bytes", doc="Largest request body.")
     max_concurrent: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
 

@@ -102,7 +102,8 @@ class Gateway:
         self.reload: Reload = _nothing_to_reload if before is None else before.reload
         self.siblings: Siblings | None = None if before is None else before.siblings
         self._headers = HeaderNames.of(config.gateway, condition_headers)
-        self._reader = RequestReader(self._headers, config.gateway.limits.max_json_depth)
+        own = config.gateway
+        self._reader = RequestReader(self._headers, own.limits.max_json_depth, own.request_timeout_seconds)
         self._catalogue = catalogue(config, int(time.time()))
         self._max_body_bytes = config.gateway.max_body_bytes
         self._renames_answers = config.gateway.response_id == "request"

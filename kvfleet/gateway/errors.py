@@ -68,7 +68,8 @@ def error_headers(error: RouteError) -> Pairs:
     """When to come back, and whether it can help at all.
 
     OpenAI's clients try 408, 409, 429 and 5xx again by themselves unless ``x-should-retry`` says no. The gateway has
-    tried already where it could, so it says no unless it knows when trying again will help.
+    tried already where it could, so it says no unless it knows when trying again will help. If it stopped because too
+    much is being tried again as it is, it says no in any case.
     """
     found: Pairs = []
     if error.status == 401:
@@ -77,7 +78,8 @@ def error_headers(error: RouteError) -> Pairs:
     if wait_s is not None:
         found.append((b"retry-after", b"%d" % max(1, math.ceil(wait_s))))
         found.append((b"retry-after-ms", b"%d" % max(0, math.ceil(wait_s * 1000))))
-    if error.code == "insufficient_quota" or (wait_s is None and not _may_pass(error)):
+    is_storm = error.details.get("stopped") in _STORMS
+    if is_storm or error.code == "insufficient_quota" or (wait_s is None and not _may_pass(error)):
         found.append((b"x-should-retry", b"false"))
     return found
 
@@ -97,6 +99,7 @@ def shutting_down() -> RouteError:
     return RouteError("the gateway is shutting down", status=503, code="shutting_down", retry_after_s=1.0)
 
 
+_STORMS = frozenset({"model_budget", "fleet_budget"})
 _PASSING = frozenset({"filter.health"})  # what excludes for the moment; the others exclude the request as it is
 
 

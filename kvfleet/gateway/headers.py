@@ -21,7 +21,6 @@ Headers = Mapping[bytes, bytes]
 _PLAIN = re.compile(r"[\x21-\x7e](?:[\x20-\x7e]{0,254}[\x21-\x7e])?")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@,-]{1,128}")
 _IN_CONDITION = re.compile(r"\bheaders\.([A-Za-z0-9_-]+)", re.IGNORECASE)
-_TIMEOUT = re.compile(rb"[0-9]{1,8}")
 _FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 # A backend's credential, framing and hop-by-hop headers are never the client's to set.
@@ -137,6 +136,7 @@ _CONTROL = {
     "region": "region_header",
     "session": "session_header",
 }
+_HINTS = frozenset({b"x-request-timeout", b"x-stainless-timeout", b"x-stainless-read-timeout"})
 _SEVERAL = (b"origin", b"access-control-request-headers", b"traceparent", b"tracestate")
 _SINGLE = frozenset(
     {
@@ -147,6 +147,7 @@ _SINGLE = frozenset(
         b"content-length",
         b"content-encoding",
         b"x-request-id",
+        *_HINTS,
     }
 )
 
@@ -216,22 +217,6 @@ def names_of(headers: Headers, name: bytes) -> frozenset[str] | None:
     if not found:
         raise BadRequestError(f"the header {name.decode()} names no model", param=name.decode())
     return found
-
-
-def timeout_of(headers: Headers, name: bytes) -> float | None:
-    """Seconds from a header in milliseconds; None if it is absent.
-
-    Raises:
-        BadRequestError: if it is not a whole number from 1 to 99,999,999.
-    """
-    value = headers.get(name)
-    if value is None:
-        return None
-    if not _TIMEOUT.fullmatch(value) or not int(value):
-        raise BadRequestError(
-            f"the header {name.decode()} must be a whole number of milliseconds from 1 to 99999999", param=name.decode()
-        )
-    return int(value) / 1000
 
 
 def data_class_of(headers: Headers, name: bytes) -> str:

@@ -16,14 +16,8 @@ import xxhash
 from kvfleet.adapters.call import Operation
 from kvfleet.config.schema import AUTO_MODEL
 from kvfleet.errors import BadRequestError
-from kvfleet.gateway.headers import (
-    HeaderNames,
-    Headers,
-    data_class_of,
-    names_of,
-    text_of,
-    timeout_of,
-)
+from kvfleet.gateway.deadlines import DeadlineReader
+from kvfleet.gateway.headers import HeaderNames, Headers, data_class_of, names_of, text_of
 from kvfleet.gateway.surfaces.surface import Asked, Surface
 from kvfleet.plugin.contract import RouteRequest
 
@@ -74,10 +68,22 @@ def _is_deeper(body: Body, levels: int) -> bool:
 
 @attrs.frozen
 class RequestReader:
-    """Makes route requests of what the configured headers and the body say."""
+    """Makes route requests of what the configured headers and the body say.
+
+    Args:
+        names: The headers.
+        most_depth: Deepest nesting of a body.
+        timeout_s: The configuration's own limit on a request, in seconds; None for none.
+    """
 
     names: HeaderNames
     most_depth: int = MOST_DEPTH
+    timeout_s: float | None = None
+    _deadlines: DeadlineReader = attrs.field(init=False)
+
+    @_deadlines.default
+    def _make_deadlines(self) -> DeadlineReader:
+        return DeadlineReader(self.names.timeout, self.timeout_s)
 
     def read(
         self, operation: Operation, raw: bytes, headers: Headers, request_id: str, *, key: str = ""
@@ -127,6 +133,8 @@ class RequestReader:
     ) -> RouteRequest:
         names = self.names
         strategy = text_of(headers, names.strategy)
+        stream = _stream(body, operation)
+        limits = self._deadlines.read(headers, body, is_stream=stream)
         return RouteRequest(
             operation=operation,
             body=body,
@@ -135,7 +143,7 @@ class RequestReader:
             models=names_of(headers, names.models),
             strategy=strategy,
             is_override=bool(strategy),
-            stream=_stream(body, operation),
+            stream=stream,
             request_id=request_id,
             key=key,
             tenant=text_of(headers, names.tenant),
@@ -147,7 +155,10 @@ class RequestReader:
             condition_headers=names.for_conditions(headers),
             traceparent=headers.get(b"traceparent", b"").decode("latin-1"),
             tracestate=headers.get(b"tracestate", b"").decode("latin-1"),
-            timeout_s=timeout_of(headers, names.timeout),
+            timeout_s=limits.timeout_s,
+            timeout_by=limits.timeout_by,
+            first_byte_s=limits.first_byte_s,
+            first_byte_by=limits.first_byte_by,
         )
 
 

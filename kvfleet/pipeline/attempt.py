@@ -7,16 +7,19 @@ After that a stream ends in exactly one of three ways: complete, failed, or left
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Call, Limits, Reply, Tally, Usage
+from kvfleet.adapters.call import Call, Reply, Tally, Usage
 from kvfleet.adapters.native import fitted
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
+from kvfleet.pipeline.deadline import Deadline, Named
+from kvfleet.pipeline.relayed import Kept, Relay, adapter_broke, deadline_passed
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Rewrite, RouteRequest, Unused
 from kvfleet.telemetry.cost import cost_usd
@@ -27,98 +30,7 @@ from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_
 from kvfleet.trace.otel import AttemptHandle, Bridge, RouteHandle
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
-__all__ = ["Attempts", "Relay"]
-
-Ended = Callable[[BackendError | None], None]
-
-
-_MOST_KEPT_BYTES = 1024 * 1024
-
-
-@attrs.define
-class _Kept:
-    """A stream's bytes, kept because the operator or a component asked for them: all of them, or none if too many."""
-
-    pieces: bytearray = attrs.field(factory=bytearray)
-    is_too_long: bool = False
-
-    def add(self, piece: bytes) -> None:
-        self.is_too_long = self.is_too_long or len(self.pieces) + len(piece) > _MOST_KEPT_BYTES
-        if self.is_too_long:
-            self.pieces.clear()
-        else:
-            self.pieces += piece
-
-
-@attrs.define
-class Relay(AsyncIterator[bytes]):
-    """A stream with its first piece already read, and a word to whoever waits for its end.
-
-    `ended` is called once: with None at a whole end, with the error otherwise; a client that leaves is
-    `Fault.CANCELLED`. `left_s` says how many seconds the request's own deadline leaves, if it has one.
-    """
-
-    first: bytes
-    rest: AsyncIterator[bytes]
-    ended: Ended
-    kept: _Kept | None = None
-    left_s: Callable[[], float] | None = None
-    _is_first: bool = attrs.field(init=False, default=True)
-    _is_over: bool = attrs.field(init=False, default=False)
-
-    async def __anext__(self) -> bytes:
-        if self._is_first:
-            self._is_first = False
-            return self._keep(self.first)
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            return self._keep(await (anext(self.rest) if self.left_s is None else self._in_time(self.left_s())))
-        except StopAsyncIteration:
-            self._end(None)
-            raise
-        except BackendError as error:
-            self._end(error)
-            raise
-        except asyncio.CancelledError:
-            self._end(_left())
-            raise
-        except Exception as error:
-            # The plugin border: an adapter that breaks ends the answer, and the books must be closed.
-            broken = _adapter_broke(error, received=True)
-            self._end(broken)
-            raise broken from error
-
-    async def _in_time(self, left_s: float) -> bytes:
-        try:
-            async with asyncio.timeout(max(left_s, 0.0)):
-                return await anext(self.rest)
-        except TimeoutError as error:
-            message = "the request's own deadline passed amid the answer"
-            raise BackendError(Fault.DEADLINE, message, received=True) from error
-
-    def _keep(self, piece: bytes) -> bytes:
-        if self.kept is not None:
-            self.kept.add(piece)
-        return piece
-
-    def leave(self) -> None:
-        """The client left: end now."""
-        self._end(_left())
-
-    def _end(self, error: BackendError | None) -> None:
-        if not self._is_over:
-            self._is_over = True
-            self.ended(error)
-
-
-def _left() -> BackendError:
-    return BackendError(Fault.CANCELLED, "the client left", received=True)
-
-
-def _adapter_broke(error: Exception, *, received: bool) -> BackendError:
-    """The fault of an adapter that raised what it must not; a foreign exception's text may hold content."""
-    return BackendError(Fault.PROTOCOL, f"the adapter failed: {type(error).__name__}", received=received)
+__all__ = ["Attempts"]
 
 
 @attrs.define(kw_only=True)
@@ -130,7 +42,7 @@ class Attempts:
         on_end: Told when the answer that was given ends, with its error if it broke off, and its bytes if kept.
         prompt_tokens: About how many tokens the prompt has, for answers that are not read to their end.
         keeps_content: True to keep the answer's bytes, for the trace or for a component that asked for them.
-        deadline_s: When the request's own time is up, by the monotonic clock; None if it has no deadline.
+        deadline: When the request's own time is up.
         passes_native: True if an answer may be in the words of another API than OpenAI's chat, since nobody on the way
             reads it.
     """
@@ -146,10 +58,11 @@ class Attempts:
     on_end: Callable[[ModelConfig, Tally, BackendError | None, bytes], None]
     prompt_tokens: Callable[[], int] = lambda: 0
     keeps_content: bool = False
-    deadline_s: float | None = None
+    deadline: Deadline = Deadline()
     passes_native: bool = False
     _made: int = attrs.field(init=False, default=0)
     _answered: list[_One] = attrs.field(init=False, factory=list)
+    _goes_on: bool = attrs.field(init=False, default=False)
 
     async def __call__(
         self,
@@ -160,22 +73,30 @@ class Attempts:
         rewrite: Rewrite | None = None,
     ) -> Answer:
         """See `kvfleet.plugin.contract.Attempt`."""
+        now_s = self.clock.now_s()
+        deadline = self.deadline.amid(now_s) if self._goes_on else self.deadline
+        named = deadline.limits(candidate, timeout_s, now_s)
         self._made += 1
-        one = _One(self, candidate, self._made, self._begin(candidate, reason), rewrite)
+        one = _One(self, candidate, self._made, self._begin(candidate, reason), named, rewrite)
+        one.is_part = self._goes_on
+        if deadline.is_set:
+            one.begun[0].attributes[names.DEADLINE_LEFT_S] = deadline.first_s - now_s
         if rewrite is not None and rewrite.types:
             one.begun[0].attributes[names.REDACTED] = tuple(rewrite.types)
-        wait_s = candidate.timeout_seconds if timeout_s is None else timeout_s
         try:
-            reply = await one.call(wait_s)
+            reply = await one.call()
         except BackendError as error:
-            one.end(None, error)
-            raise
+            told = named.name(error)
+            one.end(None, told)
+            if told is error:
+                raise
+            raise told from error
         except asyncio.CancelledError:
             one.end(None, self._why_cancelled())
             raise
         except Exception as error:
             # The plugin border: an adapter that breaks is a failed attempt, and the books must be closed.
-            broken = _adapter_broke(error, received=False)
+            broken = adapter_broke(error, received=False)
             one.end(None, broken)
             raise broken from error
         one.tally = reply.tally
@@ -190,8 +111,38 @@ class Attempts:
         found = next((one for one in reversed(self._answered) if one.tally is tally), self._answered[-1])
         if len(self._answered) > 1:
             self.trace.route.attributes[names.ATTEMPT_SERVED] = found.number
-        found.give()
+        if answer.goes_on:
+            self._follow(answer, found)
+        else:
+            found.give()
         return True
+
+    def _follow(self, answer: Answer, first: _One) -> None:
+        """Have the route end with the whole stream, whichever attempts it takes."""
+        reply, kept = answer.reply, Kept() if self.keeps_content else None
+        events = reply.events
+        assert events is not None  # noqa: S101 - only a stream goes on
+        self._goes_on = first.is_part = True
+        before = len(self._answered)
+
+        def ended(error: BackendError | None) -> None:
+            last = self._answered[-1]
+            last.is_given = True
+            if len(self._answered) > before:
+                attributes = self.trace.route.attributes
+                attributes[names.CONTINUED] = len(self._answered) - before
+                attributes[names.ATTEMPT_SERVED] = last.number
+            self.on_end(last.candidate, last.tally or reply.tally, error, bytes(kept.pieces) if kept else b"")
+
+        relay = Relay(None, events, ended, kept)
+
+        async def close() -> None:
+            try:
+                await reply.close()
+            finally:
+                relay.leave()
+
+        answer.reply = attrs.evolve(reply, events=relay, close=close)
 
     @property
     def unused(self) -> tuple[Unused, ...]:
@@ -200,8 +151,8 @@ class Attempts:
 
     def _why_cancelled(self) -> BackendError:
         """A cancelled attempt: the request's own deadline has passed, or nobody waits for it any more."""
-        if self.deadline_s is not None and self.clock.now_s() >= self.deadline_s:
-            return BackendError(Fault.DEADLINE, "the request's own deadline passed")
+        if self.deadline.is_set and self.deadline.passed(self.clock.now_s()):
+            return deadline_passed(self.deadline.first_by)
         return BackendError(Fault.CANCELLED, "the call was given up")
 
     def _begin(self, candidate: ModelConfig, reason: str) -> tuple[Span, AttemptHandle]:
@@ -214,7 +165,7 @@ class Attempts:
         return span, handle
 
     def call_for(
-        self, candidate: ModelConfig, handle: AttemptHandle, first_byte_s: float, rewrite: Rewrite | None = None
+        self, candidate: ModelConfig, handle: AttemptHandle, named: Named, rewrite: Rewrite | None = None
     ) -> Call:
         """The call, with the context it travels under."""
         request = self.request
@@ -227,9 +178,7 @@ class Attempts:
             raw=request.raw if rewrite is None else b"",
             stream=request.stream,
             headers=tuple(headers),
-            limits=Limits(
-                connect_s=min(5.0, first_byte_s), first_byte_s=first_byte_s, idle_s=candidate.idle_timeout_seconds
-            ),
+            limits=named.limits,
             ask_usage=candidate.stream_usage,
         )
         if request.native is None:
@@ -243,17 +192,21 @@ class _One:
     """One attempt under way.
 
     Attributes:
+        named: Its time limits.
         tally: What was learned of its answer; None before there is one.
         is_given: True once it is the answer that the caller gets.
+        is_part: True if it is, or may become, a part of that answer.
     """
 
     attempts: Attempts
     candidate: ModelConfig
     number: int
     begun: tuple[Span, AttemptHandle]
+    named: Named
     rewrite: Rewrite | None = None
     tally: Tally | None = attrs.field(init=False, default=None)
     is_given: bool = attrs.field(init=False, default=False)
+    is_part: bool = attrs.field(init=False, default=False)
     started_s: float = attrs.field(init=False, default=0.0)
     _ended: tuple[Tally, BackendError | None, bytes] | None = attrs.field(init=False, default=None)
     _is_discarded: bool = attrs.field(init=False, default=False)
@@ -265,14 +218,14 @@ class _One:
     def _ask_limits(self) -> LimitTicket:
         return self.attempts.services.limits.begin(self.candidate.id)
 
-    async def call(self, wait_s: float) -> Reply:
+    async def call(self) -> Reply:
         """Call, and wait for the first byte."""
         made, candidate = self.attempts, self.candidate
         self.started_s = made.clock.now_s()
         if not made.services.health.begin(candidate.endpoint):
             raise BackendError(Fault.CIRCUIT_OPEN, "its circuit breaker is half-open, and another call is its probe")
         self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
-        call = made.call_for(candidate, self.begun[1], wait_s, self.rewrite)
+        call = made.call_for(candidate, self.begun[1], self.named, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
         left = self._limits.heard(reply.headers)
         if left is not None:
@@ -284,21 +237,28 @@ class _One:
             made.services.load.answered(reserved, self._first_byte(), usage.completion_tokens if usage else None)
             self._answer_ended(reply.tally, None, reply.body if made.keeps_content else b"")
             return reply
-        first = await self._first_event(reply, wait_s)
+        first = await self._first_event(reply)
         made.services.load.first_byte(reserved, self._first_byte())
-        kept = _Kept() if made.keeps_content else None
-        deadline_s = made.deadline_s
-        left_s = None if deadline_s is None else lambda: deadline_s - made.clock.now_s()
-        relay = Relay(first, reply.events, lambda error: self._stream_ended(reply.tally, error, kept), kept, left_s)
+        kept = Kept() if made.keeps_content else None
+        deadline = made.deadline
+        left_s = (lambda: deadline.whole_s - made.clock.now_s()) if deadline.whole_s != math.inf else None
+
+        def ended(error: BackendError | None) -> None:
+            self._stream_ended(reply.tally, error, kept)
+
+        relay = Relay(first, reply.events, ended, kept, left_s, deadline.whole_by)
 
         async def close() -> None:
-            self._is_discarded = not self.is_given  # by the executor then: no client has seen anything of it
+            self._is_discarded = not (
+                self.is_given or self.is_part
+            )  # by the executor then: no client has seen anything of it
             relay.leave()
             await reply.close()
 
         return attrs.evolve(reply, events=relay, close=close)
 
-    async def _first_event(self, reply: Reply, wait_s: float) -> bytes:
+    async def _first_event(self, reply: Reply) -> bytes:
+        wait_s = self.named.limits.first_byte_s
         left_s = wait_s - (self.attempts.clock.now_s() - self.started_s)
         events = reply.events
         try:
@@ -306,7 +266,7 @@ class _One:
                 return await anext(events)  # type: ignore[arg-type]
         except TimeoutError as error:
             await reply.close()
-            raise BackendError(Fault.TIMEOUT, f"no first token within {wait_s:g} s") from error
+            raise BackendError(Fault.TIMEOUT, "the backend sent no first token in time") from error
         except StopAsyncIteration as error:
             raise BackendError(Fault.DISCONNECTED, "the stream ended before it began") from error
         except asyncio.CancelledError:
@@ -319,10 +279,12 @@ class _One:
         self.begun[0].attributes[names.TTFB_S] = ttfb_s
         return ttfb_s
 
-    def _stream_ended(self, tally: Tally, error: BackendError | None, kept: _Kept | None) -> None:
+    def _stream_ended(self, tally: Tally, error: BackendError | None, kept: Kept | None) -> None:
         if self._is_discarded:
             self.begun[0].attributes[names.ATTEMPT_DISCARDED] = True
             error = None
+        if error is not None:
+            self.named.name(error)
         self._answer_ended(tally, error, bytes(kept.pieces) if kept else b"")
 
     def _answer_ended(self, tally: Tally, error: BackendError | None, content: bytes) -> None:
@@ -341,7 +303,7 @@ class _One:
     def unused(self) -> Unused:
         """What it came to, for nobody; of an answer that was not read to its end, about that."""
         usage = self.tally.usage if self.tally is not None else None
-        if usage is None and self._is_discarded and self.tally is not None:
+        if usage is None and (self._is_discarded or self.is_part) and self.tally is not None:
             prompt, answer = self.attempts.prompt_tokens(), self.tally.events
             usage = Usage(prompt, answer, prompt + answer)
         cost = None if usage is None else cost_usd(self.candidate, usage)

@@ -16,6 +16,7 @@ from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import AdmissionError, BackendError, DeadlineExceededError, Fault, NoCandidatesError, RouteError
 from kvfleet.pipeline.attempt import Attempts
+from kvfleet.pipeline.deadline import Deadline
 from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.component import Services
@@ -57,6 +58,7 @@ class Route:
     decision: Decision = attrs.field(init=False)
     _handle: RouteHandle = attrs.field(init=False)
     _started_s: float = attrs.field(init=False, default=0.0)
+    _deadline: Deadline = attrs.field(init=False)
     _ttfb_s: float | None = attrs.field(init=False, default=None)
     _content: bytes = attrs.field(init=False, default=b"", repr=False)
     _attempts: Attempts | None = attrs.field(init=False, default=None)
@@ -79,6 +81,9 @@ class Route:
         if self.keeps_content:
             span.attributes[names.PROMPT] = orjson.dumps(request.body).decode()
         self.trace = Trace(self._handle.trace_id, [span], self._handle.parent_span_id)
+        self._deadline = deadline = Deadline.of(request, self._started_s)
+        if deadline.is_set:
+            span.attributes[names.DEADLINE_S], span.attributes[names.DEADLINE_BY] = deadline.told(self._started_s)
         self.decision = Decision(self.pipeline, self.ctx, self.trace, self.clock)
 
     async def run(self) -> Answer:
@@ -88,15 +93,15 @@ class Route:
             RouteError: with ``.trace``, if there is none.
         """
         try:
-            if self.ctx.request.timeout_s is None:
+            if not self._deadline.is_set:
                 return await self._run()
-            async with asyncio.timeout(self.ctx.request.timeout_s):
+            async with asyncio.timeout(self._deadline.first_s - self.clock.now_s()):
                 return await self._run()
         except RouteError as error:
             self._fail(error)
             raise
         except TimeoutError as error:
-            late = DeadlineExceededError(f"no answer within the request's own {self.ctx.request.timeout_s:g} s")
+            late = self._too_late()
             self._fail(late)
             raise late from error
         except asyncio.CancelledError:
@@ -120,7 +125,6 @@ class Route:
         attributes = self.trace.route.attributes
         attributes[names.MODEL_SELECTED] = first.name
         attributes[names.REPLICA_SELECTED] = first.id
-        timeout_s = self.ctx.request.timeout_s
         self._attempts = attempts = Attempts(
             request=self.ctx.request,
             adapters=self.adapters,
@@ -133,7 +137,7 @@ class Route:
             on_end=self._attempt_ended,
             prompt_tokens=lambda: prompt_tokens(self.ctx),
             keeps_content=self.keeps_content or self.wants_content,
-            deadline_s=None if timeout_s is None else self._started_s + timeout_s,
+            deadline=self._deadline,
             passes_native=self.pipeline.passes_native,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
@@ -184,8 +188,18 @@ class Route:
             broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
             self._close("failed", model, tally, broken)
 
+    def _too_late(self) -> DeadlineExceededError:
+        deadline = self._deadline
+        given_s = deadline.first_s - self._started_s
+        return DeadlineExceededError(
+            f"no answer within the request's own {given_s:g} s ({deadline.first_by})",
+            details={"limit": deadline.first_by},
+        )
+
     def _fail(self, error: RouteError) -> None:
         error.trace = self.trace
+        if stopped := error.details.get("stopped"):
+            self.trace.route.attributes[names.RETRY_STOPPED] = stopped
         if isinstance(error, NoCandidatesError):
             outcome = "no_candidates"
         elif isinstance(error, AdmissionError):
@@ -239,6 +253,9 @@ class Route:
         attributes[names.OUTCOME] = word
         if self._ttfb_s is not None:
             attributes[names.TTFB_S] = self._ttfb_s
+        if self._deadline.is_set:
+            first_s = None if self._ttfb_s is None else self._started_s + self._ttfb_s
+            attributes[names.DEADLINE_LEFT_S] = self._deadline.left_s(self.clock.now_s(), first_s)
         if model is not None:
             attributes[names.MODEL_SERVED] = model.name
             attributes[names.REPLICA_SERVED] = model.id

@@ -138,6 +138,10 @@ class RouteRequest:
         condition_headers: Request headers that policy conditions may read, lower-case.
         traceparent, tracestate: W3C context of the caller, if any.
         timeout_s: The request's own deadline, in seconds from its start; None for none.
+        timeout_by: What set it: a header, a field, an option.
+        first_byte_s: How long the client waits for a byte, if that is another limit: for the first one from the
+            request's start, and for each further one. None if nobody said.
+        first_byte_by: What set that.
         seed: Seed for this decision; None draws one.
         native: A chat's own words, if it came over another API than OpenAI's chat; `body` says the same.
     """
@@ -163,6 +167,9 @@ class RouteRequest:
     traceparent: str = ""
     tracestate: str = ""
     timeout_s: float | None = None
+    timeout_by: str = ""
+    first_byte_s: float | None = None
+    first_byte_by: str = ""
     seed: int | None = None
     native: Native | None = None
 
@@ -289,12 +296,15 @@ class Answer:
         details: What the trace is to say of it, by attribute name; never content. Of a short-circuit answer it stands
             on the stage's span, of an executor's on the route's.
         attempt: The number of the attempt that made it, from 1; 0 for a short-circuit answer.
+        goes_on: True of a stream that the executor may have gone on with by further attempts, should it break off: its
+            end, and not that of the first attempt, is then the route's.
     """
 
     reply: Reply
     served_by: ModelConfig | None = None
     details: Mapping[str, AttributeValue] = attrs.field(factory=dict)
     attempt: int = 0
+    goes_on: bool = False
 
 
 @attrs.frozen(kw_only=True)

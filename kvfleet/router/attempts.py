@@ -1,24 +1,20 @@
-"""Which attempts are made for a request: who is next after a failed call, for how long, and what is said at the end."""
+"""Which attempts are made for a request: who is next after a failed call, for how long, and at what price."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Self, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Self
 
 import attrs
 
 from kvfleet.config.fields import flag, listing, number
 from kvfleet.config.schema import FallbackConfig, ModelConfig
-from kvfleet.errors import AttemptsExhaustedError, BackendError, Fault
+from kvfleet.errors import BackendError, Fault
 
-__all__ = ["FallbackRules", "Try", "exhausted"]
-
-T = TypeVar("T")
+__all__ = ["FallbackRules"]
 
 _TIMEOUTS = (Fault.TIMEOUT, Fault.CONNECT_TIMEOUT)
-
-Try = Callable[[ModelConfig, float | None, str], Awaitable[T]]
-"""Makes one attempt: whom to call, seconds to the first byte (None for the model's own), and why."""
+_NO_TIME = (Fault.DEADLINE, Fault.CANCELLED)
 
 
 @attrs.define(kw_only=True)
@@ -37,6 +33,19 @@ class FallbackRules:
     fallback_order: tuple[str, ...] = listing(
         (), doc="Models to try after the first choice, in this order; the ranking's order if empty.", refers_to="model"
     )
+    backoff_ms: float = number(
+        100,
+        gt=0,
+        unit="ms",
+        doc="Wait before a replica is asked again, once nobody else is left; doubled each time, less up to half of it "
+        "by chance. A backend's `Retry-After` counts instead.",
+    )
+    longest_wait_ms: float = number(
+        5000,
+        ge=0,
+        unit="ms",
+        doc="Longest such wait; a longer `Retry-After` is passed on to the client.",
+    )
 
     @classmethod
     def of(cls, config: FallbackConfig) -> Self:
@@ -46,26 +55,9 @@ class FallbackRules:
             timeout_ms=config.timeout_ms,
             promote_on_timeout=config.promote_on_timeout,
             fallback_order=config.fallback_order,
+            backoff_ms=config.backoff_ms,
+            longest_wait_ms=config.longest_wait_ms,
         )
-
-    async def first_answer(self, ranked: Sequence[ModelConfig], attempt: Try[T], *, is_stream: bool) -> T:
-        """What the first attempt that works gives.
-
-        Raises:
-            AttemptsExhaustedError: if none does.
-        """
-        faults: list[tuple[ModelConfig, BackendError]] = []
-        reason = "first"
-        queue = list(self.order(ranked))
-        while queue and len(faults) < self.max_attempts:
-            candidate = queue.pop(0)
-            try:
-                return await attempt(candidate, self.timeout_s(candidate, is_stream=is_stream), reason)
-            except BackendError as error:
-                faults.append((candidate, error))
-                reason = error.kind.value
-                queue = self.worth_trying(queue, candidate, error)
-        raise exhausted(faults)
 
     def order(self, ranked: Sequence[ModelConfig]) -> Iterable[ModelConfig]:
         """The first choice, then its model's other replicas and the models of `fallback_order`; else as ranked."""
@@ -89,59 +81,16 @@ class FallbackRules:
             return []
         if kind is Fault.CONTEXT_LENGTH:
             return [model for model in queue if _window(model) > _window(failed)]
-        if kind.is_callers:
+        if kind.is_callers or kind in _NO_TIME:
             return []
         if kind in (Fault.NOT_FOUND, Fault.UNAUTHORIZED):
             return [model for model in queue if model.endpoint != failed.endpoint or model.name != failed.name]
         return queue
 
+    def may_repeat(self, failed: ModelConfig) -> bool:
+        """True if a replica that failed may be asked again; how often is the model's `max_retries`."""
+        return failed.max_retries > 0
+
 
 def _window(model: ModelConfig) -> int:
     return model.capabilities.max_context_window or 0
-
-
-def exhausted(faults: Sequence[tuple[ModelConfig, BackendError]]) -> AttemptsExhaustedError:
-    """The error for attempts that all failed: the caller's own fault as it is, else the most telling status."""
-    model, last = faults[-1]
-    attempts = [{"model": m.name, "fault": e.kind.value} for m, e in faults]
-    details: dict[str, object] = {"attempts": attempts}
-    if last.body is not None:
-        details["backend_error"] = last.body
-    status, code = _verdict(model, last, [e.kind for _, e in faults])
-    tried = f" after {len(faults)} attempts" if len(faults) > 1 else ""
-    waits = [e.retry_after_s for _, e in faults if e.retry_after_s is not None]
-    return AttemptsExhaustedError(
-        f"{model.name} did not answer{tried}: {last.message}",
-        status=status,
-        code=code,
-        retry_after_s=min(waits) if waits else None,
-        details=details,
-    )
-
-
-def _verdict(model: ModelConfig, last: BackendError, kinds: Sequence[Fault]) -> tuple[int, str]:
-    """HTTP status and code."""
-    kind = last.kind
-    if kind is Fault.UNAUTHORIZED and model.api_key:
-        return 502, "backend_unauthorized"  # our credential is wrong, not the caller's
-    if kind in _AS_IT_IS:
-        return last.status or 400, _AS_IT_IS[kind]
-    for telling, status, code in _TELLING:
-        if all(one in telling for one in kinds):
-            return status, code
-    return 502, "backend_failed"
-
-
-_AS_IT_IS = {
-    Fault.BAD_REQUEST: "invalid_request",
-    Fault.CONTEXT_LENGTH: "context_length_exceeded",
-    Fault.CONTENT_POLICY: "content_policy_violation",
-    Fault.NOT_FOUND: "model_not_found",
-    Fault.UNAUTHORIZED: "unauthorized",
-}
-_TELLING = (
-    (frozenset({Fault.CIRCUIT_OPEN}), 503, "no_candidates"),
-    (frozenset({Fault.RATE_LIMITED}), 429, "rate_limit_exceeded"),
-    (frozenset({Fault.OVERLOADED, Fault.RATE_LIMITED}), 503, "backend_overloaded"),
-    (frozenset({*_TIMEOUTS, Fault.IDLE_TIMEOUT}), 504, "backend_timeout"),
-)

@@ -18,7 +18,9 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import FallbackConfig, ModelConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.eval.confidence import confidence_of
-from kvfleet.router.attempts import FallbackRules, exhausted
+from kvfleet.router.attempts import FallbackRules
+from kvfleet.router.tries import Tries
+from kvfleet.router.verdicts import exhausted
 from kvfleet.trace import names
 from kvfleet.trace.attempts import attempt_attributes, describe_error, describe_tally
 from kvfleet.trace.explanation import Explanation
@@ -69,7 +71,8 @@ class FallbackChain:
             calls.gave(model)
             return response
 
-        return await FallbackRules.of(self.config).first_answer(models, attempt, is_stream=False)
+        tries = Tries(rules=FallbackRules.of(self.config), ranked=models, clock=self.clock)
+        return await tries.first_answer(attempt, is_stream=False)
 
 
 Scorer = Callable[[ChatResponse], float | Awaitable[float]]
@@ -156,10 +159,16 @@ async def _scored(scorer: Scorer, response: ChatResponse) -> float:
 
 
 def _replica(name: str, adapter: InferenceAdapter | None) -> ModelConfig:
-    """A model as the rules know it, from its adapter."""
+    """A model as the rules know it, from its adapter; each is asked once."""
     if adapter is None:
-        return ModelConfig(name=name)
-    return ModelConfig(name=name, endpoint=adapter.endpoint, model_id=adapter.model_id, timeout_seconds=adapter.timeout)
+        return ModelConfig(name=name, max_retries=0)
+    return ModelConfig(
+        name=name,
+        endpoint=adapter.endpoint,
+        model_id=adapter.model_id,
+        timeout_seconds=adapter.timeout,
+        max_retries=0,
+    )
 
 
 @attrs.define

@@ -68,6 +68,18 @@ METRICS: tuple[MetricInfo, ...] = (
         "kvfleet_fallback_triggered_total", "counter", ("from_model", "to_model"), "Moves to the next candidate."
     ),
     MetricInfo(
+        "kvfleet_stream_breaks_total",
+        "counter",
+        ("model", "then"),
+        "Streams that broke where others might go on: `continued`, or why not.",
+    ),
+    MetricInfo(
+        "kvfleet_retries_refused_total",
+        "counter",
+        ("model", "budget"),
+        "Retries not made because the budget of the `model` or the `fleet` was used up.",
+    ),
+    MetricInfo(
         "kvfleet_escalations_total",
         "counter",
         ("from_model", "to_model"),

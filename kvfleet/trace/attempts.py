@@ -81,3 +81,5 @@ def describe_error(span: Span, error: BackendError) -> None:
         span.attributes[names.STATUS_CODE] = error.status
     if error.retry_after_s is not None:
         span.attributes[names.RETRY_AFTER_S] = error.retry_after_s
+    if error.limit:
+        span.attributes[names.LIMIT] = error.limit

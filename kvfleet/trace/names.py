@@ -207,8 +207,8 @@ ATTEMPT_REASON = _name(
     "kvfleet.attempt.reason",
     "attempt",
     "string",
-    "Why this attempt was made: first, the fault of the one before, low_confidence in its answer, or for a judge: "
-    "sample, judge.",
+    "Why this attempt was made: first, the fault of the one before, low_confidence in its answer, continuation of its "
+    "stream, or for a judge: sample, judge.",
 )
 CONFIDENCE_THRESHOLD = _name(
     "kvfleet.confidence.threshold",
@@ -237,6 +237,36 @@ ATTEMPT_DISCARDED = _name(
     "attempt",
     "bool",
     "True for a stream that began and was not read on; else absent.",
+)
+DEADLINE_S = _name(
+    "kvfleet.deadline", "route", "double", "How long the request may take, from its start; absent for no limit.", "s"
+)
+DEADLINE_BY = _name("kvfleet.deadline.by", "route", "string", "What set that: a header, a field, an option.")
+DEADLINE_LEFT_S = _name(
+    "kvfleet.deadline.left",
+    "route, attempt",
+    "double",
+    "What was left of it: as the attempt began, or as the route ended.",
+    "s",
+)
+LIMIT = _name(
+    "kvfleet.limit", "attempt", "string", "The time limit that ended the attempt, by its option or header; else absent."
+)
+CONTINUED = _name(
+    "kvfleet.continued", "route", "int", "How often another replica went on with a stream that broke; absent for never."
+)
+RETRIES_LEFT = _name(
+    "kvfleet.retry.left",
+    "route",
+    "double",
+    "Retries left in the budget of the request's model or the fleet; only where one was made.",
+)
+RETRY_STOPPED = _name(
+    "kvfleet.retry.stopped",
+    "route",
+    "string",
+    "Why no more was tried: final, timeout, nobody_left, max_attempts, deadline, retry_after, model_budget or "
+    "fleet_budget.",
 )
 REDACTED = _name(
     "kvfleet.redacted", "attempt", "string[]", "Types of personal data taken out before the request left, if any was."

@@ -133,7 +133,7 @@ async def test_a_timeout_stays_where_promotion_is_off() -> None:
 
 async def test_fallback_order_follows_the_first_choice_and_its_replicas() -> None:
     """First the choice, then its model's other replica, then the order given; others not at all."""
-    attempts = Attempts(dict.fromkeys([A.id, A2.id, B.id, C.id], Fault.CONNECT))
+    attempts = Attempts(dict.fromkeys([A.id, A2.id, B.id, C.id], Fault.TIMEOUT))
     with pytest.raises(AttemptsExhaustedError):
         await run(Fallback(max_attempts=9, fallback_order=("c",)), attempts, A, B, A2, C)
     assert attempts.names == ["a", "a2", "c"]

@@ -234,16 +234,23 @@ def _reset(writer: asyncio.StreamWriter) -> None:
 
 @attrs.define(eq=False)
 class Site:
-    """One or two engines, one of which may be at fault."""
+    """One or two engines, one of which may be at fault, or with `is_everybody` all.
+
+    Attributes:
+        engines: All of them.
+        behaviour: Of who is at fault.
+        culprit: Who that is, once it is known.
+    """
 
     engines: list[Engine] = attrs.field(factory=list)
     behaviour: Behaviour = healthily
     culprit: Engine | None = None
+    is_everybody: bool = False
 
     def behaviour_of(self, engine: Engine) -> Behaviour:
         """How an engine that is asked now behaves: whoever is asked first is at fault."""
         self.culprit = self.culprit or engine
-        return self.behaviour if engine is self.culprit else healthily
+        return self.behaviour if self.is_everybody or engine is self.culprit else healthily
 
     async def befall(self, behaviour: Behaviour, *, refuses: bool = False) -> None:
         """From now on the engine that is asked first behaves so, or the first one refuses connections."""

@@ -93,6 +93,18 @@ async def test_the_wall(case: Case) -> None:
     assert found.verdict is expected(case), found.why
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in cases(UNIT_S) if case.stream and case.engines > 1 and case.fault.name in AMID], ids=str
+)
+async def test_the_wall_with_streams_gone_on_with(case: Case) -> None:
+    """Then whoever is well says the rest of it, byte for byte."""
+    clock = Clock()
+    times = Times(UNIT_S, 10 * UNIT_S + 1.5, clock.hour, clock.minute, recoveries=3)
+    async with site(case.engines) as one, gateway_before(one, clock, continue_streams=True) as url:
+        found = await run(case, url, one, times)
+    assert found.verdict is Verdict.PASS, found.why
+
+
 def test_the_count() -> None:
     """No fail by the test above, and so many that pass."""
     verdicts = [expected(case) for case in cases(UNIT_S)]

@@ -257,11 +257,11 @@ class TestErrors:
             assert len(stage.llama.calls) == 1
 
     async def test_a_failed_request_is_not_multiplied_by_the_client(self) -> None:
-        """The gateway has tried; `x-should-retry: false` keeps the client from trying two more times."""
+        """The gateway has tried twice; `x-should-retry: false` keeps the client from having it do so two more times."""
         async with staged(scripts={"llama": FakeReply(fail=Fault.SERVER_ERROR)}, max_retries=2) as stage:
             with pytest.raises(openai.InternalServerError) as caught:
                 await stage.client.chat.completions.create(**ASK)
-            assert len(stage.llama.calls) == 1
+            assert len(stage.llama.calls) == 2
         assert caught.value.response.headers["x-should-retry"] == "false"
 
     async def test_an_adapter_that_breaks_is_a_failed_attempt(self) -> None:

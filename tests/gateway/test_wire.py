@@ -86,6 +86,7 @@ def test_everything_a_request_says() -> None:
         traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
         tracestate="a=b",
         timeout_s=30.0,
+        timeout_by="x-kvfleet-timeout",
     )
 
 
