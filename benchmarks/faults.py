@@ -33,7 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.faults.catalogue import Case, cases
 from tests.faults.judge import Judgement, Verdict, ask
+from tests.faults.many import broken_streams
 from tests.faults.site import MODEL, Site, healthily, site
+from tests.faults.test_wall import Clock, gateway_before
 from tests.faults.wall import Times, run
 
 UNIT_S = 1.0
@@ -186,6 +188,16 @@ async def measure(options: argparse.Namespace) -> list[Result]:
     return found
 
 
+async def break_streams(count: int) -> None:
+    """Print how so many broken streams ended; a gateway in this process, which does not give its engine up."""
+    began_s = time.monotonic()
+    async with site(1) as one, gateway_before(one, Clock(), failures=1 << 60) as url:
+        found = await broken_streams(url, one, count=count)
+    for why, times in found.most_common():
+        print(f"{times:6} {why}")
+    print(f"{sum(found.values())} streams in {time.monotonic() - began_s:.0f} s")
+
+
 # The report ----------------------------------------------------------------------------------------------------------
 
 _LETTERS = {Verdict.PASS: "✓", Verdict.SAFE: "○", Verdict.FAIL: "✗"}
@@ -230,11 +242,15 @@ def _cells(results: Sequence[Result], name: str, fault: str) -> Iterator[str]:
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers-dir", type=Path, required=True, help="folder of the peers' virtual environments")
+    parser.add_argument("--peers-dir", type=Path, default=Path(), help="folder of the peers' virtual environments")
     parser.add_argument("--install", action="store_true", help="install those that are not there yet")
     parser.add_argument("--only", default="", help="gateways whose name has one of these words, by commas")
     parser.add_argument("--json", type=Path, help="also write every case here")
+    parser.add_argument("--streams", type=int, help="instead: so many streams that break at a random byte, by kvfleet")
     options = parser.parse_args()
+    if options.streams:
+        asyncio.run(break_streams(options.streams))
+        return
     if options.install:
         install(options.peers_dir)
     results = asyncio.run(measure(options))

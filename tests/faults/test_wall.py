@@ -42,8 +42,8 @@ class Clock(SystemClock):
 
 
 @contextlib.asynccontextmanager
-async def gateway_before(one: Site, clock: Clock, **fallback: Any) -> AsyncIterator[str]:
-    """A gateway with the default pipeline before a site's engines."""
+async def gateway_before(one: Site, clock: Clock, *, failures: int = 3, **fallback: Any) -> AsyncIterator[str]:
+    """A gateway with the default pipeline before a site's engines; so many failures in a row open a breaker."""
     first, *others = [engine.url for engine in one.engines]
     model = ModelConfig(
         name=MODEL,
@@ -58,7 +58,9 @@ async def gateway_before(one: Site, clock: Clock, **fallback: Any) -> AsyncItera
         fallback=FallbackConfig(timeout_ms=2000 * UNIT_S, **fallback),
         telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
     )
-    async with running(config, router=Router(config, polls=False, clock=clock, seed=1)) as serving:
+    router = Router(config, polls=False, clock=clock, seed=1)
+    router.services.health.failure_threshold = failures
+    async with running(config, router=router) as serving:
         yield serving.url
 
 

@@ -1,0 +1,57 @@
+"""Thousands of streams that break at a random byte, in one of several ways, and what a gateway makes of each."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+
+from tests.faults.catalogue import ALONE, STREAM, Case, Fault
+from tests.faults.judge import ask, judged
+from tests.faults.site import LAST_CHUNK, SSE_HEAD, TOKENS, Ask, LeaveError, Site, chunk, events_of
+
+EVENTS = b"".join(events_of(TOKENS))
+WIRE = b"".join(map(chunk, events_of(TOKENS)))
+_JUNK = (b"\n\nid: 17\ndata: {not JSON\n\n", b"\0\xff\n\n", b"<html>\n\n", b"data: [1,2]\n\n", b"data: \n{}\n\n")
+
+
+def random_break(chance: random.Random) -> Fault:
+    """A way to break, drawn anew for every request."""
+
+    async def behave(ask: Ask) -> None:
+        await ask.say(SSE_HEAD)
+        how = chance.choice(("close", "reset", "end", "junk", "half"))
+        if how in ("close", "reset"):  # amid HTTP's own framing, an event, a JSON token or a letter
+            await ask.say(WIRE[: chance.randrange(len(WIRE) - 20)])
+            await asyncio.sleep(0.002 if how == "reset" else 0)
+            raise LeaveError(resets=how == "reset")
+        kept = EVENTS[: chance.randrange(1, EVENTS.index(b'"finish_reason":"stop"'))]
+        if how == "junk":
+            kept = kept[: kept.rfind(b"\n\n") + 2] + chance.choice(_JUNK)
+        if how == "half" and len(kept) > 1:
+            middle = chance.randrange(1, len(kept))
+            await ask.say(chunk(kept[:middle]))
+            kept = kept[middle:]
+        await ask.say(chunk(kept), LAST_CHUNK)
+
+    return Fault("random break", behave, streams=STREAM, engines=ALONE)
+
+
+async def broken_streams(url: str, site: Site, *, count: int, seed: int = 0, at_once: int = 32) -> Counter[str]:
+    """How many of so many streams ended how: a verdict and its reason."""
+    case = Case(random_break(random.Random(seed)), stream=True, engines=1)
+    await site.befall(case.fault.behaviour)
+    site.is_everybody = True
+    found: Counter[str] = Counter()
+    left = iter(range(count))
+
+    async def client() -> None:
+        for _ in left:
+            heard = await ask(url, stream=True, deadline_s=20.0)
+            verdict = judged(case, heard, [engine.port for engine in site.engines])
+            found[f"{verdict.verdict}: {verdict.why}"] += 1
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(at_once):
+            group.create_task(client())
+    return found
