@@ -32,7 +32,7 @@ from peers_gateways import KVFLEET, NotHereError, Place, install, version_of
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.faults.catalogue import Case, cases
-from tests.faults.judge import Judgement, Verdict, ask
+from tests.faults.judge import TOLD_ADDRESS, Judgement, Verdict, ask
 from tests.faults.many import broken_streams
 from tests.faults.site import MODEL, Site, healthily, site
 from tests.faults.test_wall import Clock, gateway_before
@@ -206,12 +206,13 @@ _LETTERS = {Verdict.PASS: "✓", Verdict.SAFE: "○", Verdict.FAIL: "✗"}
 def report(results: Sequence[Result]) -> Iterator[str]:
     """Two tables, and what each gateway failed by."""
     names = list(dict.fromkeys(result.gateway for result in results))
-    yield "| gateway | cases | pass | safe | fail |"
-    yield "|---|---|---|---|---|"
+    yield "| gateway | cases | pass | safe | fail | only by an address |"
+    yield "|---|---|---|---|---|---|"
     for name in names:
         own = [result for result in results if result.gateway == name]
         counts = [sum(one.judgement.verdict is verdict for one in own) for verdict in Verdict]
-        yield f"| {name} {own[0].version} | {len(own)} | " + " | ".join(map(str, counts)) + " |"
+        told = sum(one.judgement.why == TOLD_ADDRESS for one in own)
+        yield f"| {name} {own[0].version} | {len(own)} | " + " | ".join(map(str, [*counts, told])) + " |"
     yield ""
     yield "| fault | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 1) + "|"

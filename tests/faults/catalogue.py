@@ -101,13 +101,13 @@ async def resets(ask: Ask) -> None:
 
 async def is_silent(ask: Ask) -> None:
     """Read the request, and never answer."""
-    await asyncio.Event().wait()
+    await ask.silence()
 
 
 async def begins_and_is_silent(ask: Ask) -> None:
     """Send a stream's head, and never an event."""
     await ask.say(SSE_HEAD)
-    await asyncio.Event().wait()
+    await ask.silence()
 
 
 def answers_late(seconds: float) -> Behaviour:
@@ -145,7 +145,7 @@ async def answers_with_an_error(ask: Ask) -> None:
 async def stalls(ask: Ask) -> None:
     """Begin, and fall silent."""
     await ask.begin()
-    await asyncio.Event().wait()
+    await ask.silence()
 
 
 def cut_at_random(seed: int = 0, *, is_reset: bool = False) -> Behaviour:

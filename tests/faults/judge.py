@@ -15,6 +15,7 @@ import httpx
 from tests.faults.catalogue import Case
 from tests.faults.site import MODEL, TEXT
 
+TOLD_ADDRESS = "told an engine's address"
 _TLS = ssl.create_default_context()  # not used; httpx would make one for each client, which takes 40 ms
 
 
@@ -82,8 +83,13 @@ def judged(case: Case, heard: Heard, ports: Sequence[int]) -> Judgement:
     that blames the caller, an address of an engine.
     """
     said = heard.body.decode(errors="replace")
-    if any(f":{port}" in said or f", {port}" in said for port in ports):
-        return Judgement(Verdict.FAIL, "told an engine's address")
+    found = _judged(case, heard, said)
+    if found.verdict is not Verdict.FAIL and any(f":{port}" in said or f", {port}" in said for port in ports):
+        return Judgement(Verdict.FAIL, TOLD_ADDRESS)
+    return found
+
+
+def _judged(case: Case, heard: Heard, said: str) -> Judgement:
     if heard.end == "hang":
         return Judgement(Verdict.FAIL, "hung")
     if heard.status >= 400:

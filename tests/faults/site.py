@@ -97,6 +97,7 @@ class Ask:
     number: int
     engine: Engine
     writer: asyncio.StreamWriter
+    reader: asyncio.StreamReader
 
     @property
     def stream(self) -> bool:
@@ -108,6 +109,12 @@ class Ask:
         for piece in pieces:
             self.writer.write(piece)
         await self.writer.drain()
+
+    async def silence(self) -> None:
+        """Say nothing more, until the other side leaves."""
+        while await self.reader.read(4096):
+            pass
+        raise LeaveError
 
     async def begin(self, tokens: int = 4) -> None:
         """Begin a right answer: a stream's first tokens, or the first half of a whole answer."""
@@ -195,7 +202,7 @@ class Engine:
                 line, *fields = head.decode("latin-1").split("\r\n")
                 sizes = [int(f.split(":")[1]) for f in fields if f.lower().startswith("content-length:")]
                 body = await reader.readexactly(sizes[0] if sizes else 0)
-                await self._answer(line.split(" "), body, writer)
+                await self._answer(line.split(" "), body, reader, writer)
         except LeaveError as left:
             if left.resets:
                 _reset(writer)
@@ -205,14 +212,16 @@ class Engine:
             self._open.discard(writer)
             writer.close()
 
-    async def _answer(self, line: list[str], body: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _answer(
+        self, line: list[str], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         method, path, *_ = line
         if method != "POST" or not path.endswith("/chat/completions"):
             writer.write(_page(path))
             await writer.drain()
             return
         self.chats += 1
-        ask = Ask(json.loads(body), self.chats, self, writer)
+        ask = Ask(json.loads(body), self.chats, self, writer, reader)
         await self.site.behaviour_of(self)(ask)
 
 

@@ -25,14 +25,14 @@ class TestTheWorld:
         )
 
     def test_a_backend_may_fail_for_a_while(self, tmp_path: Path) -> None:
-        """`fail_times` counts calls; the next turn is answered."""
+        """`fail_times` counts calls, also those that ask it again; the next turn is answered."""
         passes(
             tmp_path,
             """
             - name: it recovers
-              given: {backends: {large: {fail: connect, fail_times: 1}}}
+              given: {backends: {large: {fail: connect, fail_times: 2}}}
               turns:
-                - {request: {prompt: Hello, model: large}, expect: {outcome: failed, attempts: [large]}}
+                - {request: {prompt: Hello, model: large}, expect: {outcome: failed, attempts: [large, large]}}
                 - {request: {prompt: Hello, model: large}, expect: {outcome: answered, attempts: [large]}}
             """,
         )
