@@ -191,7 +191,7 @@ async def measure(options: argparse.Namespace) -> list[Result]:
 async def break_streams(count: int) -> None:
     """Print how so many broken streams ended; a gateway in this process, which does not give its engine up."""
     began_s = time.monotonic()
-    async with site(1) as one, gateway_before(one, Clock(), failures=1 << 60) as url:
+    async with site(1) as one, gateway_before(one, Clock(), unit_s=10.0, failures=1 << 60) as url:
         found = await broken_streams(url, one, count=count)
     for why, times in found.most_common():
         print(f"{times:6} {why}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -40,8 +40,6 @@ _MARGIN_S = 0.25
 class EscalationRules(Fallback):
     """When an answer is trusted, and how much of a stream is read to tell."""
 
-    reads_answers: ClassVar[bool] = True
-
     threshold: float = number(0.7, ge=0, le=1, doc="Confidence from which on an answer is given.")
     if_unknown: str = choice(
         "accept", of=("accept", "escalate"), doc="What happens to an answer of which no judge can tell."
@@ -53,6 +51,11 @@ class EscalationRules(Fallback):
     most_held_bytes: int = number(
         262_144, ge=1024, unit="bytes", doc="Most that is held back of a stream; then what there is is judged."
     )
+
+    @property
+    def reads_answers(self) -> bool:
+        """True: judging one is reading it."""
+        return True
 
     def suffices(self, grade: Grade) -> bool:
         """True if an answer of this grade is given at once."""

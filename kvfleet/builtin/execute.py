@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
 
 import attrs
 
@@ -40,7 +39,6 @@ class Fallback(FallbackRules):
     go on with a stream.
     """
 
-    reads_answers: ClassVar[bool] = False
     retry_ratio: float = number(
         0.2, ge=0, le=10, doc="Retries for each request of the last ten seconds: of its model, and of the fleet."
     )
@@ -123,6 +121,11 @@ class Fallback(FallbackRules):
             may_call=may_call,
             told=told,
         ).answer()
+
+    @property
+    def reads_answers(self) -> bool:
+        """True if it has to know what a stream said."""
+        return self.continue_streams
 
     @property
     def budget(self) -> RetryBudget:

@@ -11,7 +11,7 @@ STREAMS = 400
 
 async def test_no_broken_stream_is_called_complete() -> None:
     """Wherever it breaks, and however: an error event, or an honest refusal before the first one."""
-    async with site(1) as one, gateway_before(one, Clock(), failures=10**9) as url:
+    async with site(1) as one, gateway_before(one, Clock(), unit_s=10.0, failures=10**9) as url:
         found = await broken_streams(url, one, count=STREAMS)
     assert sum(found.values()) == STREAMS
     assert not [why for why in found if not why.startswith("pass")], found

@@ -42,7 +42,9 @@ class Clock(SystemClock):
 
 
 @contextlib.asynccontextmanager
-async def gateway_before(one: Site, clock: Clock, *, failures: int = 3, **fallback: Any) -> AsyncIterator[str]:
+async def gateway_before(
+    one: Site, clock: Clock, *, unit_s: float = UNIT_S, failures: int = 3, **fallback: Any
+) -> AsyncIterator[str]:
     """A gateway with the default pipeline before a site's engines; so many failures in a row open a breaker."""
     first, *others = [engine.url for engine in one.engines]
     model = ModelConfig(
@@ -50,12 +52,12 @@ async def gateway_before(one: Site, clock: Clock, *, failures: int = 3, **fallba
         endpoint=first,
         replicas=tuple(others),
         provider="vllm",
-        timeout_seconds=2 * UNIT_S,
-        idle_timeout_seconds=2 * UNIT_S,
+        timeout_seconds=2 * unit_s,
+        idle_timeout_seconds=2 * unit_s,
     )
     config = FleetConfig(
         models=(model,),
-        fallback=FallbackConfig(timeout_ms=2000 * UNIT_S, **fallback),
+        fallback=FallbackConfig(timeout_ms=2000 * unit_s, **fallback),
         telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
     )
     router = Router(config, polls=False, clock=clock, seed=1)

