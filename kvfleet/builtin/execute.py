@@ -73,20 +73,28 @@ class Fallback(FallbackRules):
         Raises:
             RouteError: if there is none.
         """
+        first, is_stream = ranking.models[0], ctx.request.stream
+        self._budget.asked(first.name)
+        try:
+            answer = await attempt(first, timeout_s=self.timeout_s(first, is_stream=is_stream), reason="first")
+        except BackendError as error:  # until here all is as cheap as it can be: nearly every request ends here
+            answer = await self._next(ctx, ranking, attempt, error)
+        if self.continue_streams and answer.reply.events is not None:
+            return self._continued(ctx, ranking, attempt, answer)
+        return answer
+
+    async def _next(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt, failed: BackendError) -> Answer:
+        """The answer of somebody else, or of the same replica a moment later."""
 
         async def one(candidate: ModelConfig, timeout_s: float | None, reason: str) -> Answer:
             return await attempt(candidate, timeout_s=timeout_s, reason=reason)
 
-        tries = self.tries(ctx, ranking)
+        tries = self._tries(ctx, ranking)
         try:
-            answer = await tries.first_answer(one, is_stream=ctx.request.stream)
+            answer = await tries.next_answer(one, ranking.models[0], failed, is_stream=ctx.request.stream)
         finally:
-            if tries.faults:
-                self._note(tries)
-        if tries.faults:
-            answer.details = {**answer.details, names.RETRIES_LEFT: self._left(tries)}
-        if self.continue_streams and answer.reply.events is not None:
-            return self._continued(ctx, ranking, attempt, answer)
+            self._note(tries)
+        answer.details = {**answer.details, names.RETRIES_LEFT: self._left(tries)}
         return answer
 
     def _continued(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt, answer: Answer) -> Answer:
@@ -132,8 +140,7 @@ class Fallback(FallbackRules):
         """What retries are paid from."""
         return self._budget
 
-    def tries(self, ctx: RoutingContext, ranking: Ranking) -> Tries:
-        """The tries of one request."""
+    def _tries(self, ctx: RoutingContext, ranking: Ranking) -> Tries:
         return Tries(
             rules=self,
             ranked=ranking.models,

@@ -5,6 +5,7 @@ The smallest counts, and its name is kept, so that an error can say which limit 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -57,17 +58,16 @@ class DeadlineReader:
         Raises:
             BadRequestError: for a header or field that is no time.
         """
-        patience = self._patience(headers)
+        patience = _patience_in(headers)
         if (
-            patience is None
-            and self.configured_s is None
+            self.configured_s is None
             and self.header not in headers
             and _REQUEST_TIMEOUT not in headers
             and body.get("timeout") is None
         ):
-            return _NONE
+            return _NONE if patience is None else _of_patience(patience, is_stream)
         found = self._whole(headers, body)
-        if patience is not None and not is_stream:  # a whole answer's first byte is nearly its last
+        if patience is not None and not is_stream:
             found.append(patience)
             patience = None
         timeout_s, timeout_by = min(found, default=(None, ""))
@@ -86,13 +86,27 @@ class DeadlineReader:
             found.append((self.configured_s, "gateway.request_timeout_seconds"))
         return found
 
-    def _patience(self, headers: Headers) -> tuple[float, str] | None:
-        """How long the client waits, less what an answer needs to reach it; None if it does not say."""
-        for name in _PATIENCE:
-            value = headers.get(name)
-            if value is not None and _SECONDS.fullmatch(value) and (seconds := float(value)) > 0:
-                return seconds - min(_MOST_MARGIN_S, seconds / 20), name.decode()
+
+def _patience_in(headers: Headers) -> tuple[float, str] | None:
+    """How long the client waits, less what an answer needs to reach it; None if it does not say."""
+    for name in _PATIENCE:
+        value = headers.get(name)
+        if value is not None and (found := _patience(value, name)) is not None:
+            return found
+    return None
+
+
+@functools.lru_cache(maxsize=1024)
+def _patience(value: bytes, name: bytes) -> tuple[float, str] | None:
+    if not _SECONDS.fullmatch(value) or not (seconds := float(value)):
         return None
+    return seconds - min(_MOST_MARGIN_S, seconds / 20), name.decode()
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_patience(patience: tuple[float, str], is_stream: bool) -> TimeLimits:
+    """The limits where nobody else says anything: a whole answer's first byte is nearly its last."""
+    return TimeLimits(None, "", *patience) if is_stream else TimeLimits(*patience)
 
 
 def _milliseconds(value: bytes, name: str) -> int:

@@ -18,9 +18,9 @@ _OURS = "timeout_s"  # a program that calls the router says no more
 _SLACK_S = 0.005  # uvloop's timers may be a millisecond early
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Deadline:
-    """When a request's time is up, by the monotonic clock; infinite if nobody said.
+    """When a request's time is up, by the monotonic clock; infinite if nobody said. It does not change.
 
     Attributes:
         whole_s, whole_by: When its answer must have ended, and what set that.
@@ -80,8 +80,9 @@ class Deadline:
         Raises:
             BackendError: if nothing is left.
         """
-        if not self.is_set:
-            return _usual(candidate, wait_s)
+        usual = _usual(candidate, wait_s)
+        if self.first_s - now_s >= usual.limits.first_byte_s and self.idle_s >= usual.limits.idle_s:
+            return usual
         return self._limits(candidate, wait_s, now_s)
 
     def _limits(self, candidate: ModelConfig, wait_s: float | None, now_s: float) -> Named:
@@ -109,20 +110,20 @@ class Deadline:
 
 
 _NONE = Deadline()
-_USUAL: dict[tuple[str, float | None, float, float, float], Named] = {}
+_USUAL: dict[tuple[str, float | None], tuple[ModelConfig, Named]] = {}
 _MOST_USUAL = 16_384
 
 
 def _usual(candidate: ModelConfig, wait_s: float | None) -> Named:
-    """The limits of a request that has none of its own; kept, since they are the same each time."""
-    own = (candidate.connect_timeout_seconds, candidate.timeout_seconds, candidate.idle_timeout_seconds)
-    key = (candidate.id, wait_s, *own)
-    found = _USUAL.get(key)
-    if found is None:
-        if len(_USUAL) >= _MOST_USUAL:
-            _USUAL.clear()
-        found = _USUAL[key] = _NONE._limits(candidate, wait_s, 0.0)  # noqa: SLF001 - of this module
-    return found
+    """The limits of an attempt whose request sets none; kept, since they are the same each time."""
+    found = _USUAL.get((candidate.id, wait_s))
+    if found is not None and found[0] is candidate:
+        return found[1]
+    if len(_USUAL) >= _MOST_USUAL:
+        _USUAL.clear()
+    made = _NONE._limits(candidate, wait_s, 0.0)  # noqa: SLF001 - of this module
+    _USUAL[candidate.id, wait_s] = candidate, made
+    return made
 
 
 @attrs.frozen

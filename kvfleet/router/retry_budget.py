@@ -70,9 +70,13 @@ class RetryBudget:
     def asked(self, model: str) -> None:
         """A request begins, with this model as its first."""
         now_s = self.clock.now_s()
-        for account in (self._fleet, self._of(model, now_s)):
-            account.fade(now_s)
-            account.requests += 1.0
+        own, fleet = self._models.get(model) or self._of(model, now_s), self._fleet
+        if now_s - own.at_s >= _STEP_S:
+            own.fade(now_s)
+        if now_s - fleet.at_s >= _STEP_S:
+            fleet.fade(now_s)
+        own.requests += 1.0
+        fleet.requests += 1.0
 
     def take(self, model: str) -> str:
         """Spend one retry for a request of a model: empty if that is granted, else whose budget is used up.

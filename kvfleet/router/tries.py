@@ -114,17 +114,27 @@ class Tries:
         Raises:
             RouteError: if none does.
         """
-        rules = self.rules
-        candidate: ModelConfig | None = self._queue.pop(0)
+        first = self._queue[0]
         if self.budget is not None:
-            self.budget.asked(candidate.name)  # type: ignore[union-attr]
-        reason = "first"
+            self.budget.asked(first.name)
+        try:
+            return await attempt(first, self.rules.timeout_s(first, is_stream=is_stream), "first")
+        except BackendError as error:
+            return await self.next_answer(attempt, first, error, is_stream=is_stream)
+
+    async def next_answer(self, attempt: Try[T], first: ModelConfig, error: BackendError, *, is_stream: bool) -> T:
+        """The same, after the first attempt has failed.
+
+        Raises:
+            RouteError: if none works.
+        """
+        self._queue.remove(first)
+        reason, candidate = error.kind.value, await self.after(first, error)
         while candidate is not None:
             try:
-                return await attempt(candidate, rules.timeout_s(candidate, is_stream=is_stream), reason)
-            except BackendError as error:
-                reason = error.kind.value
-                candidate = await self.after(candidate, error)
+                return await attempt(candidate, self.rules.timeout_s(candidate, is_stream=is_stream), reason)
+            except BackendError as failed:
+                reason, candidate = failed.kind.value, await self.after(candidate, failed)
         raise self.error()
 
     async def after(self, failed: ModelConfig, error: BackendError) -> ModelConfig | None:
