@@ -22,6 +22,7 @@ from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Kind, Lease, Outcome, Refusal, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.policy.budget import NANO, Account, Denial, Reservation, Spending, month_of, nano, reserve
+from kvfleet.policy.grants import Grants
 from kvfleet.policy.ledger import Ledger
 from kvfleet.telemetry.cost import Price, with_known_prices
 from kvfleet.telemetry.metrics import MetricsExporter
@@ -125,6 +126,7 @@ class BudgetAdmission:
     _accounts: dict[str, tuple[Account, ...]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _of_keys: dict[str, Account] = attrs.field(init=False, factory=dict, repr=False, eq=False)
     _ledger: Ledger | None = attrs.field(init=False, default=None, repr=False, eq=False)
+    _grants: Grants | None = attrs.field(init=False, default=None, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         """Open the accounts."""
@@ -171,10 +173,14 @@ class BudgetAdmission:
         yield from ((f"key/{name}", budget) for name, budget in self.keys.items())
 
     async def aopen(self) -> None:
-        """Read what this month came to so far."""
+        """Read what this month came to so far, and share the accounts with whoever else has the file open."""
         if self._ledger is None:
             return
         self._take_over(await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns())))
+        for account in self._every():
+            if account.config.throttle_on_exceed:
+                account.granted = 0
+        self._grants = Grants(self._ledger, self._every())
 
     def _take_over(self, found: Mapping[str, Spending]) -> None:
         for account in self._every():
@@ -195,6 +201,15 @@ class BudgetAdmission:
         self._shared = tuple(map(kept, self._shared))
         self._accounts = {name: tuple(map(kept, found)) for name, found in self._accounts.items()}
         self._of_keys = {name: kept(account) for name, account in self._of_keys.items()}
+        if self._grants is not None and before._ledger is not None:
+            self._share(before._ledger)
+
+    def _share(self, ledger: Ledger) -> None:
+        """Use the ledger that the accounts' grants are held by, and let go of the one that was opened beside it."""
+        if self._ledger is not None and self._ledger.path == ledger.path:
+            ledger.users += 1
+            self._ledger.close()
+            self._ledger, self._grants = ledger, Grants(ledger, self._every())
 
     async def aclose(self) -> None:
         """Write what was spent."""
@@ -214,11 +229,16 @@ class BudgetAdmission:
             denials = (account.check(amount, prompt + answer) for account in accounts)
             denial = next((one for one in denials if one is not None), None)
             return _Nothing() if denial is None else _refusal(denial)
-        held = reserve(accounts, amount, prompt + answer)
+        held = await self._reserve(accounts, amount, prompt + answer)
         if isinstance(held, Denial):
             self._metrics.count("kvfleet_budget_refusals_total", held.account, held.code)
             return _refusal(held)
         return _Held(self, held, (prompt, answer))
+
+    async def _reserve(self, accounts: tuple[Account, ...], amount: int, tokens: int) -> Reservation | Denial:
+        if self._grants is not None and any(account.lacks(amount) for account in accounts):
+            await self._grants.obtain(accounts, amount)
+        return reserve(accounts, amount, tokens)
 
     def _most_usd(self, ctx: RoutingContext, prompt: int, answer: int) -> float:
         """The most that the route may cost, in US dollars; unknown prices count as nothing."""
@@ -246,6 +266,8 @@ class BudgetAdmission:
         for account, month in reservation.settle(spending):
             if self._ledger is not None:
                 self._ledger.book(account.name, month, spending)
+            if self._grants is not None:
+                self._grants.settled(account)
             if spending.nano_usd:
                 self._metrics.count("kvfleet_budget_spend_usd_total", account.name, by=spending.nano_usd / NANO)
             if account.reaches_threshold:

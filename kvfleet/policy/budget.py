@@ -96,6 +96,17 @@ class Spending:
             unpriced=self.unpriced + more.unpriced,
         )
 
+    def minus(self, less: Spending) -> Spending:
+        """This without a part of it."""
+        return Spending(
+            nano_usd=self.nano_usd - less.nano_usd,
+            requests=self.requests - less.requests,
+            prompt_tokens=self.prompt_tokens - less.prompt_tokens,
+            completion_tokens=self.completion_tokens - less.completion_tokens,
+            cached_tokens=self.cached_tokens - less.cached_tokens,
+            unpriced=self.unpriced - less.unpriced,
+        )
+
 
 @attrs.define
 class Account:
@@ -109,6 +120,11 @@ class Account:
         reserved: Nanodollars held for requests in flight.
         refused: Requests refused this month.
         is_alerted: True once the month's spending has reached the threshold.
+        granted: Nanodollars that may be reserved or spent here before they are written; None if nobody else spends of
+            the account, so that all of it may.
+        unwritten: Of what was spent, what no ledger has written yet.
+        others: Nanodollars that other processes hold.
+        wanted: Nanodollars that are being asked for.
     """
 
     name: str
@@ -120,6 +136,10 @@ class Account:
     refused: int = attrs.field(init=False, default=0)
     is_alerted: bool = attrs.field(init=False, default=False)
     minute: Minute = attrs.field(init=False, factory=Minute)
+    granted: int | None = attrs.field(init=False, default=None)
+    unwritten: Spending = attrs.field(init=False, factory=Spending)
+    others: int = attrs.field(init=False, default=0)
+    wanted: int = attrs.field(init=False, default=0)
     _ends_ns: int = attrs.field(init=False, default=0)
 
     @month.default
@@ -133,8 +153,34 @@ class Account:
 
     @property
     def remaining(self) -> int:
-        """Nanodollars neither spent nor reserved; below 0 if more was spent than was there."""
-        return self.limit - self.spent.nano_usd - self.reserved
+        """Nanodollars neither spent nor held by anybody; below 0 if more was spent than was there."""
+        return self.limit - self.spent.nano_usd - self.reserved - self.others
+
+    def lacks(self, amount: int) -> bool:
+        """True if the grant has no room for so many more nanodollars."""
+        self.roll()
+        return self.granted is not None and self.reserved + self.unwritten.nano_usd + amount > self.granted
+
+    def needs(self) -> int:
+        """What is to be held of the account, for a grant, beside what is spent and only has to be written.
+
+        From now on no more is used than that, because the answer may grant no more.
+        """
+        needed = self.reserved + self.wanted
+        if self.granted is not None:
+            self.granted = min(self.granted, needed + self.unwritten.nano_usd)
+        return needed
+
+    def stands(self, spent: Spending, granted: int, others: int) -> None:
+        """What a ledger says: all that was written as spent, what may be held here, and what others hold."""
+        self.granted, self.others = granted, others
+        self.spent = spent.plus(self.unwritten)
+
+    def written(self, month: str, spending: Spending) -> None:
+        """So much of what was spent here has been written, and has left the grant."""
+        if month == self.month and self.granted is not None:
+            self.unwritten = self.unwritten.minus(spending)
+            self.granted = max(self.granted - spending.nano_usd, 0)
 
     def roll(self) -> None:
         """Begin a new month if it is one: what is in flight is still billed to the month it was let in."""
@@ -145,7 +191,9 @@ class Account:
         month = month_of(now_ns)
         if month != self.month:
             self.month, self.spent = month, Spending()
-            self.reserved = self.refused = 0
+            self.reserved = self.refused = self.others = 0
+            self.unwritten = Spending()
+            self.granted = None if self.granted is None else 0
             self.is_alerted = False
 
     def check(self, amount: int, tokens: int) -> Denial | None:
@@ -155,7 +203,9 @@ class Account:
 
     def _check_money(self, amount: int) -> Denial | None:
         # A request that costs nothing takes nothing from anybody, however little is left.
-        if not self.config.throttle_on_exceed or not amount or amount <= self.remaining:
+        if not self.config.throttle_on_exceed or not amount:
+            return None
+        if amount <= self.remaining and not self.lacks(amount):
             return None
         limit = f"{money(self.config.monthly_budget_usd)} of {self.month}"
         if self.spent.nano_usd + amount > self.limit:
@@ -184,6 +234,8 @@ class Account:
         self.roll()
         if month == self.month:
             self.spent = self.spent.plus(spending)
+            if self.granted is not None:
+                self.unwritten = self.unwritten.plus(spending)
 
     @property
     def reaches_threshold(self) -> bool:

@@ -1,0 +1,119 @@
+"""Obtains, for the budgets of one process, what they may spend of accounts that several processes share.
+
+See `kvfleet.policy.ledger`: a grant is asked for when the one there is has no room, and given back when it is not used.
+All of this runs in the event loop; the ledger answers from its own thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from kvfleet.policy.budget import Account
+from kvfleet.policy.ledger import Ask, Booked, Ledger, Standing
+
+__all__ = ["Grants"]
+
+_PATIENCE_S = (0.0, 0.05, 0.1, 0.2, 0.4, 0.4)
+"""Waits for what other processes hold and may not use."""
+_LOOK_AGAIN_S = 0.5
+"""A grant is fitted to what is used this often."""
+
+
+@attrs.define(eq=False)
+class Grants:
+    """Asks a ledger for what accounts need.
+
+    Args:
+        ledger: Shared with other processes.
+        accounts: Those of this process.
+    """
+
+    ledger: Ledger
+    accounts: Iterable[Account] = attrs.field(repr=False)
+    _loop: asyncio.AbstractEventLoop = attrs.field(init=False, repr=False, factory=asyncio.get_running_loop)
+    _asking: dict[str, asyncio.Future[None]] = attrs.field(init=False, factory=dict, repr=False)
+    _looked_s: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _by_name: dict[str, Account] = attrs.field(init=False, repr=False)
+
+    @_by_name.default
+    def _name_them(self) -> dict[str, Account]:
+        return {account.name: account for account in self.accounts}
+
+    def __attrs_post_init__(self) -> None:
+        """Be told what the ledger has written."""
+        self.ledger.written = lambda booked: self._tell(lambda: self._written(booked))
+
+    async def obtain(self, accounts: Sequence[Account], amount: int) -> None:
+        """Ask for so many nanodollars in each account, until all have room for it or cannot have.
+
+        Waits for a moment if only what other processes hold is in the way, because they give back what they do not use.
+        """
+        for account in accounts:
+            account.wanted += amount
+        try:
+            for wait_s in _PATIENCE_S:
+                if wait_s:
+                    await asyncio.sleep(wait_s)
+                short = [account for account in accounts if account.lacks(amount)]
+                for account in short:
+                    await self._ask_for(account, amount)
+                short = [account for account in accounts if account.lacks(amount)]
+                if not any(_is_held_elsewhere(account, amount) for account in short):
+                    return
+        finally:
+            for account in accounts:
+                account.wanted -= amount
+
+    def settled(self, account: Account) -> None:
+        """A reservation was settled: give back what is not used, all of it if nothing is under way."""
+        if account.granted is None:
+            return
+        is_idle = not account.reserved and not account.wanted
+        now_s = self._loop.time()
+        if is_idle or now_s - self._looked_s.get(account.name, 0.0) > _LOOK_AGAIN_S:
+            self._looked_s[account.name] = now_s
+            if account.name not in self._asking:
+                self._ask(account, spares=not is_idle)
+
+    async def _ask_for(self, account: Account, amount: int) -> None:
+        """Ask once, after whoever asks already; those that come meanwhile are in the same demand."""
+        while (under_way := self._asking.get(account.name)) is not None:
+            await asyncio.shield(under_way)
+        if account.lacks(amount):
+            await asyncio.shield(self._ask(account))
+
+    def _ask(self, account: Account, *, spares: bool = True) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._asking[account.name] = future
+        month = account.month
+        ask = Ask(account=account.name, month=month, limit=account.limit, needed=account.needs(), spares=spares)
+        self.ledger.ask(ask, lambda standing: self._tell(lambda: self._told(account, month, standing)))
+        return future
+
+    def _tell(self, what: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would want to know
+            self._loop.call_soon_threadsafe(what)  # type: ignore[arg-type]
+
+    def _told(self, account: Account, month: str, standing: Standing | None) -> None:
+        future = self._asking.pop(account.name, None)
+        if standing is None:
+            account.granted = None  # the file cannot be used: this process goes on by what it knows
+        elif month == account.month:
+            account.stands(standing.spent, standing.granted, standing.others)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def _written(self, booked: Booked) -> None:
+        for (name, month), spending in booked.items():
+            account = self._by_name.get(name)
+            if account is not None:
+                account.written(month, spending)
+
+
+def _is_held_elsewhere(account: Account, amount: int) -> bool:
+    """True if there would be room, were it not for what other processes hold."""
+    return account.others > 0 and account.spent.nano_usd + account.reserved + amount <= account.limit

@@ -1,0 +1,270 @@
+"""Budgets that several processes share: exact whatever they do at once, and whatever becomes of one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvfleet.adapters.call import Usage
+from kvfleet.builtin.budget import BudgetAdmission
+from kvfleet.clock import SystemClock
+from kvfleet.config.schema import BudgetConfig
+from kvfleet.plugin.component import Services
+from kvfleet.plugin.contract import Refusal
+from kvfleet.policy.budget import Spending, month_of
+from kvfleet.policy.ledger import Ask, Ledger, Standing, read_month
+from tests.builtin.making import context, model, outcome, user
+
+CHEAP = model("cheap", cost_per_1k_input_tokens=1.0, cost_per_1k_output_tokens=1.0)
+MONTH = month_of(time.time_ns())
+DOLLAR = 1_000_000_000
+
+
+async def opened(path: Path, **limits: Any) -> BudgetAdmission:
+    """One process's budgets, as a running gateway has them."""
+    made = BudgetAdmission(path=str(path), budget=BudgetConfig(enabled=True, per_request_max_usd=None, **limits))
+    made.provision(Services(clock=SystemClock(), models=(CHEAP,)))
+    await made.aopen()
+    return made
+
+
+async def ask(stage: BudgetAdmission, dollars: int = 1) -> Any:
+    """A request that may cost so many dollars: its lease, or its refusal."""
+    return await stage.admit(context((CHEAP,), [user("")], body={"max_tokens": dollars * 1000}))
+
+
+def end(lease: Any, dollars: float = 1.0) -> None:
+    """It ends, and cost so much."""
+    lease.release(outcome(context(), CHEAP, usage=Usage(0, round(dollars * 1000)), cost_usd=dollars))
+
+
+def left(path: Path) -> float:
+    """What was spent, in dollars, as the file tells."""
+    return read_month(path, MONTH).get("fleet", Spending()).nano_usd / DOLLAR
+
+
+async def test_many_at_once_in_two_processes_never_hold_more_than_there_is(tmp_path: Path) -> None:
+    """400 requests for a dollar each against 100 dollars: 100 are let in, no more and no fewer, whoever asks first."""
+    stages = [await opened(tmp_path / "b.sqlite", monthly_budget_usd=100.0) for _ in range(2)]
+    found = await asyncio.gather(*(ask(stages[i % 2]) for i in range(400)))
+    leases = [one for one in found if not isinstance(one, Refusal)]
+    assert 99 <= len(leases) <= 100
+    for lease in leases:
+        end(lease)
+    for stage in stages:
+        await stage.aclose()
+    assert left(tmp_path / "b.sqlite") == len(leases)
+
+
+@pytest.mark.parametrize("real", [0.25, 0.5])
+async def test_what_is_given_back_is_there_for_everybody(tmp_path: Path, real: float) -> None:
+    """Requests cost less than was held for them: as many are served as the money buys, in whichever process."""
+    path = tmp_path / "b.sqlite"
+    stages = [await opened(path, monthly_budget_usd=10.0) for _ in range(2)]
+    served = 0
+    for i in range(200):
+        got = await ask(stages[i % 2])
+        if isinstance(got, Refusal):
+            break
+        end(got, real)
+        served += 1
+    for stage in stages:
+        await stage.aclose()
+    assert 10 - 1 < served * real <= 10
+    assert left(path) == served * real
+
+
+async def test_what_one_process_holds_and_does_not_use_refuses_nobody(tmp_path: Path) -> None:
+    """The first one gets a part of what is left to spare; the second may still spend the last dollar."""
+    path = tmp_path / "b.sqlite"
+    first, second = [await opened(path, monthly_budget_usd=100.0) for _ in range(2)]
+    end(await ask(first))
+    for _ in range(99):
+        got = await ask(second)
+        assert not isinstance(got, Refusal), got
+        end(got)
+    refused = await ask(second)
+    assert (refused.code, refused.status) == ("insufficient_quota", None)
+    assert (await ask(first)).code == "insufficient_quota"
+    await first.aclose()
+    await second.aclose()
+    assert left(path) == 100
+
+
+async def test_within_one_process_a_refusal_is_right_at_once(tmp_path: Path) -> None:
+    """Nobody waits for others where there are none."""
+    stage = await opened(tmp_path / "b.sqlite", monthly_budget_usd=3.0)
+    leases = [await ask(stage) for _ in range(3)]
+    began = time.monotonic()
+    assert isinstance(await ask(stage), Refusal)
+    assert time.monotonic() - began < 0.5
+    end(leases[0], 0.5)
+    assert isinstance(await ask(stage), Refusal)
+    end(leases[1], 0.5)
+    end(await ask(stage))
+    end(leases[2])
+    await stage.aclose()
+
+
+async def test_a_reload_keeps_what_is_held(tmp_path: Path) -> None:
+    """The successor goes on with the grant, and nothing is counted twice."""
+    path = tmp_path / "b.sqlite"
+    before = await opened(path, monthly_budget_usd=4.0)
+    held = [await ask(before) for _ in range(3)]
+    after = await opened(path, monthly_budget_usd=4.0)
+    after.inherit(before)
+    one = await ask(after)
+    assert not isinstance(one, Refusal)
+    assert isinstance(await ask(after), Refusal)
+    for lease in (*held, one):
+        end(lease, 0.5)
+    await before.aclose()
+    again = await ask(after)
+    assert not isinstance(again, Refusal)
+    end(again, 1.0)
+    await after.aclose()
+    assert left(path) == 3.0
+
+
+def grant(ledger: Ledger, needed: int, *, limit: int = 100) -> Standing:
+    """Ask a ledger, and wait for what it says."""
+    told: list[Standing | None] = []
+    done = threading.Event()
+
+    def say(standing: Standing | None) -> None:
+        told.append(standing)
+        done.set()
+
+    ledger.ask(Ask(account="fleet", month=MONTH, limit=limit, needed=needed, spares=False), say)
+    assert done.wait(5)
+    assert told[0] is not None
+    return told[0]
+
+
+def test_the_grant_of_one_that_died_is_free_after_a_minute(tmp_path: Path) -> None:
+    """Until then nobody else may have it; what it had booked stays."""
+    now = [1000.0]
+    path = tmp_path / "b.sqlite"
+    dead, other = (Ledger(path, time_s=lambda: now[0]) for _ in range(2))
+    dead.open(MONTH)
+    other.open(MONTH)
+    assert grant(dead, 80).granted == 80
+    assert (grant(other, 50).granted, grant(other, 50).others) == (20, 80)
+    now[0] += 61
+    assert (grant(other, 50).granted, grant(other, 50).others) == (50, 0)
+    dead.close()
+    other.close()
+
+
+moves = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from(["ask", "book", "free"]), st.integers(0, 60)), max_size=40
+)
+
+
+@settings(deadline=None, max_examples=25)
+@given(moves)
+def test_spent_and_held_never_exceed_the_limit(tmp_path_factory: pytest.TempPathFactory, history: Any) -> None:
+    """Three processes that ask, book under what they hold, and give back, in any order."""
+    path = tmp_path_factory.mktemp("grants") / "b.sqlite"
+    ledgers = [Ledger(path) for _ in range(3)]
+    held = [0, 0, 0]
+    spent = 0
+    for ledger in ledgers:
+        ledger.open(MONTH)
+    try:
+        for who, what, wish in history:
+            amount = wish
+            if what == "book":
+                amount = min(wish, held[who])
+                ledgers[who].book("fleet", MONTH, Spending(nano_usd=amount))
+                held[who] -= amount
+                spent += amount
+            else:
+                standing = grant(ledgers[who], amount if what == "ask" else 0)
+                held[who] = standing.granted
+                assert standing.spent.nano_usd + standing.granted + standing.others <= 100
+            assert spent + sum(held) <= 100
+    finally:
+        for ledger in ledgers:
+            ledger.close()
+    assert read_month(path, MONTH).get("fleet", Spending()).nano_usd == spent
+
+
+WORKER = """
+import asyncio, json, random, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from tests.policy.test_grants import Refusal, ask, end, opened
+
+async def main():
+    stage = await opened(Path(sys.argv[1]), monthly_budget_usd=50.0)
+    chance, served, tries = random.Random(int(sys.argv[2])), 0.0, 0
+    print("ready", flush=True)
+
+    async def one():
+        nonlocal served
+        got = await ask(stage)
+        if isinstance(got, Refusal):
+            return False
+        await asyncio.sleep(chance.random() / 100)
+        cost = round(chance.random(), 3)
+        end(got, cost)
+        served += cost
+        print(json.dumps(cost), flush=True)
+        return True
+
+    while any(await asyncio.gather(*(one() for _ in range(10)))):
+        pass
+    await stage.aclose()
+
+asyncio.run(main())
+"""
+
+
+def start(path: Path, seed: int) -> subprocess.Popen[str]:
+    """A process that spends until there is nothing left."""
+    root = str(Path(__file__).parent.parent.parent)
+    return subprocess.Popen(  # noqa: S603 - our own program
+        [sys.executable, "-c", WORKER, str(path), str(seed), root], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_four_processes_spend_a_budget_to_its_end_and_not_beyond(tmp_path: Path) -> None:
+    """Each serves ten requests at a time until it is refused; what they say they spent is what the file says."""
+    path = tmp_path / "b.sqlite"
+    workers = [start(path, seed) for seed in range(4)]
+    said = 0.0
+    for worker in workers:
+        out, _ = worker.communicate(timeout=60)
+        said += sum(json.loads(line) for line in out.splitlines()[1:])
+        assert worker.returncode == 0
+    assert left(path) == pytest.approx(said, abs=1e-6)
+    assert 45 < said <= 50
+
+
+def test_a_killed_process_takes_nothing_with_it(tmp_path: Path) -> None:
+    """What it had said it spent, but for the last moments, is in the file; the others go on and stay within the budget."""
+    path = tmp_path / "b.sqlite"
+    victim, other = start(path, 1), start(path, 2)
+    assert victim.stdout is not None
+    lines = [victim.stdout.readline() for _ in range(1 + random.Random(3).randrange(8, 20))]
+    os.kill(victim.pid, signal.SIGKILL)
+    out, _ = victim.communicate(timeout=10)
+    costs = [json.loads(line) for line in [*lines[1:], *out.splitlines()]]
+    rest, _ = other.communicate(timeout=60)
+    said = sum(json.loads(line) for line in rest.splitlines()[1:])
+    assert said + sum(costs) - 10 <= left(path) <= 50
+    assert left(path) >= said + sum(costs[:-10])
