@@ -29,6 +29,7 @@ __all__ = ["QueueAdmission"]
 
 _WEIGHT_OF_NEW = 0.1
 _SOON_S = 1.0
+_LOOK_AGAIN_S = 0.1
 _USUAL_ANSWER = 256
 _MOST_TENANTS = 4096
 _ANSWER_TOKENS_WEIGH = 2.0
@@ -89,6 +90,7 @@ class _Flow:
         hold_s: How long a place is used.
         turned_away: Refused ones, each of which is taken to come back when a place is free.
         answers: Usual tokens of an answer, by tenant.
+        timer: Looks for room again while anybody waits.
     """
 
     queue: FairQueue[_Waiter]
@@ -98,6 +100,7 @@ class _Flow:
     hold_s: float | None = None
     turned_away: int = 0
     answers: dict[str, float] = attrs.field(factory=dict)
+    timer: asyncio.TimerHandle | None = None
 
 
 @attrs.define(kw_only=True)
@@ -113,7 +116,10 @@ class QueueAdmission:
 
     max_in_flight: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
     max_in_flight_per_replica: int = number(
-        0, ge=0, unit="requests", doc="Most for each replica that may be called; no limit if 0."
+        0,
+        ge=0,
+        unit="requests",
+        doc="Most for each replica that may be called, those of others that its engine counts included; no limit if 0.",
     )
     max_queue: int = number(256, ge=0, unit="requests", doc="Most that wait; nobody does if 0.")
     max_wait_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait.")
@@ -226,17 +232,17 @@ class QueueAdmission:
         most = self.max_in_flight_per_replica
         if not most:
             return True
-        out, in_flight = self._health.unavailable(now_s), self._load.in_flight
+        out, pending = self._health.unavailable(now_s), self._load.pending
         if out:
             candidates = [one for one in candidates if one.endpoint not in out]
             if not candidates:
                 return True
         if not self._flow.on_the_way:
             for one in candidates:  # noqa: SIM110 - a generator takes as long again as the usual first look
-                if in_flight(one.id) < most:
+                if pending(one.id) < most:
                     return True
             return False
-        return sum(max(most - in_flight(one.id), 0) for one in candidates) > len(self._flow.on_the_way)
+        return sum(max(most - pending(one.id), 0) for one in candidates) > len(self._flow.on_the_way)
 
     def _let_in(self, request: RouteRequest) -> _Place:
         self._flow.in_flight += 1
@@ -262,6 +268,17 @@ class QueueAdmission:
                 self._flow.on_the_way.add(id(one.item.request))
                 one.item.told.set_result(None)
 
+    def _look_again(self) -> None:
+        """While anybody waits, look for room that no end of a request of ours tells of."""
+        if self._flow.timer is None:
+            self._flow.timer = asyncio.get_running_loop().call_later(_LOOK_AGAIN_S, self._looked)
+
+    def _looked(self) -> None:
+        self._flow.timer = None
+        self._flow.let_in()
+        if self._flow.queue.size:
+            self._look_again()
+
     # Waiting
 
     async def _wait(self, ctx: RoutingContext) -> Lease | Refusal:
@@ -269,6 +286,7 @@ class QueueAdmission:
         since_s, ahead = self._clock.now_s(), self._flow.queue.ahead(tenant, priority)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), ctx.candidates, ctx.request)
         entry = self._flow.queue.add(waiter, tenant, priority, self._work_of(ctx), ctx.request.models)
+        self._look_again()
         try:
             async with asyncio.timeout(self.max_wait_ms / 1000):
                 refusal = await waiter.told

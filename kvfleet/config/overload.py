@@ -28,7 +28,10 @@ class OverloadConfig:
 
     max_in_flight: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
     max_in_flight_per_replica: int = number(
-        0, ge=0, unit="requests", doc="Most for each replica that may be called; no limit if 0."
+        0,
+        ge=0,
+        unit="requests",
+        doc="Most for each replica that may be called, those of others that its engine counts included; no limit if 0.",
     )
     max_queue: int = number(256, ge=0, unit="requests", doc="Most that wait; nobody does if 0.")
     max_wait_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait.")

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 import pytest
 
+from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.queue import QueueAdmission
 from kvfleet.clock import FrozenClock
@@ -254,6 +255,18 @@ def start(fleet: Fleet, at: ModelConfig, task: asyncio.Task[Lease | Refusal]) ->
     assert place(task)
     fleet.queue.placed(attrs.evolve(fleet.ctx(), request=place(task).request), at)
     return fleet.load.started(at.id, Work())
+
+
+async def test_what_engines_do_for_others_takes_room_until_it_is_done() -> None:
+    """Room that other gateways took counts, and is found when they have given it back, though nothing of ours ends."""
+    fleet = Fleet.of(max_in_flight_per_replica=2)
+    for one in (A, B):
+        fleet.load.report(one.endpoint, EngineLoad(running=2, waiting=0), fleet.clock.now_s())
+    waiting = await fleet.asked()
+    assert not waiting.done()
+    fleet.load.report(A.endpoint, EngineLoad(running=1, waiting=0), fleet.clock.now_s())
+    await asyncio.wait({waiting}, timeout=5)
+    assert place(waiting)
 
 
 async def test_those_on_their_way_count_too() -> None:
