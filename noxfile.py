@@ -109,6 +109,13 @@ def clients(session: nox.Session) -> None:
 
 
 @nox.session
+def schema(session: nox.Session) -> None:
+    """Schemathesis holds a gateway to its own OpenAPI page; `-- --examples 1000` asks for longer."""
+    session.install("-e", ".", *GROUPS["schema"])
+    session.run("python", "tests/schema/run.py", *session.posargs)
+
+
+@nox.session
 def page(session: nox.Session) -> None:
     """What the feature page promises, each with its tests: a table, and a failure if a promise is not kept."""
     session.install("-e", ".", *GROUPS["test"])

@@ -29,6 +29,7 @@ from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
 from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.meters import Meters
+from kvfleet.gateway.openapi import openapi
 from kvfleet.gateway.relay import Relay
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.gateway.surfaces.messages import Messages
@@ -109,7 +110,7 @@ class Gateway:
         self._renames_answers = config.gateway.response_id == "request"
         self._new_id = new_id
         self.routes = self._table()
-        is_split = config.gateway.admin.port is not None
+        self._is_split = is_split = config.gateway.admin.port is not None
         self._clients = Table.of(one for one in self.routes if not (is_split and one.is_operators))
         self.operators = Table.of(one for one in self.routes if one.is_operators or one.method == "GET")
 
@@ -142,6 +143,7 @@ class Gateway:
             Route("GET", f"{PATH}/api/state", Access.ADMIN, self.board.state),
             Route("GET", f"{PATH}/api/route/{{id}}", Access.ADMIN, self.board.route),
             Route("GET", f"{PATH}/events", Access.ADMIN, self.board.events),
+            Route("GET", "/openapi.json", Access.KEY, self._openapi),
             Route("GET", "/livez", Access.OPEN, self._livez),
             Route("GET", "/readyz", Access.OPEN, self._readyz),
         )
@@ -437,6 +439,10 @@ class Gateway:
 
     async def _reload(self, exchange: Exchange) -> None:
         await exchange.json(200, await self.reload("asked for"))
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        shown = [one for one in self.routes if not self._is_split or not one.is_operators]
+        await exchange.json(200, openapi(shown, has_keys=bool(self.keys)))
 
     async def _metrics(self, exchange: Exchange) -> None:
         metrics = self.router.services.metrics

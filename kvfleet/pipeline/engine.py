@@ -16,8 +16,16 @@ import attrs
 
 from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock
-from kvfleet.config.schema import ModelConfig
-from kvfleet.errors import AdmissionError, ContractError, NoCandidatesError, QuotaError, RouteError, StageError
+from kvfleet.config.schema import AUTO_MODEL, ModelConfig
+from kvfleet.errors import (
+    AdmissionError,
+    ContractError,
+    ModelNotFoundError,
+    NoCandidatesError,
+    QuotaError,
+    RouteError,
+    StageError,
+)
 from kvfleet.pipeline.stage import BoundStage, Pipeline, Said
 from kvfleet.plugin.contract import (
     Affinity,
@@ -287,6 +295,8 @@ class Decision:
         message = f"no model may or can serve this request: {who}" if who else nobody
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
+        if not self.excluded and request.model != AUTO_MODEL:  # an embedding model asked to chat, say
+            return NoCandidatesError(message, status=404, code=ModelNotFoundError.code, details=details)
         wait_s = _soonest_s([drop for _, drop in self.excluded])
         if any(getattr(stage.component, "limits_rates", False) for stage, _ in self.excluded):
             code = AdmissionError.code

@@ -49,8 +49,10 @@ def chat_of(body: Body, reading: Reading) -> dict[str, Any]:
         BadRequestError: naming the field at fault.
     """
     limit = body.get("max_tokens")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise refused("max_tokens must be a whole number", "max_tokens")
+    if isinstance(limit, float) and limit.is_integer():
+        limit = int(limit)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 <= limit < 2**31):
+        raise refused("max_tokens must be a whole number below 2^31", "max_tokens")
     chat: dict[str, Any] = {"messages": [*_system(body.get("system"), reading), *_messages(body, reading)]}
     for key in ("model", *_SAME, *_NATIVE_FIELDS, *(key for key in body if key not in _KNOWN)):
         if body.get(key) is not None:
@@ -113,7 +115,7 @@ def _asked(role: str, blocks: Sequence[Mapping[str, Any]], place: str, reading: 
             parts += pictures
         else:
             parts += _parts(block, where, reading)
-    if parts:
+    if parts or not blocks:
         yield {"role": role, "content": parts}
 
 

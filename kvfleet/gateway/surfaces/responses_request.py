@@ -24,6 +24,7 @@ _STATE = {
     "prompt": "write the prompt in `instructions` and `input`",
     "store": "leave it out, or say false",
 }
+_FLAGS = ("background", "store")
 _SAME = (
     *("model", "temperature", "top_p", "stream", "parallel_tool_calls", "metadata", "user", "service_tier"),
     *("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options"),
@@ -49,7 +50,8 @@ def chat_of(body: Body, reading: Reading) -> dict[str, Any]:
         BadRequestError: naming the field at fault.
     """
     for field, remedy in _STATE.items():
-        if body.get(field) not in (None, False):
+        value = body.get(field)
+        if value is not None and not (value is False and field in _FLAGS):
             message = f"{field} needs a conversation kept by the server, and the gateway keeps none; {remedy}"
             raise BadRequestError(message, param=field, code="unsupported_parameter")
     messages = [*_instructions(body), *_input(body.get("input"), reading)]
