@@ -141,11 +141,12 @@ class Fallback(FallbackRules):
         return self._budget
 
     def _tries(self, ctx: RoutingContext, ranking: Ranking) -> Tries:
+        patience_s = ctx.request.patience_s
         return Tries(
             rules=self,
             ranked=ranking.models,
             budget=self._budget,
-            by_s=by_s(ctx),
+            by_s=math.inf if patience_s is None else ctx.now_s + patience_s,
             clock=self._clock,
             chance=random.Random(ctx.seed).random,  # noqa: S311 - the jitter of a wait
         )
@@ -174,13 +175,6 @@ class Fallback(FallbackRules):
         if tries.stopped in ("model_budget", "fleet_budget") and self._metrics is not None:
             model, whose = tries.faults[0][0].name, tries.stopped.removesuffix("_budget")
             self._metrics.count("kvfleet_retries_refused_total", model, whose)
-
-
-def by_s(ctx: RoutingContext) -> float:
-    """When a request's first byte must be there, by the monotonic clock; infinite if nobody said."""
-    request = ctx.request
-    limits = [limit for limit in (request.timeout_s, request.first_byte_s) if limit is not None]
-    return ctx.now_s + min(limits) if limits else math.inf
 
 
 @hookimpl

@@ -167,7 +167,7 @@ class QueueAdmission:
 
     async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
         """A place, at once or after a wait, or a refusal."""
-        if ctx.request.timeout_s is not None and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
+        if ctx.request.patience_s is not None and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
             return late
         queue = self._flow.queue
         if not (queue.size and queue.holds(ctx.request.models)) and self._has_room(ctx.candidates, ctx.now_s):
@@ -337,9 +337,10 @@ class QueueAdmission:
 
     def _too_late(self, ctx: RoutingContext, wait_s: float) -> Refusal | None:
         """A refusal for a request whose answer is not expected in time; None for one that has the time."""
-        if ctx.request.timeout_s is None:
+        patience_s = ctx.request.patience_s
+        if patience_s is None:
             return None
-        left_s = ctx.request.timeout_s - (self._clock.now_s() - ctx.now_s)
+        left_s = patience_s - (self._clock.now_s() - ctx.now_s)
         needs_s = wait_s + self._expected_s(ctx)
         if needs_s <= left_s:
             return None

@@ -173,6 +173,14 @@ class RouteRequest:
     seed: int | None = None
     native: Native | None = None
 
+    @property
+    def patience_s(self) -> float | None:
+        """Seconds from the start in which a first byte must be there; None if nobody said."""
+        whole_s, first_s = self.timeout_s, self.first_byte_s
+        if whole_s is None or first_s is None:
+            return first_s if whole_s is None else whole_s
+        return min(whole_s, first_s)
+
     def changed(self, **changes: Any) -> RouteRequest:
         """The same with other values of some fields; `attrs.evolve` takes ten times as long."""
         made = object.__new__(RouteRequest)
