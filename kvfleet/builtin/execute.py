@@ -67,6 +67,10 @@ class Fallback(FallbackRules):
         self._clock, self._services = services.clock, services
         self._budget = RetryBudget(self.retry_ratio, self.min_retries_per_second, services.clock)
 
+    def inherit(self, before: Fallback) -> None:
+        """Go on with the budget of the pipeline before a reload."""
+        self._budget.inherit(before.budget)
+
     async def execute(self, ctx: RoutingContext, ranking: Ranking, attempt: Attempt) -> Answer:
         """The first answer.
 

@@ -100,6 +100,10 @@ class RetryBudget:
         account.fade(now_s)
         return max(self._left(account), 0.0)
 
+    def inherit(self, before: RetryBudget) -> None:
+        """Go on counting where another one stopped, after a reload."""
+        self._fleet, self._models = before._fleet, before._models
+
     def _left(self, account: _Account) -> float:
         return self.ratio * account.requests + self.floor_per_s * WINDOW_S - account.retries + 1e-9
 

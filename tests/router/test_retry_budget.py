@@ -80,6 +80,14 @@ def test_attempts_never_exceed_the_budget(steps: list[tuple[float, bool]], ratio
     assert budget.left() >= 0
 
 
+def test_a_reload_forgives_nothing() -> None:
+    """What was spent stays spent; what may be spent is what the new file says."""
+    before, after = RetryBudget(0.0, 1.0, clock := FrozenClock()), RetryBudget(0.0, 2.0, clock)
+    assert spend(before) == 10
+    after.inherit(before)
+    assert spend(after) == 10
+
+
 def test_accounts_are_bounded() -> None:
     """Ten thousand names of models do not stay for ever."""
     budget = RetryBudget(0.2, 3.0, FrozenClock())
