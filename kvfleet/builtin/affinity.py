@@ -14,6 +14,7 @@ from kvfleet.builtin.placements import Placement
 from kvfleet.builtin.told import Told, ToldCaches
 from kvfleet.cache.blocks import BYTES_PER_TOKEN, PromptBlocks, salt_of
 from kvfleet.cache.kv_affinity import ConsistentHashRing
+from kvfleet.cache.popularity import Popularity
 from kvfleet.cache.prefix_index import RoutedIndex, Visit
 from kvfleet.cache.trust import Trust
 from kvfleet.clock import Clock, SystemClock
@@ -97,6 +98,7 @@ class PrefixAffinity:
         0.8, ge=0, le=1, doc="What a cached token is worth that an engine must load from the CPU's memory or a disk."
     )
     _index: RoutedIndex = attrs.field(init=False, repr=False, eq=False)
+    _popularity: Popularity = attrs.field(init=False, factory=Popularity, repr=False, eq=False)
     _told: ToldCaches = attrs.field(init=False, factory=ToldCaches, repr=False, eq=False)
     _trust: dict[str, Trust] = attrs.field(init=False, factory=dict, repr=False)
     _looked: dict[int, _Looked] = attrs.field(init=False, factory=dict, repr=False)
@@ -139,7 +141,7 @@ class PrefixAffinity:
             trust.least = self.min_trust
         self._told.inherit(before._told)
         if before._index_options == self._index_options:
-            self._index = before._index
+            self._index, self._popularity = before._index, before._popularity
             self._index.register(self._trust)
 
     @property
@@ -159,7 +161,21 @@ class PrefixAffinity:
                     tokens[i], modes[i] = self._routed(candidates[i].id, count, least)
         if looked.told:
             _listen(looked.told, candidates, tokens, modes)
-        return Affinity(tokens, modes) if any(tokens) else self._homes(ctx, looked, modes)
+        if not any(tokens):
+            return self._homes(ctx, looked, modes)
+        return Affinity(tokens, modes, self._returns(looked, tokens, ctx.now_s))
+
+    def _returns(self, looked: _Looked, tokens: Sequence[float], now_s: float) -> dict[float, float]:
+        """How often one more replica that holds the prompt's beginning will be asked for it.
+
+        As often as it was asked for of late, shared among those who hold it and that one.
+        """
+        size, found = looked.blocks.block_tokens, {}
+        for blocks, uses in self._popularity.uses(looked.blocks.hashes, now_s):
+            known = blocks * size
+            holders = sum(1 for held in tokens if held >= known)
+            found[known] = uses / (holders + 1)
+        return found
 
     def _look(self, ctx: RoutingContext) -> _Looked:
         """Look up who has a request's prompt, once for all that this component is asked about it."""
@@ -191,6 +207,8 @@ class PrefixAffinity:
     def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:
         """Count on the prompt being computed there."""
         looked = self._look(ctx)
+        if not looked.visits:
+            self._popularity.note(looked.blocks.hashes, ctx.now_s)
         visit = self._index.record(candidate.id, _whole(looked.blocks), ctx.now_s, self.lease_s)
         if visit is not None:
             looked.visits.append((candidate.id, visit))

@@ -80,7 +80,8 @@ class LatencyScorer:
 
     Both are at the replica's own pace, learned from its answers; one that was not measured yet is taken to be like its
     model's others, or as declared. The terms say how the time comes about, and what else placing the request there
-    means: how long a step of decoding takes, how many answers its prompt would hold up, how full the KV cache is.
+    means: how long a step of decoding takes, how many answers its prompt would hold up, how full the KV cache is, and
+    how much of the prompt's time later requests will save if it is computed there.
     """
 
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
@@ -93,9 +94,8 @@ class LatencyScorer:
     def score(self, ctx: RoutingContext) -> Column:
         """The column, in seconds."""
         cached = ctx.affinity
-        found = self._load.waits(
-            ctx.candidates, prompt_tokens(ctx), [cached.get(m.id, 0.0) for m in ctx.candidates], ctx.now_s
-        )
+        tokens = [cached.get(m.id, 0.0) for m in ctx.candidates]
+        found = self._load.waits(ctx.candidates, prompt_tokens(ctx), tokens, ctx.now_s, ctx.returns)
         return Column(Unit.SECONDS, list(map(add, found.queue_s, found.prompt_s)), found.terms)
 
 

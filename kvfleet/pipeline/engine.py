@@ -244,6 +244,8 @@ class Decision:
             for one, count in zip(ids, tokens, strict=True):
                 if count > known.get(one, 0.0):
                     known[one] = count
+        if found.returns:
+            self.ctx.returns.update(found.returns)  # type: ignore[attr-defined]  # a fresh mapping, which grows in place
         modes = tuple(map(_value_of, found.modes))
         return stage.usual, (tuple(map(float, tokens)), modes), ids
 

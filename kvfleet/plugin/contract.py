@@ -200,10 +200,15 @@ class CacheMode(enum.StrEnum):
 
 @attrs.frozen
 class Affinity:
-    """Expected cached prompt tokens for each candidate, in their order, and how each is known."""
+    """Expected cached prompt tokens for each candidate, in their order, and how each is known.
+
+    `returns` says what computing the prompt once more is worth to later requests: for a number of its first tokens, how
+    often each further replica that holds them will be asked for them. Left out, nobody else will want any of it.
+    """
 
     tokens: Sequence[float]
     modes: Sequence[CacheMode]
+    returns: Mapping[float, float] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True, slots=False)
@@ -216,6 +221,7 @@ class RoutingContext:
         data_class, tenant, region: The request's, with the configuration's defaults filled in.
         facts: What the classifiers found.
         affinity: By replica id: expected cached tokens; empty before the affinity stages.
+        returns: How often a further replica that holds so many of the prompt's first tokens will be asked for them.
         columns: The scorers' columns by name, each aligned with `candidates`.
         now_s: The monotonic clock at the start of the route, in seconds.
         seed: For every random choice of this decision.
@@ -229,6 +235,7 @@ class RoutingContext:
     region: str = ""
     facts: Mapping[Fact[Any], Any] = attrs.field(factory=dict)
     affinity: Mapping[str, float] = attrs.field(factory=dict)
+    returns: Mapping[float, float] = attrs.field(factory=dict)
     columns: Mapping[str, Column] = attrs.field(factory=dict)
     now_s: float = 0.0
     seed: int = 0

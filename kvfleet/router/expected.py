@@ -43,10 +43,16 @@ class ExpectedLatencyStrategy:
 
     reads: ClassVar = frozenset({"latency"})
     harm_weight: float = number(
-        0.02, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
+        0.1, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
     )
     batch_weight: float = number(
-        0.15, ge=0, doc="What a second counts by which its own answer is slower in the batch there than alone."
+        0.1, ge=0, doc="What a second counts by which its own answer is slower in the batch there than alone."
+    )
+    return_weight: float = number(
+        1.0, ge=0, le=1, doc="What a second counts that later requests save, because it is computed there now."
+    )
+    delay_weight: float = number(
+        1.0, ge=0, doc="What a second counts by which prompts that wait there are answered later, because of its own."
     )
     memory_s: float = number(
         0.02, ge=0, unit="s", doc="What a half full KV cache counts; nine times that if it is nine tenths full."
@@ -65,15 +71,22 @@ class ExpectedLatencyStrategy:
         if any(pending):
             held_up = list(map(mul, parts["prompt_s"], parts["decoding"]))
             slower = [a * s * n for a, s, n in zip(parts["answer_tokens"], parts["step_each_s"], pending, strict=True)]
+        returns, delayed = parts["returns_s"], parts["delayed_s"]
         if any(usage):
             memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in usage]
         harm, batch = self.harm_weight, self.batch_weight
-        totals = [f + harm * h + batch * b + m for f, h, b, m in zip(first, held_up, slower, memory, strict=True)]
+        delay, invest = self.delay_weight, self.return_weight
+        totals = [
+            f - invest * r + delay * d + harm * h + batch * b + m
+            for f, r, d, h, b, m in zip(first, returns, delayed, held_up, slower, memory, strict=True)
+        ]
         terms = {
             "first_token_s": first,
             "queue_s": parts["queue_s"],
             "prompt_s": parts["prompt_s"],
             "saved_s": parts["saved_s"],
+            "returns_s": returns,
+            "delayed_s": delayed,
             "held_up_s": held_up,
             "slower_s": slower,
             "memory_s": memory,

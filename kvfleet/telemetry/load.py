@@ -23,16 +23,23 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.telemetry.pace import Pace, Rates, Ratio
-from kvfleet.telemetry.reservations import NO_WORK, ReplicaLoad, Reservation, Work
+from kvfleet.telemetry.reservations import NO_WORK, BusyPeriod, ReplicaLoad, Reservation, Work
 
 __all__ = ["FleetLoad", "HasLoad", "Waits"]
 
+_NOTHING: Mapping[float, float] = MappingProxyType({})
 _MOST_REPLICAS = 16_384
 _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
 _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
+_TRAVEL_S = 0.001
+"""What it takes a request, at least, to come to where it is computed."""
+_TOKENS_OF_STEP = 8192
+"""The most prompt tokens an engine computes in one step: vLLM's ``max_num_batched_tokens`` on a large GPU."""
+_MOST_TOGETHER = 8
+"""Prompts after which a busy period is learned from although it goes on."""
 _MOMENT_S = 0.02
 """How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
 _WELL_KNOWN = 64
@@ -59,9 +66,12 @@ class Waits:
         queue_s: For the prompts in front of it.
         prompt_s: For its own prompt, the way there and back included.
         saved_s: What the cached part of its prompt saves of that.
+        returns_s: What later requests will save of that, on average, if it is computed there.
         step_s: For each token of its answer, decoded together with what is there.
         step_each_s: How much of that is due to each other request.
         decoding: How many requests would have to wait while its prompt is computed.
+        delayed_s: By how much prompts in front of it, which would be computed together with it, are answered later for
+            that, summed up.
         usage: Share of the KV cache in use; 0 if unknown.
         pending: Requests there, ours and others'.
         answer_tokens: Tokens of a usual answer, where there are any.
@@ -70,9 +80,11 @@ class Waits:
     queue_s: list[float]
     prompt_s: list[float]
     saved_s: list[float]
+    returns_s: list[float]
     step_s: list[float]
     step_each_s: list[float]
     decoding: list[float]
+    delayed_s: list[float]
     usage: list[float]
     pending: list[float]
     answer_tokens: list[float]
@@ -84,9 +96,11 @@ class Waits:
             "queue_s": self.queue_s,
             "prompt_s": self.prompt_s,
             "saved_s": self.saved_s,
+            "returns_s": self.returns_s,
             "step_s": self.step_s,
             "step_each_s": self.step_each_s,
             "decoding": self.decoding,
+            "delayed_s": self.delayed_s,
             "usage": self.usage,
             "pending": self.pending,
             "answer_tokens": self.answer_tokens,
@@ -167,20 +181,26 @@ class FleetLoad:
         known, now_s = self._of(replica_id), self.clock.now_s()
         queue = known.prefilling
         one = Reservation(replica_id, work, now_s, now_s + self.lease_s)
+        rates = self._rates(known)
+        under_way_s = 0.0
         if queue:
             one.was_idle = False
             one.ahead_s = _own_queue_s(known, now_s)
-            one.is_clean = all(other.work.is_stream for other in queue.values())
+        else:
+            under_way_s = rates.under_way_s(known.decoding)
+            known.busy = BusyPeriod(now_s, was_idle=True, decoding=known.decoding)
+        if known.busy is not None and not work.is_stream:
+            known.busy.is_clean = False
         known.started += 1
         known.open[id(one)] = queue[id(one)] = one
         uncached = work.uncached_tokens
         known.queued_tokens += uncached
         one.held = uncached + self._answer_of(known, work)
         known.held_tokens += one.held
-        service_s = self._rates(known).service_s(work.prompt_tokens, work.cached_tokens)
+        service_s = rates.service_s(work.prompt_tokens, work.cached_tokens) + rates.step_each_s * known.decoding
         if len(queue) > 1:
             known.behind_s += service_s
-        known.free_s = max(known.free_s, now_s) + service_s
+        known.free_s = max(known.free_s, now_s + under_way_s) + service_s
         return one
 
     def first_byte(self, one: Reservation, ttfb_s: float) -> None:
@@ -198,13 +218,25 @@ class FleetLoad:
         service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
         known.computed_s += service_s
         one.computed_s = known.computed_s
-        if one.is_clean and _teaches(known.speed, now_s):
-            tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens), self._pace(known)
-            self._has_streams = True
-            pace.learn_first_byte(service_s / pace.relative(known.speed), *tokens, was_idle=one.was_idle)
-            if pace.is_known:
-                pace.compare(known.speed, service_s, pace.expected_first_byte_s(*tokens, was_idle=one.was_idle))
-            self._note_learned(known)
+        if known.busy is not None:
+            known.busy.prompts.add(one.work.prompt_tokens, one.work.cached_tokens, one.others)
+            if not known.prefilling or known.busy.prompts.count >= _MOST_TOGETHER:
+                is_alone = known.busy.prompts.count == 1 and one.was_idle
+                self._learn_prompts(known, known.busy, now_s, ttfb_s if is_alone else now_s - known.busy.since_s)
+
+    def _learn_prompts(self, known: ReplicaLoad, busy: BusyPeriod, now_s: float, took_s: float) -> None:
+        """A replica has computed some prompts, and nothing else in that time but answers."""
+        known.busy = BusyPeriod(now_s, was_idle=False, decoding=known.decoding) if known.prefilling else None
+        if not busy.is_clean or not _teaches(known.speed, now_s):
+            return
+        pace, prompts, rates = self._pace(known), busy.prompts, self._rates(known)
+        self._has_streams = True
+        under_way_s = rates.under_way_s(busy.decoding) if busy.was_idle else 0.0
+        seconds = max(took_s - under_way_s - rates.step_each_s * prompts.beside, 0.0)
+        pace.learn_first_bytes(seconds / pace.relative(known.speed), prompts, was_idle=busy.was_idle)
+        if pace.is_known:
+            pace.compare(known.speed, seconds, pace.expected_first_bytes_s(prompts, was_idle=busy.was_idle))
+        self._note_learned(known)
 
     def answered(self, one: Reservation, duration_s: float, answer_tokens: int | None = None) -> None:
         """Its answer came in one piece, `duration_s` seconds after the call."""
@@ -235,7 +267,7 @@ class FleetLoad:
         known.uncached_tokens = _mix(known.uncached_tokens, one.work.uncached_tokens)
         if not completion_tokens or duration_s <= 0:
             return
-        known.answer_tokens = _mix(known.answer_tokens, completion_tokens)
+        self._pace(known).learn_answer(completion_tokens)
         known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
         if one.first_s is not None and completion_tokens > 1 and _teaches(known.step, now_s):
             # Prompts that were computed meanwhile held it up; that is not the pace of decoding.
@@ -298,7 +330,14 @@ class FleetLoad:
         known = self._replicas.get(replica_id)
         return None if known is None else self._rates(known)
 
-    def waits(self, models: Sequence[ModelConfig], prompt: float, cached: Sequence[float], now_s: float) -> Waits:
+    def waits(
+        self,
+        models: Sequence[ModelConfig],
+        prompt: float,
+        cached: Sequence[float],
+        now_s: float,
+        returns: Mapping[float, float] = _NOTHING,
+    ) -> Waits:
         """What each replica would make a request wait.
 
         Args:
@@ -306,6 +345,8 @@ class FleetLoad:
             prompt: Tokens of the prompt.
             cached: Those of them that each replica is expected to have in its cache.
             now_s: The time.
+            returns: For numbers of its first tokens, in ascending order: how often they will be asked for where they
+                are computed now.
         """
         self._sweep(now_s)
         table = self._tables.get(id(models))
@@ -320,7 +361,7 @@ class FleetLoad:
             alone_s = [r.latency_s + r.prompt_s + r.token_s * prompt + r.pair_s * around for r in rates]
         nothing = [0.0] * len(rates)
         saved_s, queue_s, decoding, usage = nothing, [*nothing], [*nothing], [*nothing]
-        pending, answers = [*nothing], [*nothing]
+        pending, answers, delayed_s = [*nothing], [*nothing], [*nothing]
         if any(cached):
             saved_s = [*nothing]
             for i, tokens in enumerate(cached):
@@ -328,6 +369,7 @@ class FleetLoad:
                     saved = min(tokens, prompt)
                     saved_s[i] = less_s = rates[i].token_s * saved + rates[i].pair_s * saved * saved / 2
                     alone_s[i] -= less_s
+        returns_s = _returned_s(rates, cached, returns) if returns else nothing
         steps, each = [*table.steps], table.each
         for i, one in enumerate(table.known):
             if one.open or one.reported is not None:
@@ -335,11 +377,16 @@ class FleetLoad:
                 busy_s = each[i] * others
                 queue_s[i] = _queue_s(one, rates[i], prompt, now_s)
                 alone_s[i] += busy_s
+                if one.prefilling:
+                    at_once_s = min(alone_s[i], rates[i].token_s * _TOKENS_OF_STEP)
+                    delayed_s[i] = at_once_s * _not_begun(one, rates[i], now_s)
+                elif others:
+                    queue_s[i] += rates[i].under_way_s(others)
                 steps[i] += busy_s
                 usage[i] = one.kv_usage or 0.0
                 pending[i] = one.pending
-                answers[i] = _USUAL_ANSWER if one.answer_tokens is None else one.answer_tokens
-        return Waits(queue_s, alone_s, saved_s, steps, each, decoding, usage, pending, answers)
+                answers[i] = self._usual_answer(one)
+        return Waits(queue_s, alone_s, saved_s, returns_s, steps, each, decoding, delayed_s, usage, pending, answers)
 
     def _is_fresh(self, table: _Table, now_s: float) -> bool:
         """False once a replica came or went, or what was learned since has had its moment to settle."""
@@ -437,8 +484,13 @@ class FleetLoad:
             self._stretched -= 1
             self._lessons += 1
 
+    def _usual_answer(self, known: ReplicaLoad) -> float:
+        """Tokens of a usual answer of its model."""
+        pace = self._models.get(known.model)
+        return pace.answer_tokens if pace is not None and pace.answers else _USUAL_ANSWER
+
     def _answer_of(self, known: ReplicaLoad, work: Work) -> float:
-        usual = _USUAL_ANSWER if known.answer_tokens is None else known.answer_tokens
+        usual = self._usual_answer(known)
         return min(usual, work.answer_tokens) if work.answer_tokens else usual
 
     def _prefilled(self, known: ReplicaLoad, one: Reservation, now_s: float) -> None:
@@ -448,8 +500,9 @@ class FleetLoad:
             return
         known.queued_tokens = max(known.queued_tokens - one.work.uncached_tokens, 0.0)
         rates, total_s, head_s = self._rates(known), 0.0, 0.0
+        beside_s = rates.step_each_s * known.decoding
         for key, other in tuple(queue.items()):
-            service_s = rates.service_s(other.work.prompt_tokens, other.work.cached_tokens)
+            service_s = rates.service_s(other.work.prompt_tokens, other.work.cached_tokens) + beside_s
             if not other.work.is_stream and other.started_s + other.ahead_s + service_s < now_s:
                 del queue[key]  # nobody will tell, so it is taken to be so
                 known.queued_tokens = max(known.queued_tokens - other.work.uncached_tokens, 0.0)
@@ -464,6 +517,8 @@ class FleetLoad:
         one.is_over = True
         if known.open.pop(id(one), None) is None:
             return
+        if one.first_s is None and known.busy is not None:
+            known.busy.is_clean = False
         self._prefilled(known, one, now_s)
         known.held_tokens = max(known.held_tokens - one.held, 0.0) if known.open else 0.0
 
@@ -503,6 +558,36 @@ def _queue_s(known: ReplicaLoad, rates: Rates, prompt: float, now_s: float) -> f
 def _own_queue_s(known: ReplicaLoad, now_s: float) -> float:
     """How long our own queue lasts: not less than what is behind its head, which has not answered yet."""
     return max(known.free_s - now_s, known.behind_s) if known.prefilling else 0.0
+
+
+def _returned_s(rates: Sequence[Rates], cached: Sequence[float], returns: Mapping[float, float]) -> list[float]:
+    """Of the time to compute what is not cached, what is not spent for this request alone.
+
+    What will be used n times more costs each user a share of 1 / (1 + n).
+    """
+    known: dict[tuple[int, float], float] = {}
+    found = []
+    for rate, tokens in zip(rates, cached, strict=True):
+        key = id(rate), tokens
+        if key not in known:
+            seconds, start = 0.0, 0.0
+            for end, uses in returns.items():
+                if end > tokens:
+                    first = max(start, tokens)
+                    taken_s = rate.token_s * (end - first) + rate.pair_s * (end * end - first * first) / 2
+                    seconds += taken_s * uses / (1 + uses)
+                start = end
+            known[key] = seconds
+        found.append(known[key])
+    return found
+
+
+def _not_begun(known: ReplicaLoad, rates: Rates, now_s: float) -> float:
+    """Prompts in our own queue whose computation has not begun: what joins them is computed in the same step."""
+    queue = known.prefilling
+    head = next(iter(queue.values()))
+    begun_s = max(head.started_s, known.last_first_s) + rates.under_way_s(known.decoding) + _TRAVEL_S
+    return float(len(queue) - (begun_s < now_s))
 
 
 def _free(known: ReplicaLoad) -> float:

@@ -21,7 +21,7 @@ import attrs
 
 from kvfleet.telemetry.fit import Fit
 
-__all__ = ["Pace", "Rates", "Ratio", "pairs"]
+__all__ = ["Pace", "Prompts", "Rates", "Ratio", "pairs"]
 
 _SERIAL_SHARE = 1 / 8
 """Of a declared time, what one request makes the next one wait: an engine works on about eight at a time."""
@@ -34,12 +34,40 @@ _DRIFT = 0.01
 _RECOUNT = 256
 _VERSIONS = itertools.count(1)
 _GRANTED = 2.0
+_SHORT_S = 0.001
+_POWER = 0.5
+_ANSWERS = 64
+"""Answers over which the usual one is taken: fewer, and replicas of one model seem to answer differently."""
 
 
 def pairs(prompt_tokens: float, cached_tokens: float) -> float:
     """Pairs of an uncached token of a prompt and a token before it."""
     uncached = max(prompt_tokens - cached_tokens, 0.0)
     return uncached * (prompt_tokens - uncached / 2)
+
+
+@attrs.define
+class Prompts:
+    """Some prompts that an engine computed one after the other, or together.
+
+    Attributes:
+        count: How many.
+        uncached: Their tokens that were not cached.
+        pairs: Pairs of such a token and one before it.
+        beside: Answers that were being written beside each of them, summed up.
+    """
+
+    count: int = 0
+    uncached: float = 0.0
+    pairs: float = 0.0
+    beside: float = 0.0
+
+    def add(self, prompt_tokens: float, cached_tokens: float, beside: float = 0.0) -> None:
+        """One more."""
+        self.count += 1
+        self.uncached += max(prompt_tokens - cached_tokens, 0.0)
+        self.pairs += pairs(prompt_tokens, cached_tokens)
+        self.beside += beside
 
 
 @attrs.frozen
@@ -77,6 +105,10 @@ class Rates:
             self.step_s * step,
             self.step_each_s * step,
         )
+
+    def under_way_s(self, decoding: float) -> float:
+        """What is left of the step under way, on average, before which no prompt is begun."""
+        return (self.step_s + self.step_each_s * decoding) / 2 if decoding else 0.0
 
     def service_s(self, prompt_tokens: float, cached_tokens: float) -> float:
         """Seconds for which a prompt occupies the engine."""
@@ -124,12 +156,15 @@ class Pace:
     Attributes:
         rates: Learned so far.
         version: Another one whenever the rates, or what replicas are compared with, have changed.
+        answer_tokens, answers: Tokens of a usual answer, and of how many that is known.
         streams, wholes: How many first bytes and whole answers it was learned from.
     """
 
     prior: Rates
     rates: Rates = attrs.field(init=False)
     version: int = attrs.field(init=False, factory=lambda: next(_VERSIONS))
+    answer_tokens: float = attrs.field(init=False, default=0.0)
+    answers: int = attrs.field(init=False, default=0)
     _stream: Fit = attrs.field(init=False, repr=False)
     _whole: Fit = attrs.field(init=False, repr=False)
     _step: Fit = attrs.field(init=False, repr=False)
@@ -160,27 +195,36 @@ class Pace:
         """True once there were enough answers to compare replicas by what is left over."""
         return max(self._stream.seen, self._whole.seen) >= _SURE
 
-    def expected_first_byte_s(self, prompt_tokens: float, cached_tokens: float, *, was_idle: bool) -> float:
-        """What `learn_first_byte` would expect."""
-        return self._stream(float(was_idle), 1.0, *_costs(prompt_tokens, cached_tokens))
+    def expected_first_bytes_s(self, prompts: Prompts, *, was_idle: bool) -> float:
+        """What `learn_first_bytes` would expect."""
+        return self._stream(float(was_idle), float(prompts.count), prompts.uncached, prompts.pairs)
 
     def expected_whole_s(self, prompt_tokens: float, cached_tokens: float, answer_tokens: float) -> float:
         """What `learn_whole` would expect."""
         return self._whole(1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens)
 
-    def learn_first_byte(self, seconds: float, prompt_tokens: float, cached_tokens: float, *, was_idle: bool) -> None:
-        """The prompt of a stream took so long, with the way there and back if it met no queue (`was_idle`)."""
-        features = (float(was_idle), 1.0, *_costs(prompt_tokens, cached_tokens))
-        expected = self._stream(*features)
+    def learn_first_bytes(self, seconds: float, prompts: Prompts, *, was_idle: bool) -> None:
+        """Prompts took so long together, with the way there and back if they met no queue (`was_idle`)."""
+        features = (float(was_idle), float(prompts.count), prompts.uncached, prompts.pairs)
         if self._stream.seen >= _SURE:  # a pause of the network or of a garbage collector is no pace
-            seconds = min(seconds, _MOST_SURPRISE * expected)
-        if self._stream.learn(seconds, *features):
+            expected_s = self._stream(*features)
+            seconds = min(seconds, _MOST_SURPRISE * expected_s)
+        else:
+            expected_s = seconds
+        # Between weights for equal errors in seconds, which long prompts rule, and in shares, which the shortest do.
+        weight = max(expected_s, _SHORT_S) ** -_POWER
+        if self._stream.learn(seconds * weight, *[weight * x for x in features]):
             self._refresh()
 
     def learn_whole(self, seconds: float, prompt_tokens: float, cached_tokens: float, answer_tokens: float) -> None:
         """An answer came in one piece after so long, without the queue in front of it."""
         if self._whole.learn(seconds, 1.0, *_costs(prompt_tokens, cached_tokens), answer_tokens):
             self._refresh()
+
+    def learn_answer(self, tokens: float) -> None:
+        """An answer had so many tokens."""
+        self.answers += 1
+        self.answer_tokens += (tokens - self.answer_tokens) / min(self.answers, _ANSWERS)
 
     def learn_steps(self, step_s: float, together: float) -> None:
         """Tokens of a stream came so long after each other, with so many other requests being decoded."""

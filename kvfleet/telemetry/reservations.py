@@ -5,9 +5,9 @@ from __future__ import annotations
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
-from kvfleet.telemetry.pace import Rates, Ratio
+from kvfleet.telemetry.pace import Prompts, Rates, Ratio
 
-__all__ = ["DEFAULT_S", "NO_WORK", "ReplicaLoad", "Reservation", "Work"]
+__all__ = ["DEFAULT_S", "NO_WORK", "BusyPeriod", "ReplicaLoad", "Reservation", "Work"]
 
 DEFAULT_S = 0.5
 """A replica's usual time to an answer, if nobody has declared one."""
@@ -49,7 +49,6 @@ class Reservation:
         until_s: When it is over even if nobody says so.
         was_idle: True if no prompt was in front of its own.
         ahead_s: How long the queue in front of it was expected to last.
-        is_clean: True if the first bytes of all in front of it will be seen.
         held: Tokens of KV cache it was taken to need for itself.
         computed_s: Seconds of prompts the replica had computed when its first byte came.
         first_s: When its first byte came; None before that.
@@ -63,12 +62,33 @@ class Reservation:
     until_s: float
     was_idle: bool = True
     ahead_s: float = 0.0
-    is_clean: bool = True
     held: float = 0.0
     computed_s: float = 0.0
     first_s: float | None = None
     others: int = 0
     is_over: bool = False
+
+
+@attrs.define(eq=False)
+class BusyPeriod:
+    """A time in which a replica computes prompts without a pause.
+
+    Prompts that are computed together begin to be answered together, and each seems to have taken as long as all, or no
+    time at all. How long all of them took is seen without error.
+
+    Attributes:
+        since_s: When it began.
+        was_idle: False if it is a part of a longer one.
+        decoding: Answers that were being written when it began.
+        is_clean: False once something was computed in it whose first byte will not be seen.
+        prompts: What was computed so far.
+    """
+
+    since_s: float
+    was_idle: bool
+    decoding: int
+    is_clean: bool = True
+    prompts: Prompts = attrs.field(factory=Prompts)
 
 
 @attrs.define
@@ -87,11 +107,12 @@ class ReplicaLoad:
         speed, step: How its times compare with its model's: to read a prompt, and to write a token.
         ttfb_s: Usual time to the first byte of a stream; None before the first one.
         whole_s: Usual time to a whole answer; None before the first one.
-        duration_s, answer_tokens: Usual time to the last byte, and tokens of an answer.
+        duration_s: Usual time to the last byte.
         tokens_per_second: Usual speed of one answer.
         reported: What its engine last said, while that is fresh; and what we had there then.
         capacity_tokens: Size of its KV cache, once its engine has told.
         computed_s: Seconds of prompts it has computed so far.
+        busy: Since when it computes prompts; None if it computes none.
         rates: Its pace, as of the `version` of its model's; 0 if it must be made anew.
         shown: How it compares with its model's in them, reading and writing.
     """
@@ -111,7 +132,6 @@ class ReplicaLoad:
     ttfb_s: float | None = None
     whole_s: float | None = None
     duration_s: float | None = None
-    answer_tokens: float | None = None
     uncached_tokens: float | None = None
     tokens_per_second: float | None = None
     reported: EngineLoad | None = None
@@ -122,6 +142,7 @@ class ReplicaLoad:
     behind_s: float = 0.0
     last_first_s: float = 0.0
     computed_s: float = 0.0
+    busy: BusyPeriod | None = attrs.field(default=None, repr=False)
     rates: Rates = attrs.field(factory=lambda: Rates.declared(DEFAULT_S), repr=False)
     version: int = 0
     shown: tuple[float, float] = (1.0, 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 
@@ -32,16 +33,18 @@ class Fleet:
                 self.load.finished(one, tokens / 8000, True)
         self.strategy = ExpectedLatencyStrategy()
 
-    def choose(self, *cached: float, seed: int = 0, prompt: float = PROMPT) -> ScoringContext:
+    def choose(
+        self, *cached: float, seed: int = 0, prompt: float = PROMPT, returns: Mapping[float, float] | None = None
+    ) -> ScoringContext:
         """The context of one decision."""
-        found = self.load.waits(FLEET, prompt, cached, self.clock.now_s())
+        found = self.load.waits(FLEET, prompt, cached, self.clock.now_s(), returns or {})
         seconds = [q + p for q, p in zip(found.queue_s, found.prompt_s, strict=True)]
         column = Column(Unit.SECONDS, seconds, found.terms)
         return ScoringContext(columns={"latency": column}, seed=seed, now_s=self.clock.now_s())
 
-    def first(self, *cached: float, seed: int = 0) -> str:
+    def first(self, *cached: float, seed: int = 0, returns: Mapping[float, float] | None = None) -> str:
         """The replica chosen."""
-        return self.strategy.select(FLEET, self.choose(*cached, seed=seed)).models[0].endpoint[-1]
+        return self.strategy.select(FLEET, self.choose(*cached, seed=seed, returns=returns)).models[0].endpoint[-1]
 
 
 def test_a_session_stays_until_moving_is_cheaper() -> None:
@@ -49,6 +52,7 @@ def test_a_session_stays_until_moving_is_cheaper() -> None:
     fleet = Fleet()
     assert {fleet.first(0, 4000, 0, seed=seed) for seed in range(10)} == {"1"}
     fleet.load.started(FLEET[1].id, Work(2000))
+    fleet.clock.advance(0.01)
     assert fleet.first(0, 4000, 0) == "1"
     fleet.load.started(FLEET[1].id, Work(4000))
     assert fleet.first(0, 4000, 0) != "1"
@@ -72,10 +76,35 @@ def test_a_hot_prefix_is_computed_again_where_the_queue_costs_more() -> None:
         chosen.append(place)
         fleet.load.started(FLEET[place].id, Work(PROMPT, cached[place]))
         cached[place] = 7500.0  # what is on its way there counts at once
-    assert set(chosen[:8]) == {0}
+    assert set(chosen[:6]) == {0}
     assert set(chosen) == {0, 1, 2}
     shares = Counter(chosen)
     assert shares[0] > shares[1] >= 1
+
+
+def test_a_prefix_that_many_will_use_is_computed_again_sooner() -> None:
+    """A queue of a quarter of a second is not worth a second of computing, unless nine others will share that."""
+    fleet = Fleet()
+    fleet.load.started(FLEET[1].id, Work(2000))
+    fleet.clock.advance(0.01)
+    assert fleet.first(0, 7800, 0) == "1"
+    assert fleet.first(0, 7800, 0, returns={4000: 9.0}) == "1"
+    assert fleet.first(0, 7800, 0, returns={4000: 9.0, 7800: 9.0}) != "1"
+    terms = fleet.strategy.select(FLEET, fleet.choose(0, 7800, 0, returns={4000: 9.0, 7800: 1.0})).terms
+    assert sorted(terms["returns_s"]) == pytest.approx([0.0, *[0.45 + 0.2375] * 2], rel=0.05)
+
+
+def test_who_waits_already_is_not_to_wait_longer() -> None:
+    """A prompt that has not been begun would be computed in one step with this one; one that has been would not."""
+    fleet = Fleet()
+    fleet.load.started(FLEET[0].id, Work(800))
+    fleet.load.started(FLEET[1].id, Work(800))
+    fleet.clock.advance(0.05)
+    fleet.load.started(FLEET[2].id, Work(400))
+    terms = fleet.choose(0, 0, 0).columns["latency"].terms
+    assert terms["queue_s"] == pytest.approx([0.05, 0.05, 0.05], abs=0.01)
+    assert terms["delayed_s"] == [0.0, 0.0, pytest.approx(1.0, rel=0.1)]
+    assert fleet.first(0, 0, 0) != "2"
 
 
 def test_the_same_seed_gives_the_same_choice() -> None:
@@ -117,6 +146,8 @@ def test_the_terms_and_the_other_choices_are_told() -> None:
         "queue_s",
         "prompt_s",
         "saved_s",
+        "returns_s",
+        "delayed_s",
         "held_up_s",
         "slower_s",
         "memory_s",

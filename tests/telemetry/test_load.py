@@ -380,3 +380,56 @@ def test_the_snapshot_shows_what_is_known_and_no_more(load: FleetLoad, clock: Fr
         "queued_tokens",
         "held_tokens",
     }
+
+
+# Busy periods
+
+
+def test_prompts_computed_together_teach_what_each_takes(load: FleetLoad, clock: FrozenClock) -> None:
+    """Two whose answers begin in the same moment took their time together: neither looks slow, nor free."""
+    for tokens in (1000, 8000, 2000, 4000) * 8:
+        pair = [load.started(A1.id, Work(tokens)), load.started(A1.id, Work(9000 - tokens))]
+        clock.advance(9000 / 8000)
+        for one in pair:
+            load.first_byte(one, 9000 / 8000)
+            load.finished(one, 9000 / 8000, True)
+    rates = load.rates(A1.id)
+    assert rates is not None
+    assert rates.latency_s + rates.service_s(9000, 0) == pytest.approx(9000 / 8000, rel=0.15)
+    assert rates.service_s(3000, 0) < 0.7
+
+
+def test_a_prompt_that_came_to_nothing_teaches_nothing(load: FleetLoad, clock: FrozenClock) -> None:
+    """Nobody knows how long a call that failed kept the engine from the others."""
+    before = load.rates(A1.id)
+    for _ in range(20):
+        failed, one = load.started(A1.id, Work(8000)), load.started(A1.id, Work(1000))
+        load.finished(failed, 0.0, False)
+        clock.advance(30)
+        load.first_byte(one, 30.0)
+        load.finished(one, 30.0, True)
+    after = load.rates(A1.id)
+    assert before is not None
+    assert after is not None
+    assert after.token_s == before.token_s
+
+
+def test_the_step_under_way_is_waited_for(load: FleetLoad, clock: FrozenClock) -> None:
+    """An engine that writes answers begins a prompt half a step later than one that does nothing."""
+    for _ in range(4):
+        load.first_byte(load.started(A1.id, Work(100)), 0.1)
+    busy, idle = load.waits((A1, A2), 1000.0, (0.0, 0.0), clock.now_s()).queue_s
+    rates = load.rates(A1.id)
+    assert rates is not None
+    assert (busy, idle) == (rates.under_way_s(4), 0.0)
+    assert busy > rates.step_s / 2
+
+
+def test_replicas_of_a_model_are_taken_to_answer_alike(load: FleetLoad, clock: FrozenClock) -> None:
+    """How long the last few answers of one replica were says nothing of the next one there."""
+    for model, tokens in ((A1, 100), (A2, 300)):
+        one = load.started(model.id, Work(100))
+        load.first_byte(one, 0.1)
+        load.finished(one, 1.0, True, tokens)
+        load.started(model.id, Work(100))
+    assert load.waits((A1, A2), 1000.0, (0.0, 0.0), clock.now_s()).answer_tokens == [200.0, 200.0]
