@@ -1,0 +1,191 @@
+"""Requests that are given up, in every phase and in numbers: nothing stays behind.
+
+`KVFLEET_ABORTS` sets how many; 10,000 take some minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import os
+import random
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import attrs
+
+from kvfleet.builtin.budget import ledger_path
+from kvfleet.config.overload import OverloadConfig
+from kvfleet.config.schema import (
+    BudgetConfig,
+    FleetConfig,
+    GatewayConfig,
+    ModelCapabilities,
+    ModelConfig,
+    TelemetryConfig,
+    TenantConfig,
+    TraceStoreConfig,
+)
+from kvfleet.gateway.server import Serving, running
+from kvfleet.policy.budget import Spending, month_of
+from kvfleet.policy.ledger import read_month
+from kvfleet.runtime import Router
+from tests.gateway.upstream import SSE_HEAD, chunk
+
+ABORTS = int(os.environ.get("KVFLEET_ABORTS", "400"))
+AT_ONCE = 16
+PLACES = 8
+EVENT = chunk(b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n')
+PHASES = (
+    "amid the head",
+    "amid the body",
+    "at once",
+    "queued",
+    "headers",
+    "first token",
+    "stream",
+    "whole",
+    "embedding",
+)
+
+
+@attrs.define
+class Backend:
+    """Answers as far as the prompt says, and waits to be left."""
+
+    url: str = ""
+    open: int = 0
+    asked: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+                )
+                body = await reader.readexactly(length)
+                self.asked += 1
+                if b"first token" in body:
+                    writer.write(SSE_HEAD)
+                elif b'"stream"' in body and b"headers" not in body:
+                    writer.write(SSE_HEAD + EVENT + EVENT)
+                await writer.drain()
+        self.open -= 1
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def world(ledger: Path) -> AsyncIterator[tuple[Serving, Backend]]:
+    """A gateway with a queue and budgets, before one backend that never finishes."""
+    backend = Backend()
+    server = await asyncio.start_server(backend.serve, "127.0.0.1", 0)
+    backend.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+    prices = {"cost_per_1k_input_tokens": 0.001, "cost_per_1k_output_tokens": 0.001}
+    chat = ModelConfig(name="m", endpoint=backend.url, provider="vllm", **prices)  # type: ignore[arg-type]
+    vectors = ModelConfig(
+        name="e",
+        endpoint=backend.url,
+        provider="vllm",
+        capabilities=ModelCapabilities(model_type="embedding"),
+        **prices,
+    )  # type: ignore[arg-type]
+    config = FleetConfig(
+        models=(chat, vectors),
+        overload=OverloadConfig(max_in_flight=PLACES, max_queue=100),
+        gateway=GatewayConfig(tenant_header="X-Tenant"),
+        budget=BudgetConfig(enabled=True, monthly_budget_usd=1000.0),
+        tenants={"t": TenantConfig(budget=BudgetConfig(enabled=True, monthly_budget_usd=500.0))},
+        telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
+    )
+    router = Router(config, polls=False, state_dir=ledger)
+    async with server, running(config, router=router) as serving:
+        yield serving, backend
+
+
+async def abort(serving: Serving, phase: str, chance: random.Random) -> None:
+    """One request that is given up in a phase."""
+    host, _, port = serving.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    stream = phase in ("headers", "first token", "stream", "queued", "at once")
+    body = (
+        {"input": phase}
+        if phase == "embedding"
+        else {"messages": [{"role": "user", "content": phase}], "stream": stream}
+    )
+    if not stream:
+        body.pop("stream", None)
+    data = json.dumps(body).encode()
+    path = b"embeddings" if phase == "embedding" else b"chat/completions"
+    head = b"POST /v1/%b HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Tenant: t\r\nContent-Length: %d\r\n\r\n" % (path, len(data))
+    writer.write({"amid the head": head[:40], "amid the body": head + data[:10]}.get(phase, head + data))
+    if phase == "stream":
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            async with asyncio.timeout(10):
+                await reader.readuntil(b'"content":"a"')
+    elif phase != "at once":
+        await asyncio.sleep(chance.random() * 0.02)
+    writer.transport.abort()
+
+
+def fds() -> int:
+    """How many files and sockets this process has open."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def reservations(serving: Serving) -> Counter[str]:
+    """Everything that is held for requests in flight, by what it is."""
+    router = serving.router
+    state = router.state()["stages"]
+    held: Counter[str] = Counter()
+    for model in router.models:
+        known = router.services.load.of(model.id)
+        assert known is not None
+        held["load"] += len(known.open)
+        held["prompts"] += len(known.prefilling)
+        held["tokens"] += round(known.held_tokens + known.queued_tokens)
+    held["places"] = state["admit.queue"]["in_flight"]
+    held["waiting"] = state["admit.queue"]["waiting"]
+    held["dollars"] = round(sum(account["reserved_usd"] for account in state["admit.budget"]["accounts"]) * 1e9)
+    held["requests"] = serving.gateway.meters.in_flight
+    return +held
+
+
+async def settled(serving: Serving, backend: Backend) -> None:
+    """Wait until everybody has noticed."""
+    async with asyncio.timeout(20):
+        while reservations(serving) or backend.open:  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(0.01)
+
+
+async def test_requests_that_are_given_up_leave_nothing_behind(tmp_path: Path) -> None:
+    """In each of nine phases: no socket, no task, no place, no load and no money stays, here or in the ledger."""
+    chance = random.Random(5)
+    async with world(tmp_path) as (serving, backend):
+        await asyncio.gather(*(abort(serving, phase, chance) for phase in PHASES))
+        await settled(serving, backend)
+        await asyncio.sleep(0.1)
+        gc.collect()
+        files, tasks = fds(), len(asyncio.all_tasks())
+        left = [PHASES[i % len(PHASES)] for i in range(ABORTS)]
+
+        async def keep_aborting() -> None:
+            while left:
+                await abort(serving, left.pop(), chance)
+
+        await asyncio.gather(*(keep_aborting() for _ in range(AT_ONCE)))
+        await settled(serving, backend)
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert (fds() <= files, len(asyncio.all_tasks())) == (True, tasks)
+        assert reservations(serving) == Counter()
+        assert backend.asked > ABORTS / 4
+        assert len(serving.router.services.load.snapshot()) == 2
+        assert not serving.doors.in_flight
+    spent = read_month(ledger_path(tmp_path, "default"), month_of(serving.router.clock.time_ns()))
+    assert set(spent) <= {"fleet", "tenant/t"}
+    assert spent.get("fleet", Spending()).nano_usd == 0
