@@ -111,7 +111,9 @@ def check_text(
     findings = [*parsed.findings, *layers.findings, *findings, *check_data(layers.data, origin)]
     if config is not None:
         config = attrs.evolve(config, origin=origin)
-        findings += check_stages(config)
+        told = {one.path for one in findings}
+        # A key whose reference could not be read is found already, and is not a key that nobody gave.
+        findings += [one for one in check_stages(config) if (*one.path, "key") not in told]
     return config, _in_order(findings, file)
 
 

@@ -239,6 +239,16 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
             id="all-disabled",
         ),
         pytest.param(
+            MODEL + "gateway: {keys: {a: {key: env:NOBODY_SET_IT}}}\n",
+            "f.yaml:3:22: gateway.keys.a.key: the environment variable NOBODY_SET_IT is not set; set NOBODY_SET_IT, or correct the reference",
+            id="key-that-is-not-set",
+        ),
+        pytest.param(
+            MODEL + "gateway: {keys: {a: {key: ''}}}\n",
+            "f.yaml:3:18: gateway.keys.a: has neither `key` nor `sha256`; give one of them",
+            id="key-that-is-empty",
+        ),
+        pytest.param(
             MODEL + "aliases: {a: {}}\n",
             "f.yaml:3:11: aliases.a: hides the model of the same name; rename the alias: a request for that name could mean either",
             id="alias-hides-model",
