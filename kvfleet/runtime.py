@@ -42,6 +42,7 @@ from kvfleet.pipeline.succession import Turn, inherit
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Answer, Kind, Outcome, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable, discover
+from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.collector import Collector
 from kvfleet.telemetry.fleet_limits import FleetLimits
@@ -107,6 +108,7 @@ class Router:
         state_dir: Where components keep what outlives the process; None to keep nothing.
         before: The router whose place this one is to take; see `successor`.
         news: Tells the gateway's other workers something of a stage, named by its key; None where there are none.
+        minutes: Gives the last minute of a budget, by name, as all these workers have it; None where there are none.
 
     Raises:
         ConfigError: with every finding, if the pipeline cannot be built.
@@ -128,6 +130,7 @@ class Router:
         state_dir: Path | None = None,
         before: Router | None = None,
         news: Callable[[str, bytes], None] | None = None,
+        minutes: Callable[[str], SharedMinute] | None = None,
     ) -> None:
         self.config = config
         self.table = discover() if table is None else table
@@ -149,6 +152,7 @@ class Router:
             find=self.table.get,
             state_dir=state_dir,
             news=None if news is None else self._publish,
+            minutes=minutes,
         )
         self.services.caches.register(self.models)
         self.services.rate, self.services.annotate = self._rate, self._annotate
@@ -284,6 +288,7 @@ class Router:
             state_dir=self._state_dir,
             before=self,
             news=self._news,
+            minutes=self.services.minutes,
         )
 
     def unchanged(self, models: Sequence[ModelConfig]) -> dict[str, InferenceAdapter]:

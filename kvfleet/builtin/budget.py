@@ -150,6 +150,10 @@ class BudgetAdmission:
             what = f"nobody knows the price of {', '.join(unpriced)}, so no budget ({', '.join(refusing)}) can hold it"
             remedy = "give it cost_per_1k_input_tokens and cost_per_1k_output_tokens, or set unknown_price: allow"
             raise ConfigError([Finding(what, remedy, code="unknown-price")])
+        if services.minutes is not None:
+            for account in self._every():
+                if account.config.requests_per_minute or account.config.tokens_per_minute:
+                    account.shared = services.minutes(f"{self.fleet}/{account.name}")
         if self._every() and (self.path or services.state_dir is not None):
             state_dir = services.state_dir or Path()
             self._ledger = Ledger(Path(self.path).expanduser() if self.path else ledger_path(state_dir, self.fleet))
@@ -192,8 +196,9 @@ class BudgetAdmission:
         """Go on with the accounts that stood before a reload: what they spent, and what they hold for requests."""
         known = {account.name: account for account in before._every()}
         limits = {account.name: account.config for account in self._every()}
+        minutes = {account.name: account.shared for account in self._every()}
         for name in known.keys() & limits:
-            known[name].config = limits[name]
+            known[name].config, known[name].shared = limits[name], minutes[name]
 
         def kept(account: Account) -> Account:
             return known.get(account.name, account)

@@ -229,7 +229,7 @@ class _House:
         """Serve until a signal; with a seat, as one of several workers."""
         async with contextlib.AsyncExitStack() as stack:
             news = None if seat is None else News(seat)
-            router = await _open_router(config, stack, news)
+            router = await _open_router(config, stack, news, seat)
             gateway = create_gateway_app(router, self.api_key, host=self.host)
             await gateway.start()
             doors = Doors(gateway, drain_s=self.drain_s, has_operators=bool(sockets[1]))
@@ -331,7 +331,9 @@ def _calm_garbage_collector() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack, news: News | None) -> Router:
+async def _open_router(
+    config: FleetConfig, stack: contextlib.AsyncExitStack, news: News | None, seat: Seat | None
+) -> Router:
     """The router with everything around it that a running gateway has: trace store, export, news of other workers."""
     telemetry = config.telemetry
     sinks: list[TraceSink] = []
@@ -347,6 +349,7 @@ async def _open_router(config: FleetConfig, stack: contextlib.AsyncExitStack, ne
         bridge=bridge,
         state_dir=default_path(os.environ).parent,
         news=None if news is None else news.publish,
+        minutes=None if seat is None else seat.minute,
     )
     metrics = router.services.metrics
     if store is not None:

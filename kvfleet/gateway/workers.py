@@ -23,6 +23,7 @@ from pathlib import Path
 import attrs
 
 from kvfleet.errors import KVFleetError
+from kvfleet.policy.shared_minutes import SharedMinute, SharedMinutes
 
 __all__ = ["Seat", "Supervisor"]
 
@@ -47,6 +48,7 @@ class Seat:
         folder: Where the workers' own sockets are, for this user alone.
         news: By number: where each worker is told what the others do.
         tells: By number: what is sent there arrives at that worker.
+        minutes: What all workers let in within the last minute.
         leash: Reads as ended when the supervisor is gone.
         starts: How often a worker was started in this place.
     """
@@ -56,6 +58,7 @@ class Seat:
     folder: Path
     news: Sequence[socket.socket]
     tells: Sequence[socket.socket]
+    minutes: SharedMinutes
     leash: int
     starts: int = 1
 
@@ -63,6 +66,10 @@ class Seat:
     def others(self) -> Sequence[int]:
         """The numbers of the other workers."""
         return [number for number in range(self.count) if number != self.number]
+
+    def minute(self, account: str) -> SharedMinute:
+        """The last minute of an account, as all workers have it."""
+        return self.minutes.of(account, self.number)
 
     def path(self, number: int) -> Path:
         """Where a worker is asked by the others."""
@@ -125,6 +132,7 @@ class Supervisor:
     def _seats(self) -> Iterator[Callable[[_Child], Seat]]:
         folder = Path(tempfile.mkdtemp(prefix="kvfleet-"))  # for this user alone
         pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(self.count)]
+        minutes = SharedMinutes(self.count, folder / "minutes.lock")
         leash, held = os.pipe()
         for pair in pairs:
             for one in pair:
@@ -132,7 +140,7 @@ class Supervisor:
 
         def seat_of(child: _Child) -> Seat:
             news, tells = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-            return Seat(child.number, self.count, folder, news, tells, leash, child.starts)
+            return Seat(child.number, self.count, folder, news, tells, minutes, leash, child.starts)
 
         self._held = held
         try:
@@ -141,6 +149,7 @@ class Supervisor:
             for pair in pairs:
                 for one in pair:
                     one.close()
+            minutes.close()
             os.close(leash)
             os.close(held)
             shutil.rmtree(folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ComponentError
 from kvfleet.plugin.contract import Answer, Attempt, Drop, Fact, Kind, Outcome, RoutingContext
+from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.router.embedding import Embeddings
 from kvfleet.router.scoring import Ranking
 from kvfleet.telemetry.fleet_limits import FleetLimits
@@ -126,6 +127,7 @@ class Services:
             unless the execute stage may pay for several.
         embeddings: Makes vectors of texts, once a stage before has brought an embedder; None without one.
         state_dir: Where components keep what outlives the process; None to keep nothing.
+        minutes: Gives the last minute of an account, by its name, as all workers have it; None if there is one worker.
         news: Has the same component in the gateway's other workers ``hear`` something; None where there are none.
     """
 
@@ -147,3 +149,4 @@ class Services:
     embeddings: Embeddings | None = None
     state_dir: Path | None = None
     news: Callable[[Any, bytes], None] | None = None
+    minutes: Callable[[str], SharedMinute] | None = None

@@ -15,6 +15,7 @@ import attrs
 from kvfleet.clock import Clock
 from kvfleet.config.schema import BudgetConfig
 from kvfleet.money import money
+from kvfleet.policy.shared_minutes import SharedMinute, SharedMinutes
 from kvfleet.telemetry.minute import Minute
 
 __all__ = [
@@ -125,6 +126,7 @@ class Account:
         unwritten: Of what was spent, what no ledger has written yet.
         others: Nanodollars that other processes hold.
         wanted: Nanodollars that are being asked for.
+        shared: The last minute, as all workers of the gateway have it; None if there is one worker.
     """
 
     name: str
@@ -140,6 +142,7 @@ class Account:
     unwritten: Spending = attrs.field(init=False, factory=Spending)
     others: int = attrs.field(init=False, default=0)
     wanted: int = attrs.field(init=False, default=0)
+    shared: SharedMinute | None = attrs.field(init=False, default=None, repr=False)
     _ends_ns: int = attrs.field(init=False, default=0)
 
     @month.default
@@ -219,6 +222,8 @@ class Account:
             return None
         now_s, minute = self.clock.now_s(), self.minute
         minute.trim(now_s)
+        if self.shared is not None:
+            minute = self.shared.everybodys(now_s)
         if most_requests is not None and minute.requests + 1 > most_requests:
             wait_s = minute.wait_s(now_s, requests=minute.requests + 1 - most_requests)
             return Denial(self.name, RATE_LIMITED, f"{self.name} is at its {most_requests} requests a minute", wait_s)
@@ -303,6 +308,21 @@ class Reservation:
         if self._is_over:
             return ()
         self._is_over = True
+        shared = _shared_by(self.accounts)
+        if shared is None:
+            return self._settle(spending)
+        with shared.held():
+            found = self._settle(spending)
+            self.tell()
+            return found
+
+    def tell(self) -> None:
+        """Show the gateway's other workers what this one lets in."""
+        for account, second in zip(self.accounts, self._seconds, strict=True):
+            if account.shared is not None:
+                account.shared.publish(account.minute, second)
+
+    def _settle(self, spending: Spending) -> Sequence[tuple[Account, str]]:
         used = spending.prompt_tokens + spending.completion_tokens
         for account, month, second in zip(self.accounts, self._months, self._seconds, strict=True):
             account.roll()
@@ -315,9 +335,28 @@ class Reservation:
 
 def reserve(accounts: Sequence[Account], amount: int, tokens: int) -> Reservation | Denial:
     """Hold so many nanodollars and tokens in every account, or in none."""
+    shared = _shared_by(accounts)
+    if shared is None:
+        return _reserve(accounts, amount, tokens)
+    with shared.held():
+        found = _reserve(accounts, amount, tokens)
+        if isinstance(found, Reservation):
+            found.tell()
+        return found
+
+
+def _reserve(accounts: Sequence[Account], amount: int, tokens: int) -> Reservation | Denial:
     for account in accounts:
         denial = account.check(amount, tokens)
         if denial is not None:
             account.refused += 1
             return denial
     return Reservation(accounts, amount, tokens)
+
+
+def _shared_by(accounts: Sequence[Account]) -> SharedMinutes | None:
+    """Where workers meet, if any of the accounts has a minute that they share."""
+    for account in accounts:
+        if account.shared is not None:
+            return account.shared.shared
+    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 
 import attrs
 
@@ -48,6 +49,15 @@ class Minute:
                 entry[2] += tokens
                 self.tokens += tokens
                 return
+
+    def at(self, second: int) -> tuple[int, int]:
+        """Requests and tokens of one second."""
+        found = next((entry for entry in self._seconds if entry[0] == second), (second, 0, 0))
+        return found[1], found[2]
+
+    def seconds(self) -> Iterator[tuple[int, int, int]]:
+        """Every second that counts, with its requests and tokens."""
+        return ((second, requests, tokens) for second, requests, tokens in self._seconds)
 
     def wait_s(self, now_s: float, *, requests: int = 0, tokens: int = 0) -> float:
         """Seconds until so many requests and tokens have been forgotten, if nothing else comes."""

@@ -152,3 +152,14 @@ async def test_a_gateway_that_cannot_start_says_so_once(tmp_path: Path) -> None:
     _, errors = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 1
     assert b"cannot be used" in errors
+
+
+async def test_a_budget_is_one_for_all_workers(tmp_path: Path) -> None:
+    """Of forty requests at once on forty connections as many get in as the budget says, whoever is asked."""
+    limited = fleet("a", budget={"enabled": True, "requests_per_minute": 10, "unknown_price": "allow"})
+    async with started(tmp_path, limited, "--workers", "3") as one:
+        await listening(one, 3)
+        answers = await asyncio.gather(
+            *(asked(one, "/v1/chat/completions", method="POST", json=ASK) for _ in range(40))
+        )
+    assert sorted(answer.status_code for answer in answers) == [200] * 10 + [429] * 30
