@@ -52,9 +52,15 @@ class Doors:
         self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=clients) if has_operators else None
         self._set_limits()
 
-    async def open(self, sockets: Sequence[socket.socket], operators: Sequence[socket.socket] = ()) -> None:
-        """Accept connections from now on."""
+    async def open(
+        self,
+        sockets: Sequence[socket.socket],
+        operators: Sequence[socket.socket] = (),
+        others: Sequence[socket.socket] = (),
+    ) -> None:
+        """Accept connections from now on, and stand in for those who have the others."""
         await self._clients.start(sockets)
+        self._clients.stand_in(others)
         if self._operators is not None:
             await self._operators.start(operators)
 

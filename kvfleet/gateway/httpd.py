@@ -24,6 +24,9 @@ _LAST_WORDS_S = 1.0
 _FIRST_WORDS_S = 0.5
 """How long clients that have just connected, at a stop, may take to say what they want."""
 _A_MOMENT_S = 0.02
+_STAND_IN_S = 0.1
+_MOST_FOR_OTHERS = 4
+"""At once, so that those who stand in share the work."""
 
 
 class Door(Protocol):
@@ -72,6 +75,7 @@ class Server:
         self._sweep_s = sweep_s
         self._listening: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
+        self._others: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = asyncio.Event()
         self._is_hurried = asyncio.Event()
@@ -84,6 +88,10 @@ class Server:
             make = self.loop.create_unix_server if one.family == socket.AF_UNIX else self.loop.create_server
             self._listening.append(await make(lambda: ClientConnection(self), sock=one))
 
+    def stand_in(self, sockets: Sequence[socket.socket]) -> None:
+        """Also accept who waits too long at other workers' sockets: they are busy, or being started again."""
+        self._others = list(sockets)  # which this process has no other use for, and closes with its own
+
     def stop(self) -> None:
         """Accept nothing more, wait for what is in flight, and end."""
         self._stopping.set()
@@ -95,10 +103,13 @@ class Server:
 
     async def run(self) -> None:
         """Serve until stopped; returns after the last answer."""
+        standing_in = self.loop.create_task(self._stand_in()) if self._others else None
         while not self._stopping.is_set():
             self.date_line = _date_line()
             sweep(self.connections, self.loop.time(), self.patience)
             await _happens(self._stopping, self._sweep_s)
+        if standing_in is not None:
+            standing_in.cancel()
         await self._end()
 
     @property
@@ -150,14 +161,25 @@ class Server:
                 connection.abort()
             await _happens(self._is_quiet, _LAST_WORDS_S)
 
+    async def _stand_in(self) -> None:
+        while True:
+            await asyncio.sleep(_STAND_IN_S)
+            for one in self._others:
+                await self._accept_at(one, _MOST_FOR_OTHERS)
+
     async def _accept_the_last(self) -> None:
         """Accept who has connected already: the system would reset them when the last listening socket is closed."""
-        for one in self._sockets:
-            with one, contextlib.suppress(OSError):
-                while True:
-                    sock, _ = one.accept()
-                    sock.setblocking(False)
-                    await self.loop.connect_accepted_socket(lambda: ClientConnection(self), sock)
+        for one in (*self._sockets, *self._others):
+            with one:
+                await self._accept_at(one)
+
+    async def _accept_at(self, one: socket.socket, most: int = 1_000_000) -> None:
+        """Accept who waits at a socket."""
+        with contextlib.suppress(OSError):
+            for _ in range(most):
+                sock, _ = one.accept()
+                sock.setblocking(False)
+                await self.loop.connect_accepted_socket(lambda: ClientConnection(self), sock)
 
     async def _hear_the_last(self) -> None:
         """Let requests come in that are on their way, on connections where nothing is being answered."""

@@ -12,7 +12,7 @@ from kvfleet.config.findings import Path as Place
 from kvfleet.errors import ConfigError
 from kvfleet.gateway.auth import Keys
 
-__all__ = ["bind", "check_exposure", "is_loopback", "listening_at", "url_of"]
+__all__ = ["bind", "bind_for", "check_exposure", "is_loopback", "listening_at", "url_of"]
 
 _BACKLOG = 2048
 
@@ -47,8 +47,36 @@ def is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:
+    """Listening sockets for each of several workers, all on one port; the system shares connections out among them.
+
+    Raises:
+        OSError: if one cannot be had, also if another program has the port; names the address.
+    """
+    if workers == 1:
+        return [bind(host, port)]
+    alone = bind(host, port)  # or another program that shares its sockets too would get a part of the connections
+    port = alone[0].getsockname()[1]
+    for one in alone:
+        one.close()
+    found: list[list[socket.socket]] = []
+    try:
+        while len(found) < workers:
+            found.append(bind(host, port, is_shared=True))
+    except OSError:
+        for one in (one for made in found for one in made):
+            one.close()
+        raise
+    return found
+
+
+def bind(host: str, port: int, *, is_shared: bool = False) -> list[socket.socket]:
     """Listening sockets for every address of a host, all on one port.
+
+    Args:
+        host: The host.
+        port: The port; any free one if 0.
+        is_shared: Others may listen there too.
 
     Raises:
         OSError: if one cannot be had; names the address.
@@ -62,6 +90,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
             one = socket.socket(family, kind, proto)
             found.append(one)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if is_shared:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             taken = found[0].getsockname()[1] if len(found) > 1 else port

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import attrs
 
+from kvfleet.config.parts import part_of
 from kvfleet.config.schema import FleetConfig, TraceStoreConfig
 from kvfleet.errors import KVFleetError, TraceError
 from kvfleet.gateway.app import Gateway, Reload
@@ -23,7 +24,7 @@ from kvfleet.gateway.file_watch import files_of, watch
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.hosts import Hosts
-from kvfleet.gateway.listening import bind, check_exposure, is_loopback, url_of
+from kvfleet.gateway.listening import bind, bind_for, check_exposure, is_loopback, url_of
 from kvfleet.gateway.logs import set_up_logging
 from kvfleet.gateway.news import News
 from kvfleet.gateway.reload import FleetFile, Reloader
@@ -149,18 +150,17 @@ def serve(
     )
     house.check_exposure(config)
     with contextlib.ExitStack() as stack:
-        sockets = house.bind(config, stack)
+        sockets = house.bind(config, workers, stack)
 
         def work(seat: Seat | None = None) -> None:
             with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                runner.run(
-                    house.serve(config if seat is None else house.read_again(config, seat), sockets, on_ready, seat)
-                )
+                own = house if seat is None else house.for_worker(seat)
+                runner.run(own.serve(own.begin_with(config, seat), sockets, on_ready, seat))
 
         if workers == 1:
             work()
         else:
-            Supervisor(workers, [*sockets[0], *sockets[1]], work).run()
+            Supervisor(workers, sockets.all, work).run()
 
 
 @contextlib.asynccontextmanager
@@ -206,8 +206,26 @@ def _successor(api_key: str, host: str, router: Router, before: Gateway) -> Gate
     return create_gateway_app(router, api_key, host=host, before=before)
 
 
-Sockets = tuple[Sequence[socket.socket], Sequence[socket.socket]]
-"""The listening sockets for clients, and those for operators."""
+@attrs.frozen
+class Sockets:
+    """What is listened on.
+
+    Attributes:
+        clients: For each worker, where clients connect.
+        operators: Where operators do, if they have a listener of their own.
+    """
+
+    clients: Sequence[Sequence[socket.socket]]
+    operators: Sequence[socket.socket]
+
+    @property
+    def all(self) -> Sequence[socket.socket]:
+        """Every one."""
+        return [*(one for own in self.clients for one in own), *self.operators]
+
+    def others(self, number: int) -> Sequence[socket.socket]:
+        """Where clients connect to other workers than this."""
+        return [one for at, own in enumerate(self.clients) if at != number for one in own]
 
 
 @attrs.frozen(kw_only=True)
@@ -232,7 +250,7 @@ class _House:
             router = await _open_router(config, stack, news, seat)
             gateway = create_gateway_app(router, self.api_key, host=self.host)
             await gateway.start()
-            doors = Doors(gateway, drain_s=self.drain_s, has_operators=bool(sockets[1]))
+            doors = Doors(gateway, drain_s=self.drain_s, has_operators=bool(sockets.operators))
             stack.push_async_callback(lambda: doors.gateway.stop())  # noqa: PLW0108 - whoever stands there at the end
             siblings = None if seat is None else Siblings(seat)
             reloader = self._reloader(doors, siblings, stack)
@@ -242,32 +260,43 @@ class _House:
                 telling = asyncio.create_task(news.run(lambda: doors.gateway.router), name="kvfleet-news")
                 stack.callback(telling.cancel)
             _serve_metrics(config, doors, siblings, stack)
-            await doors.open(*sockets)
+            number = 0 if seat is None else seat.number
+            await doors.open(sockets.clients[number], sockets.operators, sockets.others(number))
             task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
             _calm_garbage_collector()
             with Stop(self.unready_s).on_signals(doors, None if reloader is None else reloader.soon, seat):
-                serving = Serving(url_of(sockets[0][0]), doors, url_of(sockets[1][0]) if sockets[1] else "")
+                admin_url = url_of(sockets.operators[0]) if sockets.operators else ""
+                serving = Serving(url_of(sockets.clients[number][0]), doors, admin_url)
                 _announce(serving, config, on_ready, seat)
                 await task
             _log.info("gateway stopped")
 
-    def bind(self, config: FleetConfig, stack: contextlib.ExitStack) -> Sockets:
-        """The listening sockets for clients, and those for operators if they have any."""
+    def bind(self, config: FleetConfig, workers: int, stack: contextlib.ExitStack) -> Sockets:
+        """The listening sockets."""
         admin = config.gateway.admin
-        found = bind(self.host, self.port), [] if admin.port is None else bind(admin.host, admin.port)
-        for one in (*found[0], *found[1]):
+        clients = bind_for(workers, self.host, self.port)
+        found = Sockets(clients, [] if admin.port is None else bind(admin.host, admin.port))
+        for one in found.all:
             stack.callback(one.close)
         return found
 
-    def read_again(self, config: FleetConfig, seat: Seat) -> FleetConfig:
-        """The configuration of a worker that is started again: as the file is now, or else as the process began."""
-        if self.file is None or seat.starts == 1:
+    def for_worker(self, seat: Seat) -> _House:
+        """The same for one of several workers, which has a part of each limit that it counts by itself."""
+        if self.file is None:
+            return self
+        file = self.file
+        return attrs.evolve(self, file=attrs.evolve(file, read=lambda: part_of(file.read(), seat.count)))
+
+    def begin_with(self, config: FleetConfig, seat: Seat | None) -> FleetConfig:
+        """The configuration to begin with: a worker that is started again takes the file as it is now."""
+        if seat is None:
             return config
-        try:
-            return self.file.read()
-        except (KVFleetError, OSError) as error:
-            _log.error("worker begins with the configuration of the start, for the file is refused: %s", error)
-            return config
+        if self.file is not None and seat.starts > 1:
+            try:
+                return self.file.read()
+            except (KVFleetError, OSError) as error:
+                _log.error("worker begins with the configuration of the start, for the file is refused: %s", error)
+        return part_of(config, seat.count)
 
     def check_exposure(self, config: FleetConfig) -> None:
         """Refuse to listen beyond loopback without a key.
