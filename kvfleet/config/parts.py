@@ -13,7 +13,7 @@ __all__ = ["part_of"]
 
 _COUNTED = {
     "admit.concurrency": frozenset({"max_concurrent", "max_per_tenant", "keys"}),
-    "admit.queue": frozenset({"max_in_flight", "max_in_flight_per_replica", "max_queue"}),
+    "admit.queue": frozenset({"max_in_flight", "max_queue"}),
 }
 """The options of stages that are counted by each worker."""
 
@@ -44,7 +44,6 @@ def part_of(config: FleetConfig, workers: int) -> FleetConfig:
         overload=attrs.evolve(
             overload,
             max_in_flight=_part(overload.max_in_flight, workers),
-            max_in_flight_per_replica=_part(overload.max_in_flight_per_replica, workers),
             max_queue=_part(overload.max_queue, workers),
         ),
         pipeline=tuple(_stage(one, workers) for one in config.pipeline),

@@ -1,8 +1,8 @@
 """Several processes behind one port: who starts them, starts them again, and passes signals on.
 
-The listening sockets are made once, by the supervisor, one for each worker, and inherited: the system shares connections
-out among them, and a worker that dies takes none of those with it that it has not accepted, because the others stand in
-for it. What the workers know in common, and how, is in ``docs/how-to/operate.md``.
+The listening sockets are made once, by the supervisor, one for each worker, and inherited: the system shares
+connections out among them, and a worker that dies takes none of those with it that it has not accepted, because the
+others stand in for it. What the workers know in common, and how, is in ``docs/how-to/operate.md``.
 """
 
 from __future__ import annotations
