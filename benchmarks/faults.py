@@ -2,8 +2,9 @@
 
 Run ``python benchmarks/faults.py --peers-dir DIR [--install] [--only smg,kvfleet] [--json FILE]``. The misbehaving
 engines and the client live in this process, gateways run one at a time in theirs; each is set to wait two seconds for a
-backend and to try again as it does by default. A case begins once the gateway answers a plain request, so that one
-fault's aftermath does not count as another's; a gateway that stays down is started anew.
+backend and to try again as it does by default. Each case has a gateway of its own, so that one fault's aftermath does
+not count as another's; but LiteLLM, which takes long to start, has one for all and is left alone between two cases for
+longer than its cooldown.
 
 Rules, from the client's side alone: *pass* is a right answer, or the right honest error where none was to be had;
 *safe* is an honest error where an answer was to be had; *fail* is a wrong or truncated answer called complete, a hang,
@@ -46,6 +47,8 @@ TIMES = Times(
 )  # 75 s: every breaker's wait is over by then
 START_S = 120.0
 ALIVE_S = 20.0
+SLOW_STARTERS = frozenset({"LiteLLM"})
+PAUSE_S = 6.0
 
 # The gateways --------------------------------------------------------------------------------------------------------
 
@@ -164,10 +167,13 @@ async def _run_all(name: str, version: str, todo: Sequence[Case], site_: Site, p
                 raise NotHereError(f"gave no answer; see {folder}/log")
             while waiting:
                 case = waiting.pop(0)
+                if len(waiting) + 1 < len(todo) and name in SLOW_STARTERS:
+                    await asyncio.sleep(PAUSE_S)
                 judgement = await run(case, url, site_, TIMES)
                 found.append(Result(name, version, case, judgement))
                 print(f"{judgement.verdict.upper():5} {name}: {case}: {judgement.why}", file=sys.stderr, flush=True)
-                if case.fault.is_outage or not await _is_alive(url, ALIVE_S, process):
+                is_last = name not in SLOW_STARTERS or case.fault.is_outage
+                if is_last or not await _is_alive(url, ALIVE_S, process):
                     break
     return found
 

@@ -151,9 +151,22 @@ class Fallback(FallbackRules):
             ranked=ranking.models,
             budget=self._budget,
             by_s=math.inf if patience_s is None else ctx.now_s + patience_s,
+            reserves=lambda: self._reserves(ctx, ranking),
             clock=self._clock,
             chance=random.Random(ctx.seed).random,  # noqa: S311 - the jitter of a wait
         )
+
+    def _reserves(self, ctx: RoutingContext, ranking: Ranking) -> list[ModelConfig]:
+        """Replicas that `filter.rate_limits` left out only because others were free, and that nothing else excludes."""
+        ranked = {model.id for model in ranking.models}
+        chosen = {model.name for model in ranking.models}
+        others = [one for one in self._services.models if one.name in chosen and one.id not in ranked]
+        now_s = self._clock.now_s()
+        spared = [model for model, hold in self._limits.held(others, now_s) if not hold.is_closed(now_s)]
+        if not spared:
+            return []
+        dropped = {drop.candidate.id for _, drop in self._services.excluded(ctx, spared)}
+        return [model for model in spared if model.id not in dropped]
 
     def worth_trying(self, queue: list[ModelConfig], failed: ModelConfig, error: BackendError) -> list[ModelConfig]:
         """Who may still answer after this failure; those whom a refusal for a rate limit holds for too come last."""

@@ -85,6 +85,7 @@ class Tries:
         ranked: The candidates, best first.
         budget: What retries are paid from; None if they cost nothing.
         by_s: When the request's first byte must be there, by the clock; nothing is begun later.
+        reserves: Asked once, when nobody else is left: others who would rather be left alone for now.
         clock, chance: The time, and randomness for the waits.
         sleep: Waits.
         faults: What has failed so far.
@@ -96,6 +97,7 @@ class Tries:
     ranked: Sequence[ModelConfig]
     budget: RetryBudget | None = None
     by_s: float = math.inf
+    reserves: Callable[[], Sequence[ModelConfig]] | None = None
     clock: Clock = attrs.field(factory=SystemClock)
     chance: Callable[[], float] = random.random
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -180,6 +182,8 @@ class Tries:
 
     def _next(self, now_s: float) -> tuple[float, ModelConfig | None]:
         """Another replica at once, or else the one that may be asked again first, and how long that is."""
+        if not self._queue and self.reserves is not None:
+            self._queue, self.reserves = list(self.reserves()), None
         if self._queue:
             return 0.0, self._queue.pop(0)
         able = [one for one in self._again if self.rules.may_repeat(one.model)]

@@ -116,6 +116,25 @@ async def test_a_long_wait_is_passed_on() -> None:
         assert stage.traces[0].route.attributes[names.RETRY_STOPPED] == "retry_after"
 
 
+async def test_who_was_only_spared_helps_out() -> None:
+    """A replica that comes near its limit is left alone while another is free, and asked when that one fails."""
+    told = {
+        "x-ratelimit-limit-requests": "100",
+        "x-ratelimit-remaining-requests": "5",
+        "x-ratelimit-reset-requests": "9s",
+    }
+    nearly, fails = first(FakeReply(headers=told)), first(BROKEN)
+    async with staged({"a": nearly, "b": nearly}) as stage:
+        assert (await stage.ask()).status_code == 200
+        for adapter in stage.adapters.values():
+            adapter.script = fails
+        assert (await stage.ask()).status_code == 200
+        assert sorted(stage.asked.values()) == [1, 2]
+        attempts = [one.attributes for one in stage.traces[-1].stages if names.ATTEMPT in one.attributes]
+        assert [one[names.ATTEMPT_REASON] for one in attempts] == ["first", "server_error"]
+        assert len({one[names.REPLICA] for one in attempts}) == 2
+
+
 async def test_when_the_budget_is_used_up_nothing_is_retried() -> None:
     """The client is told not to try either; trace and metric say why."""
     fallback = FallbackConfig(retry_ratio=0.0, min_retries_per_second=0.1)
