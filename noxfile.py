@@ -116,6 +116,13 @@ def schema(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """The parsers on damaged input, 20,000 examples each; `-- 200000` for longer."""
+    session.install("-e", ".", *GROUPS["test"])
+    session.run("pytest", "tests/fuzz", env={"KVFLEET_FUZZ": session.posargs[0] if session.posargs else "20000"})
+
+
+@nox.session
 def page(session: nox.Session) -> None:
     """What the feature page promises, each with its tests: a table, and a failure if a promise is not kept."""
     session.install("-e", ".", *GROUPS["test"])

@@ -110,8 +110,9 @@ async def events_of(incoming: AsyncIterator[bytes], framing: Framing) -> AsyncIt
     # engines forget the last line's end now and then, and some answer a refusal that is no event under a 200; what was
     # cut off cannot be read
     rest = splitter.rest.strip()
-    if rest:
-        yield rest if isinstance(splitter, LineSplitter) or rest.startswith(b"{") else data_of(rest)
+    last = rest if isinstance(splitter, LineSplitter) or rest.startswith(b"{") else data_of(rest)
+    if last:  # a comment has no data
+        yield last
 
 
 def _single(found: bytes | list[bytes]) -> Iterator[bytes]:

@@ -121,12 +121,20 @@ async def _written(reply: Reply, writer: Writer) -> AsyncIterator[bytes]:
         for chunk in _chunks(piece):
             has_ended = has_ended or chunk is None
             if chunk is not None:
-                out.append(writer.feed(chunk))
+                out.append(_fed(writer, chunk))
         if written := b"".join(out):
             yield written
     if not has_ended:
         raise RouteError("the answer ended before it was whole", code="stream_interrupted")
     yield writer.finish(reply.tally.usage)
+
+
+def _fed(writer: Writer, chunk: dict[str, Any]) -> bytes:
+    try:
+        return writer.feed(chunk)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        message = "the backend sent a chunk that has not the shape it should"
+        raise BackendError(Fault.PROTOCOL, message, received=True) from error
 
 
 def _chunks(piece: bytes) -> list[dict[str, Any] | None]:
