@@ -378,8 +378,7 @@ class FleetLoad:
                 queue_s[i] = _queue_s(one, rates[i], prompt, now_s)
                 alone_s[i] += busy_s
                 if one.prefilling:
-                    at_once_s = min(alone_s[i], rates[i].token_s * _TOKENS_OF_STEP)
-                    delayed_s[i] = at_once_s * _not_begun(one, rates[i], now_s)
+                    delayed_s[i] = _delayed_s(one, rates[i], alone_s[i], now_s)
                 elif others:
                     queue_s[i] += rates[i].under_way_s(others)
                 steps[i] += busy_s
@@ -580,6 +579,17 @@ def _returned_s(rates: Sequence[Rates], cached: Sequence[float], returns: Mappin
             known[key] = seconds
         found.append(known[key])
     return found
+
+
+def _delayed_s(known: ReplicaLoad, rates: Rates, prompt_s: float, now_s: float) -> float:
+    """By how much those of our own queue are answered later, together, for which a prompt shares a step."""
+    waiting = _not_begun(known, rates, now_s)
+    if not waiting:
+        return 0.0
+    if known.queued_tokens < _TOKENS_OF_STEP:
+        return min(prompt_s, rates.token_s * (_TOKENS_OF_STEP - known.queued_tokens)) * waiting
+    room = _TOKENS_OF_STEP - known.queued_tokens % _TOKENS_OF_STEP
+    return min(prompt_s, rates.token_s * room)  # the last of them; the others are done before
 
 
 def _not_begun(known: ReplicaLoad, rates: Rates, now_s: float) -> float:
