@@ -253,7 +253,7 @@ class Replay:
         except (RouteError, BackendError) as error:
             served.error = error.code if isinstance(error, RouteError) else error.kind.value
             if isinstance(error, RouteError) and error.trace is not None:
-                served.attempts = sum(1 for span in error.trace.stages if span.kind == "client")
+                served.attempts = sum(1 for span in error.trace.full if span.kind == "client")
         served.end_s = self.clock.now_s() - START_S
         del self._under_way[key], self._facts[key]
         self._done += 1
@@ -272,7 +272,7 @@ class Replay:
 
     async def _read(self, dispatch: Dispatch, served: Served) -> None:
         answer = dispatch.answer
-        served.attempts = sum(1 for span in dispatch.trace.stages if span.kind == "client")
+        served.attempts = sum(1 for span in dispatch.trace.full if span.kind == "client")
         if answer.reply.events is not None:
             async for _ in answer.reply.events:
                 pass

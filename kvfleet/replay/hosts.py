@@ -44,6 +44,7 @@ class EngineHost:
     told: BlocksListener | None = None
     _timer: asyncio.Handle | None = attrs.field(init=False, default=None)
     _is_due: bool = attrs.field(init=False, default=False)
+    _idle: EngineLoad | None = attrs.field(init=False, default=None)  # what it says until there is work again
 
     def listen(self, told: BlocksListener | None) -> None:
         """Let somebody be told of blocks, or nobody."""
@@ -56,6 +57,7 @@ class EngineHost:
             BackendError: if the engine refuses it.
         """
         loop = asyncio.get_running_loop()
+        self._idle = None
         self.engine.submit(job, loop.time())
         flight = job.key = _Flight(job, loop.create_future(), loop.create_future())
         self._look_soon(loop)
@@ -69,8 +71,13 @@ class EngineHost:
 
     def load(self) -> EngineLoad:
         """What the engine says of itself now."""
+        if self._idle is not None:
+            return self._idle
         self._advance(asyncio.get_running_loop().time())
-        return self.engine.load()
+        load = self.engine.load()
+        if self.engine.is_idle:
+            self._idle = load
+        return load
 
     def _look_soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Ask for the next moment once everything that happens in this one has: a step begins for all of it."""

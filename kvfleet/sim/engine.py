@@ -173,6 +173,11 @@ class Engine:
         self._events.append(Cleared(self._clock))
         return True
 
+    @property
+    def is_idle(self) -> bool:
+        """True if it has nothing to do."""
+        return not self._running and not self._waiting
+
     def load(self) -> EngineLoad:
         """The engine's own account of itself."""
         run, decoding = self._run, len(self._decoding)
