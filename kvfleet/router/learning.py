@@ -15,13 +15,39 @@ from kvfleet.trace.spans import Span, Status
 if TYPE_CHECKING:
     from kvfleet.plugin.contract import Outcome
 
-__all__ = ["Answered", "RecentAnswers", "Result", "result_of"]
+__all__ = ["Answered", "RecentAnswers", "Result", "compute_reward", "result_of"]
 
 _MOST_ANSWERS = 20_000
 _NOT_THE_MODELS = frozenset(
     f.value for f in Fault if f.is_callers or f in (Fault.CANCELLED, Fault.DEADLINE, Fault.CIRCUIT_OPEN)
 )
 """Faults that say nothing of the model: the caller's own, its own deadline, and a client that left."""
+
+
+def compute_reward(
+    latency_ms: float,
+    quality_score: float,
+    cost: float | None,
+    success: bool = True,
+    target_latency_ms: float = 2000,
+) -> float:
+    """What an answer was worth, 0..1: 0.4 for its time, 0.3 for its quality, 0.3 for its price; 0 if it failed.
+
+    Args:
+        latency_ms: How long it took; worth nothing from the target on.
+        quality_score: How good it was, 0..1.
+        cost: What it cost in US dollars, worth nothing from a cent on. None if that is not known: time and quality then
+            share its weight, so that an unknown price is neither good nor bad.
+        success: False for a failure.
+        target_latency_ms: See above.
+
+    >>> round(compute_reward(latency_ms=350, quality_score=0.85, cost=0.001, success=True), 3)
+    0.855
+    """
+    if not success:
+        return 0.0
+    earned = 0.4 * max(0.0, 1 - latency_ms / target_latency_ms) + 0.3 * quality_score
+    return min(1.0, earned / 0.7 if cost is None else earned + 0.3 * max(0.0, 1 - 100 * cost))
 
 
 @attrs.frozen
