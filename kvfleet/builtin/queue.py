@@ -30,6 +30,8 @@ __all__ = ["QueueAdmission"]
 _WEIGHT_OF_NEW = 0.1
 _SOON_S = 1.0
 _LOOK_AGAIN_S = 0.1
+_LONG_S = 60.0
+"""A request with more time than that is not held against what engines are expected to take, unless it has to wait."""
 _USUAL_ANSWER = 256
 _MOST_TENANTS = 4096
 _ANSWER_TOKENS_WEIGH = 2.0
@@ -167,7 +169,9 @@ class QueueAdmission:
 
     async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
         """A place, at once or after a wait, or a refusal."""
-        if ctx.request.patience_s is not None and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
+        patience_s = ctx.request.patience_s
+        is_short = patience_s is not None and patience_s < _LONG_S  # clients' libraries say ten minutes, unasked
+        if is_short and self.refuse_late and (late := self._too_late(ctx, 0.0)) is not None:
             return late
         queue = self._flow.queue
         if not (queue.size and queue.holds(ctx.request.models)) and self._has_room(ctx.candidates, ctx.now_s):

@@ -334,6 +334,14 @@ async def test_the_wait_counts_for_the_deadline_too() -> None:
     waits.cancel()
 
 
+async def test_a_clients_own_patience_is_a_deadline_too() -> None:
+    """How long it waits for the first byte, where that is less."""
+    fleet = Fleet.of(max_in_flight=9)
+    learn(fleet, 4.0)
+    assert "its deadline is in 2.0 s" in refusal(await fleet.asked(first_byte_s=2.0, stream=True)).reason
+    assert place(await fleet.asked(first_byte_s=600.0, timeout_s=900.0, stream=True))
+
+
 async def test_it_can_be_told_not_to_reckon_with_deadlines() -> None:
     """`refuse_late: false`."""
     fleet = Fleet.of(max_in_flight=9, refuse_late=False)
