@@ -92,6 +92,29 @@ async def test_a_replica_near_its_rate_limit_says_so(fleet: Path) -> None:
     assert out.splitlines()[-1].rstrip().endswith(("limited for 30 s", "limited for 29 s"))
 
 
+async def test_a_replica_that_comes_back_says_how_far_it_is(fleet: Path) -> None:
+    """Left alone with the reason, tried by one call, then with part of its share."""
+    async with running(load_config(fleet)) as serving:
+        health = serving.router.services.health
+        said = []
+
+        async def look() -> None:
+            _, out, _ = await anyio.to_thread.run_sync(run, "fleet", fleet, "--url", serving.url)
+            said.append(out.splitlines()[-1].rstrip())
+
+        health.eject("mock://dear", "latency", "it takes 12 times as long as the others", 600.0)
+        await look()
+        health.retain([])
+        health.eject("mock://dear", "latency", "it takes 12 times as long as the others", 0.0)
+        await look()
+        health.begin("mock://dear")
+        health.record_success("mock://dear")
+        await look()
+    assert said[0].endswith("out: circuit open after it takes 12 times as long as the others")
+    assert said[1].endswith("half-open: one call may try")
+    assert "slow start: " in said[2]
+
+
 async def test_how_each_cache_is_known(write: Callable[..., Path]) -> None:
     """By the engine's own word, by what was sent there, or not at all; and why it is not known better."""
     told = "kv_events: {source: trtllm}, prompt_blocks: {mode: engine}"
