@@ -61,6 +61,7 @@ class Connection(asyncio.Protocol):
         "_on_lost",
         "_parser",
         "_pieces",
+        "_sink",
         "_size",
         "_state",
         "_timer",
@@ -109,6 +110,7 @@ class Connection(asyncio.Protocol):
         self._framing = b""
         self._error: Exception | None = None
         self._pieces: list[bytes] = []
+        self._sink: Callable[[bytes], bool] | None = None
         self._size = self._head_bytes = self._unseen = self._interim = 0
 
     # What the owner calls
@@ -175,6 +177,14 @@ class Connection(asyncio.Protocol):
         self._watch(self._first_by_s or self._loop.time() + self._idle_s)
         return waiter
 
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """From now on offer the present answer's body to `sink` as it arrives, where somebody waits for it anyway.
+
+        Waking the one who waits costs as much as all that is done with a piece of a stream. What `sink` takes (it gives
+        True) is not to be taken again; what it does not take wakes him as ever. So nothing overtakes anything.
+        """
+        self._sink = sink
+
     def now_s(self) -> float:
         """The event loop's time, which every deadline here is measured by."""
         return self._loop.time()
@@ -238,8 +248,9 @@ class Connection(asyncio.Protocol):
             self._on_nonsense()  # trailers or chunk extensions without end
         if self._is_draining:
             self._drain()
-        elif self._state != _HEAD:
-            self._wake()
+        elif self._pieces or self._state != _BODY:
+            if self._state != _HEAD:
+                self._wake()
 
     def eof_received(self) -> None:
         self._end_of_stream(None)
@@ -286,6 +297,12 @@ class Connection(asyncio.Protocol):
         self._size += len(data)
         if self._is_draining:
             return
+        waiter = self._waiter
+        if self._sink is not None and waiter is not None and not waiter.done() and not self._pieces:
+            if self._sink(data):
+                self._size = 0
+                self._deadline_s = self._loop.time() + self._idle_s
+                return
         self._pieces.append(data)
         if self._size > HIGH_WATER_BYTES and not self._is_paused:
             self._is_paused = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import httpx
 import orjson
@@ -49,6 +49,14 @@ class Source(Protocol):
 
     async def aclose(self) -> None:
         """Take no more, and close what has not ended."""
+
+
+@runtime_checkable
+class Pushes(Protocol):
+    """A source that can give a piece away as it arrives."""
+
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """See `Incoming.push`."""
 
 
 class Incoming:
@@ -137,6 +145,14 @@ class Incoming:
             BackendError: if it breaks off or is not JSON.
         """
         return parsed(await self.read(), self.status)
+
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """Offer pieces to `sink` as they arrive, while somebody waits for the next one; what it takes, he does not get.
+
+        A source that cannot do that goes on as before.
+        """
+        if isinstance(self._source, Pushes):
+            self._source.push(sink)
 
     def finish(self) -> None:
         """Take no more, though the body may not have ended: the connection is kept if it does within a moment."""

@@ -100,6 +100,21 @@ class EventRelay:
         self._has_given = True
         return out
 
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """Offer plain events to `sink` as they arrive, while somebody waits for the next one.
+
+        Only those that differ from the one before in their text alone; what ends the stream, breaks it, or tells
+        something comes to whoever iterates.
+        """
+
+        def take(data: bytes) -> bool:
+            if self._splitter.rest or not self._plain.fits(data) or not sink(data):
+                return False
+            self._tally.events += 1
+            return True
+
+        self._incoming.push(take)
+
     async def aclose(self) -> None:
         """End the stream at once; the engine then stops its work. Safe twice."""
         await self._incoming.aclose()

@@ -11,7 +11,7 @@ import functools
 import math
 import ssl
 import warnings
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -92,6 +92,11 @@ class PooledAnswer:
         """Done when there is something new to take."""
         assert self._connection is not None  # noqa: S101 - `take` gave None
         return self._connection.arrival()
+
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """Offer what arrives from now on to `sink`; see `Connection.push`."""
+        if self._connection is not None:
+            self._connection.push(sink)
 
     def finish(self) -> None:
         """Take no more; the connection is kept if the answer ends within a moment."""

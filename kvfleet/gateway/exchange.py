@@ -78,6 +78,10 @@ class Exchange(abc.ABC):
     async def piece(self, body: bytes) -> None:
         """Send a piece of a streamed answer; waits while the client does not read."""
 
+    def push(self, body: bytes) -> bool:  # noqa: ARG002 - a carrier that cannot do it
+        """Send a piece of a streamed answer at once; False if that cannot be, because the client does not read, say."""
+        return False
+
     @abc.abstractmethod
     async def end(self, body: bytes = b"") -> None:
         """End a streamed answer."""

@@ -93,6 +93,14 @@ class HTTPExchange(Exchange):
         if self.connection.is_write_paused:
             await self.connection.writable()
 
+    def push(self, body: bytes) -> bool:
+        """See `Exchange.push`."""
+        connection = self.connection
+        if connection.is_write_paused or self._head or self.is_over:
+            return False
+        connection.write(b"%x\r\n%b\r\n" % (len(body), body) if self._is_chunked else body)
+        return True
+
     async def end(self, body: bytes = b"") -> None:
         """See `Exchange.end`."""
         data = self._framed(body)

@@ -66,6 +66,8 @@ class Relay:
         renamed = _as_it_is if self.answer_id is None else self.answer_id.in_events
         piece = await anext(events, None)
         await exchange.start(200, [*SSE, *headers])
+        if callable(offer := getattr(events, "push", None)):
+            offer(lambda piece: exchange.push(renamed(piece)))
         try:
             while piece is not None:
                 piece = renamed(piece)

@@ -84,6 +84,15 @@ class Relay(AsyncIterator[bytes]):
             self.kept.add(piece)
         return piece
 
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """Offer what arrives to `sink`, while somebody waits for the next piece; see `EventRelay.push`.
+
+        Where the bytes are kept, and where the adapter knows no such thing, all of them come to whoever iterates.
+        """
+        offer = getattr(self.rest, "push", None)
+        if self.kept is None and callable(offer):
+            offer(sink)
+
     def leave(self) -> None:
         """The client left: end now."""
         self._end(_left())
