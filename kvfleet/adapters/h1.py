@@ -248,9 +248,8 @@ class Connection(asyncio.Protocol):
             self._on_nonsense()  # trailers or chunk extensions without end
         if self._is_draining:
             self._drain()
-        elif self._pieces or self._state != _BODY:
-            if self._state != _HEAD:
-                self._wake()
+        elif self._state != _HEAD and (self._pieces or self._sink is None or self._state != _BODY):
+            self._wake()  # there is something to take, and nobody has taken it
 
     def eof_received(self) -> None:
         self._end_of_stream(None)
@@ -297,12 +296,10 @@ class Connection(asyncio.Protocol):
         self._size += len(data)
         if self._is_draining:
             return
-        waiter = self._waiter
-        if self._sink is not None and waiter is not None and not waiter.done() and not self._pieces:
-            if self._sink(data):
-                self._size = 0
-                self._deadline_s = self._loop.time() + self._idle_s
-                return
+        if self._sink is not None and self._is_waited_for and not self._pieces and self._sink(data):
+            self._size = 0
+            self._deadline_s = self._loop.time() + self._idle_s
+            return
         self._pieces.append(data)
         if self._size > HIGH_WATER_BYTES and not self._is_paused:
             self._is_paused = True
