@@ -11,7 +11,11 @@ from typing import Any
 
 import attrs
 
-__all__ = ["Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
+__all__ = ["OWN_COMMENT", "Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
+
+
+OWN_COMMENT = b": kvfleet: "
+"""How a comment begins that kvfleet itself puts into a stream."""
 
 
 class Operation(enum.StrEnum):

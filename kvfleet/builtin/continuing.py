@@ -14,7 +14,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Operation, Reply
+from kvfleet.adapters.call import OWN_COMMENT, Operation, Reply
 from kvfleet.adapters.splitters import data_of
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
@@ -152,7 +152,7 @@ class Continued(AsyncIterator[bytes]):
                 continue
             self._reply, self._is_continuing, self._before = answer.reply, True, len(self._text)
             self.told("continued")
-            return b": kvfleet: gone on with by another replica, attempt %d, after %b\n\n" % (
+            return OWN_COMMENT + b"gone on with by another replica, attempt %d, after %b\n\n" % (
                 answer.attempt,
                 error.kind.value.encode(),
             )

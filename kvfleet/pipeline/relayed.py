@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import attrs
 
+from kvfleet.adapters.call import OWN_COMMENT
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["Ended", "Kept", "Relay", "adapter_broke", "deadline_passed"]
@@ -24,7 +25,9 @@ class Kept:
     is_too_long: bool = False
 
     def add(self, piece: bytes) -> None:
-        """Keep a piece."""
+        """Keep a piece; not a comment of our own, which tells of this route and not of the answer."""
+        if piece.startswith(OWN_COMMENT):
+            return
         self.is_too_long = self.is_too_long or len(self.pieces) + len(piece) > _MOST_KEPT_BYTES
         if self.is_too_long:
             self.pieces.clear()

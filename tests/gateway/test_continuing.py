@@ -88,7 +88,7 @@ async def staged(
         config = FleetConfig(
             models=(model,),
             fallback=FallbackConfig(**{"continue_streams": True, **fallback}),
-            telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
+            telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False), capture_content=True),
         )
         router = Router(config, polls=False)
         async with running(config, router=router) as serving:
@@ -121,6 +121,9 @@ async def test_the_rest_comes_from_another_replica_and_that_is_said() -> None:
         assert (route[names.CONTINUED], route[names.OUTCOME], route[names.ATTEMPT_SERVED]) == (1, "answered", 2)
         assert route[names.REPLICA_SERVED] == second.replica
         assert len(stage.traces) == 1
+        kept = str(route[names.ANSWER])
+        assert text_of(kept) == TEXT
+        assert "kvfleet:" not in kept
         async with httpx.AsyncClient() as client:
             metrics = (await client.get(f"{stage.url}/metrics")).text
         assert f'kvfleet_stream_breaks_total{{model="{MODEL}",then="continued"}} 1.0' in metrics
