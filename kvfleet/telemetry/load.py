@@ -24,20 +24,16 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.telemetry.pace import Pace, Rates, Ratio
 from kvfleet.telemetry.reservations import NO_WORK, BusyPeriod, ReplicaLoad, Reservation, Work
+from kvfleet.telemetry.waits import NOTHING, Waits, delayed_s_of, own_queue_s, queue_s_of, returned_s
 
-__all__ = ["FleetLoad", "HasLoad", "Waits"]
+__all__ = ["FleetLoad", "HasLoad"]
 
-_NOTHING: Mapping[float, float] = MappingProxyType({})
 _MOST_REPLICAS = 16_384
 _WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
 _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
-_TRAVEL_S = 0.001
-"""What it takes a request, at least, to come to where it is computed."""
-_TOKENS_OF_STEP = 8192
-"""The most prompt tokens an engine computes in one step: vLLM's ``max_num_batched_tokens`` on a large GPU."""
 _MOST_TOGETHER = 8
 """Prompts after which a busy period is learned from although it goes on."""
 _MOMENT_S = 0.02
@@ -56,55 +52,6 @@ class HasLoad(Protocol):
     @property
     def load(self) -> FleetLoad:
         """The fleet's load."""
-
-
-@attrs.frozen
-class Waits:
-    """What each of some replicas would make a request wait, in seconds, in their order.
-
-    Attributes:
-        queue_s: For the prompts in front of it.
-        prompt_s: For its own prompt, the way there and back included.
-        saved_s: What the cached part of its prompt saves of that.
-        returns_s: What later requests will save of that, on average, if it is computed there.
-        step_s: For each token of its answer, decoded together with what is there.
-        step_each_s: How much of that is due to each other request.
-        decoding: How many requests would have to wait while its prompt is computed.
-        delayed_s: By how much prompts in front of it, which would be computed together with it, are answered later for
-            that, summed up.
-        usage: Share of the KV cache in use; 0 if unknown.
-        pending: Requests there, ours and others'.
-        answer_tokens: Tokens of a usual answer, where there are any.
-    """
-
-    queue_s: list[float]
-    prompt_s: list[float]
-    saved_s: list[float]
-    returns_s: list[float]
-    step_s: list[float]
-    step_each_s: list[float]
-    decoding: list[float]
-    delayed_s: list[float]
-    usage: list[float]
-    pending: list[float]
-    answer_tokens: list[float]
-
-    @property
-    def terms(self) -> Mapping[str, list[float]]:
-        """All of it, by name."""
-        return {
-            "queue_s": self.queue_s,
-            "prompt_s": self.prompt_s,
-            "saved_s": self.saved_s,
-            "returns_s": self.returns_s,
-            "step_s": self.step_s,
-            "step_each_s": self.step_each_s,
-            "decoding": self.decoding,
-            "delayed_s": self.delayed_s,
-            "usage": self.usage,
-            "pending": self.pending,
-            "answer_tokens": self.answer_tokens,
-        }
 
 
 @attrs.frozen(eq=False)
@@ -185,7 +132,7 @@ class FleetLoad:
         under_way_s = 0.0
         if queue:
             one.was_idle = False
-            one.ahead_s = _own_queue_s(known, now_s)
+            one.ahead_s = own_queue_s(known, now_s)
         else:
             under_way_s = rates.under_way_s(known.decoding)
             known.busy = BusyPeriod(now_s, was_idle=True, decoding=known.decoding)
@@ -336,7 +283,7 @@ class FleetLoad:
         prompt: float,
         cached: Sequence[float],
         now_s: float,
-        returns: Mapping[float, float] = _NOTHING,
+        returns: Mapping[float, float] = NOTHING,
     ) -> Waits:
         """What each replica would make a request wait.
 
@@ -369,16 +316,16 @@ class FleetLoad:
                     saved = min(tokens, prompt)
                     saved_s[i] = less_s = rates[i].token_s * saved + rates[i].pair_s * saved * saved / 2
                     alone_s[i] -= less_s
-        returns_s = _returned_s(rates, cached, returns) if returns else nothing
+        returns_s = returned_s(rates, cached, returns) if returns else nothing
         steps, each = [*table.steps], table.each
         for i, one in enumerate(table.known):
             if one.open or one.reported is not None:
                 decoding[i] = others = float(len(one.open) - len(one.prefilling))
                 busy_s = each[i] * others
-                queue_s[i] = _queue_s(one, rates[i], prompt, now_s)
+                queue_s[i] = queue_s_of(one, rates[i], prompt, now_s)
                 alone_s[i] += busy_s
                 if one.prefilling:
-                    delayed_s[i] = _delayed_s(one, rates[i], alone_s[i], now_s)
+                    delayed_s[i] = delayed_s_of(one, rates[i], alone_s[i], now_s)
                 elif others:
                     queue_s[i] += rates[i].under_way_s(others)
                 steps[i] += busy_s
@@ -545,59 +492,6 @@ class FleetLoad:
 def _stranger(model: ModelConfig) -> ReplicaLoad:
     """What is known of a model that is not of the fleet, as in a test."""
     return ReplicaLoad(model=model.name, declared_s=model.latency_p50_ms / 1000)
-
-
-def _queue_s(known: ReplicaLoad, rates: Rates, prompt: float, now_s: float) -> float:
-    """How long the queue lasts, others' requests in it included, which are taken to be like ours."""
-    queue_s = _own_queue_s(known, now_s)
-    others = known.waiting_of_others
-    return queue_s + others * rates.service_s(known.uncached_tokens or prompt, 0.0) if others else queue_s
-
-
-def _own_queue_s(known: ReplicaLoad, now_s: float) -> float:
-    """How long our own queue lasts: not less than what is behind its head, which has not answered yet."""
-    return max(known.free_s - now_s, known.behind_s) if known.prefilling else 0.0
-
-
-def _returned_s(rates: Sequence[Rates], cached: Sequence[float], returns: Mapping[float, float]) -> list[float]:
-    """Of the time to compute what is not cached, what is not spent for this request alone.
-
-    What will be used n times more costs each user a share of 1 / (1 + n).
-    """
-    known: dict[tuple[int, float], float] = {}
-    found = []
-    for rate, tokens in zip(rates, cached, strict=True):
-        key = id(rate), tokens
-        if key not in known:
-            seconds, start = 0.0, 0.0
-            for end, uses in returns.items():
-                if end > tokens:
-                    first = max(start, tokens)
-                    taken_s = rate.token_s * (end - first) + rate.pair_s * (end * end - first * first) / 2
-                    seconds += taken_s * uses / (1 + uses)
-                start = end
-            known[key] = seconds
-        found.append(known[key])
-    return found
-
-
-def _delayed_s(known: ReplicaLoad, rates: Rates, prompt_s: float, now_s: float) -> float:
-    """By how much those of our own queue are answered later, together, for which a prompt shares a step."""
-    waiting = _not_begun(known, rates, now_s)
-    if not waiting:
-        return 0.0
-    if known.queued_tokens < _TOKENS_OF_STEP:
-        return min(prompt_s, rates.token_s * (_TOKENS_OF_STEP - known.queued_tokens)) * waiting
-    room = _TOKENS_OF_STEP - known.queued_tokens % _TOKENS_OF_STEP
-    return min(prompt_s, rates.token_s * room)  # the last of them; the others are done before
-
-
-def _not_begun(known: ReplicaLoad, rates: Rates, now_s: float) -> float:
-    """Prompts in our own queue whose computation has not begun: what joins them is computed in the same step."""
-    queue = known.prefilling
-    head = next(iter(queue.values()))
-    begun_s = max(head.started_s, known.last_first_s) + rates.under_way_s(known.decoding) + _TRAVEL_S
-    return float(len(queue) - (begun_s < now_s))
 
 
 def _free(known: ReplicaLoad) -> float:
