@@ -17,7 +17,7 @@ from kvfleet.policy.ledger import Ask, Booked, Ledger, Standing
 
 __all__ = ["Grants"]
 
-_PATIENCE_S = (0.0, 0.05, 0.1, 0.2, 0.4, 0.4)
+_PATIENCE_S = (0.05, 0.1, 0.2, 0.4, 0.4, 0.0)
 """Waits for what other processes hold and may not use."""
 _LOOK_AGAIN_S = 0.5
 """A grant is fitted to what is used this often."""
@@ -56,14 +56,15 @@ class Grants:
             account.wanted += amount
         try:
             for wait_s in _PATIENCE_S:
-                if wait_s:
+                for account in accounts:
+                    if account.lacks(amount):
+                        await self._ask_for(account, amount)
+                short = [account for account in accounts if account.lacks(amount)]
+                if all(account.remaining < amount and not _is_held_elsewhere(account, amount) for account in short):
+                    return  # also if none is short
+                if any(_is_held_elsewhere(account, amount) for account in short):
                     await asyncio.sleep(wait_s)
-                short = [account for account in accounts if account.lacks(amount)]
-                for account in short:
-                    await self._ask_for(account, amount)
-                short = [account for account in accounts if account.lacks(amount)]
-                if not any(_is_held_elsewhere(account, amount) for account in short):
-                    return
+                # else somebody who came later took what was granted for this one, and there is more
         finally:
             for account in accounts:
                 account.wanted -= amount

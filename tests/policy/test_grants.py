@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,8 @@ from kvfleet.clock import SystemClock
 from kvfleet.config.schema import BudgetConfig
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Refusal
-from kvfleet.policy.budget import Spending, month_of
+from kvfleet.policy.budget import Account, Denial, Spending, month_of, reserve
+from kvfleet.policy.grants import Grants
 from kvfleet.policy.ledger import Ask, Ledger, Standing, read_month
 from tests.builtin.making import context, model, outcome, user
 
@@ -268,3 +270,38 @@ def test_a_killed_process_takes_nothing_with_it(tmp_path: Path) -> None:
     said = sum(json.loads(line) for line in rest.splitlines()[1:])
     assert said + sum(costs) - 10 <= left(path) <= 50
     assert left(path) >= said + sum(costs[:-10])
+
+
+@attrs.define
+class SlowLedger:
+    """A ledger that answers when it is told to."""
+
+    asked: list[tuple[Ask, Any]] = attrs.field(factory=list)
+    written: Any = None
+
+    def ask(self, ask: Ask, done: Any) -> None:
+        self.asked.append((ask, done))
+
+    def say(self, granted: int) -> None:
+        """Answer the last that was asked."""
+        self.asked[-1][1](Standing(spent=Spending(), granted=granted, others=0))
+
+
+async def test_what_was_granted_for_one_and_taken_by_another_is_asked_for_again() -> None:
+    """One that comes between a grant and its use may have it, and the first one is not refused for that."""
+    account = Account("fleet", BudgetConfig(enabled=True, monthly_budget_usd=100.0), SystemClock())
+    account.granted = 0
+    ledger = SlowLedger()
+    grants = Grants(ledger, [account])  # type: ignore[arg-type]
+    first = asyncio.create_task(grants.obtain([account], 5))
+    await asyncio.sleep(0)
+    ledger.say(5)
+    while account.granted == 0:  # noqa: ASYNC110 - nobody announces it
+        await asyncio.sleep(0)
+    assert not isinstance(reserve([account], 3, 0), Denial)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert [ask.needed for ask, _ in ledger.asked] == [5, 8]
+    ledger.say(8)
+    await asyncio.wait_for(first, 5)
+    assert not isinstance(reserve([account], 5, 0), Denial)
