@@ -20,7 +20,7 @@ __all__ = ["Grants"]
 _PATIENCE_S = (0.05, 0.1, 0.2, 0.4, 0.4, 0.0)
 """Waits for what other processes hold and may not use."""
 _LOOK_AGAIN_S = 0.5
-"""A grant is fitted to what is used this often."""
+"""A grant is fitted to what is used so long after a reservation was settled."""
 
 
 @attrs.define(eq=False)
@@ -36,7 +36,7 @@ class Grants:
     accounts: Iterable[Account] = attrs.field(repr=False)
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, repr=False, factory=asyncio.get_running_loop)
     _asking: dict[str, asyncio.Future[None]] = attrs.field(init=False, factory=dict, repr=False)
-    _looked_s: dict[str, float] = attrs.field(init=False, factory=dict, repr=False)
+    _looking: dict[str, asyncio.TimerHandle] = attrs.field(init=False, factory=dict, repr=False)
     _by_name: dict[str, Account] = attrs.field(init=False, repr=False)
 
     @_by_name.default
@@ -70,15 +70,17 @@ class Grants:
                 account.wanted -= amount
 
     def settled(self, account: Account) -> None:
-        """A reservation was settled: give back what is not used, all of it if nothing is under way."""
-        if account.granted is None:
-            return
-        is_idle = not account.reserved and not account.wanted
-        now_s = self._loop.time()
-        if is_idle or now_s - self._looked_s.get(account.name, 0.0) > _LOOK_AGAIN_S:
-            self._looked_s[account.name] = now_s
-            if account.name not in self._asking:
-                self._ask(account, spares=not is_idle)
+        """A reservation was settled: in a moment, what is not used then is given back."""
+        if account.granted is not None and account.name not in self._looking:
+            self._looking[account.name] = self._loop.call_later(_LOOK_AGAIN_S, self._look, account)
+
+    def _look(self, account: Account) -> None:
+        """Fit the grant to what is used; give all of it back if nothing is under way."""
+        del self._looking[account.name]
+        if account.name in self._asking:
+            self.settled(account)
+        elif account.granted:
+            self._ask(account, spares=bool(account.reserved or account.wanted))
 
     async def _ask_for(self, account: Account, amount: int) -> None:
         """Ask once, after whoever asks already; those that come meanwhile are in the same demand."""
