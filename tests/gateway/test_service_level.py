@@ -11,8 +11,20 @@ import attrs
 import httpx
 import orjson
 
-from kvfleet.config.schema import FleetConfig, ModelConfig, SLOConfig, TelemetryConfig, TraceStoreConfig
+from kvfleet.config.schema import (
+    FleetConfig,
+    GatewayConfig,
+    ModelConfig,
+    SLOConfig,
+    StageConfig,
+    TelemetryConfig,
+    TenantConfig,
+    TraceStoreConfig,
+)
 from kvfleet.gateway.server import running
+from kvfleet.runtime import Router
+from kvfleet.trace.explanation import Explanation
+from kvfleet.trace.spans import Trace
 from tests.gateway.upstream import whole
 
 ASK = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
@@ -107,3 +119,58 @@ def _fleet(one: Engine) -> FleetConfig:
     telemetry = TelemetryConfig(load_poll_interval_seconds=0.05, trace_store=TraceStoreConfig(enabled=False))
     model = ModelConfig(name="m", endpoint=one.url, provider="vllm")
     return FleetConfig(models=(model,), slo=SLOConfig(enabled=True), telemetry=telemetry)
+
+
+class Kept:
+    """A sink that keeps traces."""
+
+    def __init__(self) -> None:
+        self.traces: list[Trace] = []
+
+    def write(self, trace: Trace) -> None:
+        self.traces.append(trace)
+
+
+async def test_each_tenant_gets_the_cheapest_that_keeps_its_promise() -> None:
+    """By quality and by time; after a failure the next cheapest that does, and the trace says the strategy."""
+    models = [
+        ModelConfig(
+            name=name,
+            provider="mock",
+            endpoint=f"mock://{name}",
+            quality_score=quality,
+            latency_p50_ms=latency_ms,
+            cost_per_1k_input_tokens=usd,
+            cost_per_1k_output_tokens=usd,
+            max_retries=0,
+            options={"speed": 1000, **({"fail": "server_error"} if name == "medium" else {})},
+        )
+        for name, quality, latency_ms, usd in (
+            ("small", 0.6, 200, 0.0001),
+            ("medium", 0.8, 300, 0.001),
+            ("large", 0.95, 300, 0.01),
+        )
+    ]
+    promised = {"min_quality": 0.5, "tenants": {"writers": {"min_quality": 0.75}, "critics": {"min_quality": 0.9}}}
+    config = FleetConfig(
+        models=models,
+        pipeline=(
+            *(StageConfig(use=f"score.{name}") for name in ("cost", "latency", "quality")),
+            StageConfig(use="filter.tenant"),
+            StageConfig(use="select.slo", options=promised),
+            StageConfig(use="execute.fallback"),
+        ),
+        gateway=GatewayConfig(tenant_header="X-Tenant-ID"),
+        tenants={name: TenantConfig() for name in ("batch", "writers", "critics")},
+        telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
+    )
+    sink = Kept()
+    router = Router(config, polls=False, sinks=[sink])
+    async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        for tenant, model in (("batch", "small"), ("writers", "large"), ("critics", "large")):
+            answer = await client.post("/v1/chat/completions", json=ASK, headers={"X-Tenant-ID": tenant})
+            assert (answer.status_code, answer.headers["x-kvfleet-model"]) == (200, model)
+        await router.settled()
+    chains = [[a.model for a in Explanation(trace).attempts] for trace in sink.traces]
+    assert chains == [["small"], ["medium", "large"], ["large"]]
+    assert {Explanation(trace).strategy for trace in sink.traces} == {"slo"}

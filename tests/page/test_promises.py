@@ -47,8 +47,9 @@ PARTS = {
     "Configuration": 4,
     "Dashboard and metrics": 1,
     "The page's own slips": 4,
+    "road map": 4,
 }
-"""How many sentences stand under each heading of what must hold, and how many sections the page has."""
+"""How many sentences stand under each heading of what must hold, how many sections the page has, and of its road map."""
 
 PROMISES = read_promises()
 
