@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.config.expand import strategy_of
 from kvfleet.config.schema import FleetConfig, ModelConfig
-from kvfleet.gateway.auth import admin_key
+from kvfleet.gateway.auth import KEY_VARIABLE, admin_key
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.money import money
 from kvfleet.plugin.contract import Kind
@@ -215,7 +216,7 @@ def ask_gateway(url: str, config: FleetConfig) -> tuple[Mapping[str, Any] | None
         url: Where it listens.
         config: Names the fleet that is meant, and holds the key.
     """
-    key = admin_key(config)
+    key = admin_key(config, os.environ)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/health", headers=headers, timeout=_GATEWAY_TIMEOUT_S, trust_env=False)
@@ -223,7 +224,7 @@ def ask_gateway(url: str, config: FleetConfig) -> tuple[Mapping[str, Any] | None
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None, f"no gateway answers at {url}"
     if answer.status_code in (401, 403):
-        return None, f"the gateway at {url} asks for a key; set gateway.api_key"
+        return None, f"the gateway at {url} asks for a key; set gateway.api_key, or {KEY_VARIABLE}"
     if not isinstance(body, dict) or "endpoints" not in body:
         return None, f"what listens at {url} is not a kvfleet gateway"
     if body.get("fleet") != config.fleet_name:

@@ -75,7 +75,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 def _ask(url: str, config: FleetConfig) -> list[dict[str, Any]] | None:
     """What a running gateway of this fleet says; None if there is none."""
-    key = admin_key(config)
+    key = admin_key(config, os.environ)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{url.rstrip('/')}/v1/tenants", headers=headers, timeout=_TIMEOUT_S, trust_env=False)

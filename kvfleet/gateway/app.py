@@ -110,8 +110,9 @@ class Gateway:
         self._renames_answers = config.gateway.response_id == "request"
         self._new_id = new_id
         self.routes = self._table()
-        self._is_split = is_split = config.gateway.admin.port is not None
-        self._clients = Table.of(one for one in self.routes if not (is_split and one.is_operators))
+        # What is listened on is decided when the process starts, whatever a reload says.
+        self.is_split: bool = config.gateway.admin.port is not None if before is None else before.is_split
+        self._clients = Table.of(one for one in self.routes if not (self.is_split and one.is_operators))
         self.operators = Table.of(one for one in self.routes if one.is_operators or one.method == "GET")
 
     def _table(self) -> tuple[Route, ...]:
@@ -441,7 +442,7 @@ class Gateway:
         await exchange.json(200, await self.reload("asked for"))
 
     async def _openapi(self, exchange: Exchange) -> None:
-        shown = [one for one in self.routes if not self._is_split or not one.is_operators]
+        shown = [one for one in self.routes if not self.is_split or not one.is_operators]
         await exchange.json(200, openapi(shown, has_keys=bool(self.keys)))
 
     async def _metrics(self, exchange: Exchange) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from hashlib import sha256
 
 import attrs
@@ -12,7 +12,7 @@ from kvfleet.config.key_checks import DIGEST
 from kvfleet.config.schema import FleetConfig, GatewayConfig
 from kvfleet.errors import AuthenticationError
 
-__all__ = ["ANYBODY", "Caller", "Keys", "admin_key", "digest_text"]
+__all__ = ["ANYBODY", "KEY_VARIABLE", "Caller", "Keys", "admin_key", "digest_text"]
 
 
 @attrs.frozen
@@ -29,6 +29,9 @@ class Caller:
     tenant: str = ""
     is_admin: bool = False
 
+
+KEY_VARIABLE = "KVFLEET_ADMIN_KEY"
+"""Where kvfleet's own commands find the key with which they ask a gateway."""
 
 ANYBODY = Caller(is_admin=True)
 """Whoever calls where no key is asked for."""
@@ -74,8 +77,13 @@ class Keys:
         return matches[0]
 
 
-def admin_key(config: FleetConfig) -> str:
-    """A key with which the fleet's operator may ask its gateway; empty if the file holds none."""
+def admin_key(config: FleetConfig, environ: Mapping[str, str]) -> str:
+    """A key with which the fleet's operator may ask its gateway; empty if there is none.
+
+    `KEY_VARIABLE` has it where the file has digests alone.
+    """
+    if environ.get(KEY_VARIABLE):
+        return environ[KEY_VARIABLE]
     gateway = config.gateway
     others = [key for name, key in gateway.api_keys.items() if name not in config.tenants]
     admins = [one.key for one in gateway.keys.values() if one.role == "admin"]

@@ -90,7 +90,7 @@ def test_the_operators_key_is_found_for_the_command_line() -> None:
     tenants = {"team-a": TenantConfig()}
 
     def found(**gateway: object) -> str:
-        return admin_key(FleetConfig(tenants=tenants, gateway=GatewayConfig(**gateway)))  # type: ignore[arg-type]
+        return admin_key(FleetConfig(tenants=tenants, gateway=GatewayConfig(**gateway)), {})  # type: ignore[arg-type]
 
     assert found(api_keys={"team-a": "sk-a", "op": "sk-op"}) == "sk-op"
     assert found(keys={"ci": KeyConfig(key="sk-ci"), "root": KeyConfig(key="sk-root", role="admin")}) == "sk-root"
@@ -128,3 +128,10 @@ pipeline: [select.static, execute.fallback]
         f"f.yaml:10:26: gateway.keys.limited.max_concurrent: {UNHELD} add `- admit.concurrency`, or remove it",
         f"f.yaml:10:45: gateway.keys.limited.budget: {UNHELD} add `- admit.budget`, or remove it",
     ]
+
+
+def test_where_the_file_has_digests_the_environment_has_the_operators_key() -> None:
+    """A digest is no key to ask with; the variable has one, and is asked first."""
+    config = FleetConfig(gateway=GatewayConfig(api_key="sha256:" + "0" * 64))
+    assert admin_key(config, {}) == ""
+    assert admin_key(config, {"KVFLEET_ADMIN_KEY": "sk-op"}) == "sk-op"

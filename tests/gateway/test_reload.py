@@ -236,6 +236,15 @@ async def test_what_needs_a_restart_is_said(tmp_path: Path) -> None:
     assert needs_restart(load_config(None, fleet("a"), environ={}), load_config(None, fleet("b"), environ={})) == []
 
 
+async def test_operators_keep_the_door_they_have(tmp_path: Path) -> None:
+    """A listener that a file asks for is not there before a restart: until then its paths stay where they are."""
+    async with reloadable(tmp_path, fleet("a")) as one:
+        answer = await one.reload(fleet("a", gateway={"admin": {"port": 0}}))
+        assert answer.json()["needs_restart"] == ["gateway.admin"]
+        assert (await one.client.get("/metrics")).status_code == 200
+        assert (await one.reload()).status_code == 200
+
+
 async def test_the_dashboard_and_its_decisions_go_on(tmp_path: Path) -> None:
     """What was decided before a reload is shown after it, once, beside what came since."""
     async with reloadable(tmp_path, fleet("a")) as one:
