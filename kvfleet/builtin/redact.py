@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio.to_thread
 import attrs
@@ -33,6 +33,7 @@ class Redacting(Fallback):
     """
 
     types: tuple[str, ...] = listing((), doc="Types to take out; all there are if empty.", example=["email", "ssn"])
+    reads_answers: ClassVar[bool] = True
     _detector: PIIDetector = attrs.field(init=False, repr=False, eq=False)
 
     @_detector.default

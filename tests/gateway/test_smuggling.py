@@ -224,7 +224,7 @@ async def test_without_keys_only_the_loopbacks_names_are_answered(host: bytes, s
     """A page whose domain points here cannot read a local gateway, its dashboard and metrics included."""
     router = FakeRouter(fleet())
     async with served(router) as (server, address):
-        server._gateway.hosts = Hosts.of(["gateway.test"])
+        server.gateway.hosts = Hosts.of(["gateway.test"])
         for path in (b"/livez", b"/metrics", b"/v1/models"):
             request = b"GET %b HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % (path, host)
             assert (await talk(address, request, 9))[0] == [status]
