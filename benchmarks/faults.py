@@ -218,7 +218,7 @@ _LETTERS = {Verdict.PASS: "✓", Verdict.SAFE: "○", Verdict.FAIL: "✗"}
 
 
 def report(results: Sequence[Result]) -> Iterator[str]:
-    """Two tables, and what each gateway failed by."""
+    """Three tables: the counts, fault by fault, and what each gateway failed by."""
     names = list(dict.fromkeys(result.gateway for result in results))
     yield "| gateway | cases | pass | safe | fail | only by an address |"
     yield "|---|---|---|---|---|---|"
@@ -233,11 +233,13 @@ def report(results: Sequence[Result]) -> Iterator[str]:
     for fault in dict.fromkeys(result.case.fault.name for result in results):
         cells = ["".join(_cells(results, name, fault)) for name in names]
         yield f"| {fault} | " + " | ".join(cells) + " |"
-    for name in names:
-        yield ""
-        yield f"{name} fails:"
-        failed = [one for one in results if one.gateway == name and one.judgement.verdict is Verdict.FAIL]
-        yield from [f"- {one.case}: {one.judgement.why}" for one in failed] or ["- nothing"]
+    failed = [one for one in results if one.judgement.verdict is Verdict.FAIL]
+    yield ""
+    yield "| fails because it | " + " | ".join(names) + " |"
+    yield "|---" * (len(names) + 1) + "|"
+    for why in sorted({one.judgement.why for one in failed}):
+        counts = [sum(one.gateway == name and one.judgement.why == why for one in failed) for name in names]
+        yield f"| {why} | " + " | ".join(map(str, counts)) + " |"
 
 
 def _cells(results: Sequence[Result], name: str, fault: str) -> Iterator[str]:
