@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -170,11 +171,12 @@ class PrefixAffinity:
 
         As often as it was asked for of late, shared among those who hold it and that one.
         """
-        size, found = looked.blocks.block_tokens, {}
+        if min(tokens) == max(tokens):  # nobody would begin anew what another holds
+            return {}
+        size, found, held = looked.blocks.block_tokens, {}, sorted(tokens)
         for blocks, uses in self._popularity.uses(looked.blocks.hashes, now_s):
             known = blocks * size
-            holders = sum(1 for held in tokens if held >= known)
-            found[known] = uses / (holders + 1)
+            found[known] = uses / (len(held) - bisect_left(held, known) + 1)
         return found
 
     def _look(self, ctx: RoutingContext) -> _Looked:

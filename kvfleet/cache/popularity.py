@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from math import exp
 
 import attrs
 
@@ -38,31 +39,39 @@ class Popularity:
 
     def note(self, hashes: Sequence[int], now_s: float) -> None:
         """A prompt of these chained hashes was asked for."""
-        counts = self._counts
-        for blocks in _depths(len(hashes)):
-            block = hashes[blocks - 1]
-            counts[block] = self._count(block, now_s) + 1, now_s
+        counts, older, span_s = self._counts, self._older, self.span_s
+        for place in _places(len(hashes)):
+            block = hashes[place]
+            known = counts.get(block) or older.get(block)
+            if known is None:
+                counts[block] = 1.0, now_s
+            else:
+                count, then_s = known
+                counts[block] = count * exp(min((then_s - now_s) / span_s, 0.0)) + 1, now_s
         if len(counts) > self.most:
             self._older, self._counts = counts, {}
 
-    def uses(self, hashes: Sequence[int], now_s: float) -> Iterator[tuple[int, float]]:
+    def uses(self, hashes: Sequence[int], now_s: float) -> list[tuple[int, float]]:
         """How often this prompt's beginnings were asked for: blocks and uses, from the shortest to the longest."""
-        for blocks in _depths(len(hashes)):
-            count = self._count(hashes[blocks - 1], now_s)
+        counts, older, span_s = self._counts, self._older, self.span_s
+        found = []
+        for place in _places(len(hashes)):
+            block = hashes[place]
+            known = counts.get(block) or older.get(block)
+            if known is None:
+                break
+            count = known[0] * exp(min((known[1] - now_s) / span_s, 0.0))
             if count < _SELDOM:
-                return
-            yield blocks, count
-
-    def _count(self, block: int, now_s: float) -> float:
-        known = self._counts.get(block) or self._older.get(block)
-        return known[0] * math.exp(min((known[1] - now_s) / self.span_s, 0.0)) if known is not None else 0.0
+                break
+            found.append((place + 1, count))
+        return found
 
 
-def _depths(blocks: int) -> Iterator[int]:
-    """1, 2, 4, 8 … and the end."""
-    depth = 1
+@functools.lru_cache(maxsize=4096)
+def _places(blocks: int) -> tuple[int, ...]:
+    """Where a chain of so many blocks is counted: its 1st, 2nd, 4th, 8th … block, and its last."""
+    found, depth = [], 1
     while depth < blocks:
-        yield depth
+        found.append(depth - 1)
         depth *= 2
-    if blocks:
-        yield blocks
+    return (*found, blocks - 1) if blocks else ()

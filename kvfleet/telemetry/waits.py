@@ -86,20 +86,23 @@ def returned_s(rates: Sequence[Rates], cached: Sequence[float], returns: Mapping
 
     What will be used n times more costs each user a share of 1 / (1 + n).
     """
+    most, parts, start = max(returns), [], 0.0
+    for end, uses in returns.items():
+        parts.append((start, end, uses / (1 + uses)))
+        start = end
     known: dict[tuple[int, float], float] = {}
     found = []
     for rate, tokens in zip(rates, cached, strict=True):
         key = id(rate), tokens
-        if key not in known:
-            seconds, start = 0.0, 0.0
-            for end, uses in returns.items():
+        seconds = known.get(key) if tokens < most else 0.0
+        if seconds is None:
+            seconds = 0.0
+            for first, end, share in parts:
                 if end > tokens:
-                    first = max(start, tokens)
-                    taken_s = rate.token_s * (end - first) + rate.pair_s * (end * end - first * first) / 2
-                    seconds += taken_s * uses / (1 + uses)
-                start = end
+                    begin = max(tokens, first)
+                    seconds += (rate.token_s * (end - begin) + rate.pair_s * (end * end - begin * begin) / 2) * share
             known[key] = seconds
-        found.append(known[key])
+        found.append(seconds)
     return found
 
 
