@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+import tempfile
 
 import attrs
 
@@ -80,8 +81,9 @@ async def main() -> int:
         command += ["--phases", "examples,coverage,fuzzing"]
         for path in NOT_ASKED:
             command += ["--exclude-path", path]
-        child = await asyncio.create_subprocess_exec(*command)
-        return await child.wait()
+        with tempfile.TemporaryDirectory() as folder:  # where it keeps what it found
+            child = await asyncio.create_subprocess_exec(*command, cwd=folder)
+            return await child.wait()
 
 
 if __name__ == "__main__":
