@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 1.0
 """How long clients may take, after a stop, to read what was sent to them."""
-_FIRST_WORDS_S = 0.5
+_FIRST_WORDS_S = 1.0
 """How long clients that have just connected, at a stop, may take to say what they want."""
 _A_MOMENT_S = 0.02
 _STAND_IN_S = 0.1
