@@ -139,15 +139,16 @@ def llama_cpp(*, embeddings: bool = False) -> Engine:
     return Engine(name="llama_cpp", command=command, port=port, start_s=60)
 
 
-def vllm(*, events: tuple[int, int] | None = None, blocks: int = 512) -> Engine:
+def vllm(*, events: tuple[int, int] | None = None, blocks: int = 512, port: int = 0) -> Engine:
     """A vLLM on the CPU, with prefix caching, tool calls and JSON mode.
 
     Args:
         events: The ports on which it publishes its KV events, and replays them; None to publish none.
         blocks: How many blocks its KV cache has.
+        port: Where it listens; any free one for 0.
     """
     folder = model()
-    python, port = environment("vllm"), free_port()
+    python, port = environment("vllm"), port or free_port()
     options = {
         "served-model-name": MODEL_NAME,
         "host": "127.0.0.1",

@@ -11,12 +11,13 @@ from typing import Any
 from tests.real.engines import Engine, free_port
 
 
-def gateway(models: Sequence[Mapping[str, Any]], folder: Path) -> Engine:
-    """A gateway for these models, with everything else by default; its fleet file and traces are in the folder."""
+def gateway(models: Sequence[Mapping[str, Any]], folder: Path, **more: Any) -> Engine:
+    """A gateway for these models, with all but `more` by default; its fleet file and traces are in the folder."""
     config = {
         "fleet_name": "real",
         "models": list(models),
         "telemetry": {"trace_store": {"path": str(folder / "traces.sqlite")}},
+        **more,
     }
     path = folder / "fleet.yaml"
     path.write_text(json.dumps(config, indent=1))  # JSON is YAML
