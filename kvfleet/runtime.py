@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import anyio
-import attrs
 import orjson
 
 from kvfleet.adapters.base import (
@@ -19,40 +19,36 @@ from kvfleet.adapters.base import (
     ChatResponse,
     EndpointHealth,
     InferenceAdapter,
-    StreamChunk,
-    chunks_of,
 )
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.native import portable
 from kvfleet.builtin.facts import prompt_tokens
 from kvfleet.cache.knowledge import CacheKnowledge
-from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build, build_adapters
+from kvfleet.pipeline.dispatched import Dispatch, RouteStream
 from kvfleet.pipeline.engine import Decision
+from kvfleet.pipeline.fleet_state import cache_mode, fleet_state
 from kvfleet.pipeline.observing import Observing
 from kvfleet.pipeline.requests import request_from
 from kvfleet.pipeline.resolve import Names
 from kvfleet.pipeline.route import Route, route_attributes
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.pipeline.succession import Turn, inherit
+from kvfleet.pipeline.watching import Watching
 from kvfleet.plugin.component import Services
-from kvfleet.plugin.contract import Answer, Kind, Outcome, RouteRequest, RoutingContext
+from kvfleet.plugin.contract import Outcome, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.telemetry.collector import Collector
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.kv_metrics import show_caches
-from kvfleet.telemetry.kv_watch import CacheWatch
 from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.loop_lag import LoopLag
 from kvfleet.telemetry.metrics import MetricsExporter
-from kvfleet.telemetry.outliers import Outliers
 from kvfleet.telemetry.rate_limits import RateLimitTracker
 from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
@@ -60,38 +56,6 @@ from kvfleet.trace.otel import Bridge, OwnBridge
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
 
 __all__ = ["Dispatch", "RouteStream", "Router"]
-
-
-@attrs.frozen
-class Dispatch:
-    """A request that is being answered: the answer, and the record of how it came about."""
-
-    answer: Answer
-    trace: Trace
-
-    @property
-    def explanation(self) -> Explanation:
-        """The record, as people and programs read it; for a stream it grows until the end."""
-        return Explanation(self.trace)
-
-
-@attrs.define
-class RouteStream:
-    """A streamed answer in Python: iterate it for chunks; `explanation` is whole after the last one."""
-
-    dispatched: Dispatch
-
-    @property
-    def explanation(self) -> Explanation:
-        """Why the request went where it went."""
-        return self.dispatched.explanation
-
-    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        events = self.dispatched.answer.reply.events
-        assert events is not None  # noqa: S101 - a stream was asked for, and the contract of adapters gives one
-        async for piece in events:
-            for chunk in chunks_of(piece):
-                yield chunk
 
 
 class Router:
@@ -159,13 +123,15 @@ class Router:
         self.pipeline: Pipeline = build(config, self.table, self.services)
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
-        show_caches(self.services.metrics, self.services.caches, self.models, lambda model: self._cache_mode(model)[0])
+        modes = partial(cache_mode, pipeline=self.pipeline, services=self.services)
+        show_caches(self.services.metrics, self.services.caches, self.models, lambda model: modes(model)[0])
         self.connections: Connections = Connections() if before is None else before.connections
         given = {**({} if before is None else before.unchanged(self.models)), **(adapters or {})}
         own = [model for model in self.models if model.id not in given]
         built = build_adapters(config, self.table, own, connections=self.connections)
         self.adapters: dict[str, InferenceAdapter] = {**built, **given}
         self.services.adapters = self.adapters
+        self._watching = Watching(config, self.adapters, self.services)
         self.sinks = tuple(sinks)
         self.bridge: Bridge = bridge or OwnBridge()
         self._polls = polls
@@ -235,32 +201,10 @@ class Router:
         async with anyio.create_task_group() as group:
             group.start_soon(self._observing.run)
             if self._polls:
-                group.start_soon(self._turn.take, self._watch)
+                group.start_soon(self._turn.take, self._watching.run)
             started.set()
             await self._stop.wait()
             group.cancel_scope.cancel()
-
-    async def _watch(self) -> None:
-        """Ask the engines, and listen to them."""
-        async with anyio.create_task_group() as group:
-            group.start_soon(LoopLag(self.services.metrics).run)
-            group.start_soon(self._collector().run)
-            group.start_soon(self._outliers().run)
-            group.start_soon(CacheWatch(self.services.caches, self.adapters, self.services.load).run)
-
-    def _collector(self) -> Collector:
-        telemetry = self.config.telemetry
-        return Collector(
-            self.adapters,
-            self.services.health,
-            self.services.load,
-            clock=self.clock,
-            health_interval_s=telemetry.health_check_interval_seconds,
-            load_interval_s=telemetry.load_poll_interval_seconds,
-        )
-
-    def _outliers(self) -> Outliers:
-        return Outliers(self.services.health, self.services.load, self.config.health.outlier_detection)
 
     async def settled(self) -> None:
         """Wait until the observers of every finished route have run."""
@@ -518,64 +462,14 @@ class Router:
 
     async def health_check_all(self) -> dict[str, EndpointHealth]:
         """Check every endpoint now; what is found also counts for routing."""
-        await self._collector().check_health()
+        await self._watching.collector.check_health()
         found = {m.endpoint: self.services.health.get_health(m.endpoint) for m in self.models}
         return {endpoint: health for endpoint, health in found.items() if health is not None}
 
     def state(self) -> dict[str, Any]:
         """What is known of the fleet and the components, without asking anybody; holds no secret."""
-        stages = {}
-        named = [one.strategy for one in self.config.aliases.values()]
-        named += [one.strategy for one in self.config.tenants.values()]
-        others = [self.pipeline.strategies[name] for name in named if name]
-        for stage in (*self.pipeline.all_stages, *others):
-            if callable(read := getattr(stage.component, "state", None)):
-                stages[stage.key] = dict(read())
-        return {
-            "fleet": self.config.fleet_name,
-            "pipeline": self.pipeline.hash,
-            "strategy": self.pipeline.select.name,
-            "replicas": [self._replica_state(model) for model in self.models],
-            "rate_limits": self.services.limits.summary(),
-            "stages": stages,
-            "observers_dropped": self._observing.dropped,
-        }
-
-    def _replica_state(self, model: ModelConfig) -> dict[str, Any]:
-        health, load = self.services.health, self.services.load
-        engine = load.engine(model.endpoint)
-        limit = self.services.limits.state(model.id)
-        mode, why = self._cache_mode(model)
-        return {
-            "model": model.name,
-            "endpoint": model.endpoint,
-            "provider": model.provider,
-            "enabled": model.enabled,
-            "healthy": health.is_available(model.endpoint),
-            "reason": health.unavailable_reason(model.endpoint),
-            "breaker": health.breaker_state(model.endpoint),
-            "share": health.share_now(model.endpoint),
-            "panic": model.name in health.panicking,
-            "in_flight": load.in_flight(model.id),
-            "expected_ttfb_s": load.expected_ttfb_s(model.id),
-            "running": engine.running if engine else None,
-            "waiting": engine.waiting if engine else None,
-            "kv_usage": engine.kv_usage if engine else None,
-            "prefix_hit_rate": engine.prefix_hit_rate if engine else None,
-            "rate_limit_left": limit.capacity if limit else None,
-            "rate_limited_for_s": limit.wait_s if limit and limit.is_throttled else None,
-            "cache_mode": mode,
-            "cache_why": why,
-        }
-
-    def _cache_mode(self, model: ModelConfig) -> tuple[str, str]:
-        """How a replica's KV cache is known: by its engine, by what went there, or not at all; and why no better."""
-        told = self.services.caches.mode(model.id)
-        if told is not None and told[0] in (KVMode.EXACT, KVMode.DEGRADED):
-            return told[0], told[1]
-        learns = any(stage.kind is Kind.AFFINITY for stage in self.pipeline.stages)
-        mode = KVMode.APPROXIMATE if learns else KVMode.LOAD_ONLY
-        return mode, told[1] if told is not None else ""
+        state = fleet_state(self.config, self.models, self.pipeline, self.services)
+        return {**state, "observers_dropped": self._observing.dropped}
 
     # Watching --------------------------------------------------------------------------------------------------------
 

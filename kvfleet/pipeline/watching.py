@@ -1,0 +1,53 @@
+"""What a router does beside its requests: it asks the engines, listens to them, and looks at its own event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import anyio
+import attrs
+
+from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.config.schema import FleetConfig
+from kvfleet.plugin.component import Services
+from kvfleet.telemetry.collector import Collector
+from kvfleet.telemetry.kv_watch import CacheWatch
+from kvfleet.telemetry.loop_lag import LoopLag
+from kvfleet.telemetry.outliers import Outliers
+
+__all__ = ["Watching"]
+
+
+@attrs.define
+class Watching:
+    """Watches one fleet.
+
+    Attributes:
+        collector: Asks the engines for their health and their load.
+    """
+
+    config: FleetConfig
+    adapters: Mapping[str, InferenceAdapter]
+    services: Services
+    collector: Collector = attrs.field(init=False)
+
+    @collector.default
+    def _make_collector(self) -> Collector:
+        telemetry = self.config.telemetry
+        return Collector(
+            self.adapters,
+            self.services.health,
+            self.services.load,
+            clock=self.services.clock,
+            health_interval_s=telemetry.health_check_interval_seconds,
+            load_interval_s=telemetry.load_poll_interval_seconds,
+        )
+
+    async def run(self) -> None:
+        """Ask and listen until cancelled."""
+        services = self.services
+        async with anyio.create_task_group() as group:
+            group.start_soon(LoopLag(services.metrics).run)
+            group.start_soon(self.collector.run)
+            group.start_soon(Outliers(services.health, services.load, self.config.health.outlier_detection).run)
+            group.start_soon(CacheWatch(services.caches, self.adapters, services.load).run)
