@@ -311,9 +311,9 @@ class TestEvents:
 
         router.state = counted  # type: ignore[method-assign]
         one = board(router)
-        assert one._gather() is one._gather()
+        assert await one._gather() is await one._gather()
         assert counting.asked == 1
         assert isinstance(router.services, Services)
         router.services.clock.advance(1.0)  # type: ignore[attr-defined]
-        one._gather()
+        await one._gather()
         assert counting.asked == 2

@@ -54,6 +54,8 @@ def chat_of(body: Body, reading: Reading) -> dict[str, Any]:
         if value is not None and not (value is False and field in _FLAGS):
             message = f"{field} needs a conversation kept by the server, and the gateway keeps none; {remedy}"
             raise BadRequestError(message, param=field, code="unsupported_parameter")
+    if "messages" in body:  # what is looked at must be what an engine reads
+        raise refused("messages are for /v1/chat/completions; a response takes its conversation as input", "messages")
     messages = [*_instructions(body), *_input(body.get("input"), reading)]
     chat: dict[str, Any] = {"messages": messages}
     for key in (*_SAME, *_NATIVE_FIELDS, *(key for key in body if key not in _SAID)):
