@@ -110,7 +110,9 @@ def profiled() -> Iterator[None]:
 def print_parts(stats: dict[tuple[str, int, str], tuple[int, int, float, float, Any]]) -> None:
     """Print which part of the code the time goes to, C functions counted where they are called from."""
     spent: dict[str, float] = {}
-    for (place, _, _), (_, _, own_s, _, callers) in stats.items():
+    for (place, _, name), (_, _, own_s, _, callers) in stats.items():
+        if name in ("run", "<module>"):  # the loop that waits, and imports
+            continue
         if place == "~":  # written in C
             for (caller, _, _), (_, _, called_s, _) in callers.items():
                 spent[_part(caller)] = spent.get(_part(caller), 0.0) + called_s

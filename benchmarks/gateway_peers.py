@@ -107,7 +107,7 @@ class Runner:
         try:
             done = bench.load(self.place.port, scenario)
         except (RuntimeError, subprocess.CalledProcessError, ValueError) as error:
-            print(f"{self.gateway.name}, {scenario.name}: {str(error)[:200]}", file=sys.stderr)
+            print(f"{self.gateway.name}, {scenario.name}: {str(error)[:90]}", file=sys.stderr)
             return
         spent_us = (tree_cpu_s(self.process.pid) - before_s) * 1e6
         figure = spent_us / done["ok"] / (scenario.chunks or 1)
