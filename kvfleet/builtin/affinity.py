@@ -229,14 +229,12 @@ class PrefixAffinity:
         served, ctx, error = outcome.served_by, outcome.context, outcome.error
         if ctx.dry_run:
             return
-        looked = self._look(ctx)
-        self._looked.pop(id(looked.prompt), None)
         is_computed = served is not None and (error is None or error.code == "client_left")
-        for replica, visit in looked.visits:
-            if not is_computed or served is None or replica != served.id:
-                self._index.retract(replica, visit)
-        for replica, visit in looked.told_visits:
-            self._told.arrived(replica, visit)
+        looked = self._looked.pop(id(prompt_of(ctx)), None)
+        if looked is None and not is_computed:
+            return  # refused before anybody asked who has it: there is nothing to learn
+        looked = looked or self._look_again(ctx)
+        self._take_back(looked, served.id if served is not None and is_computed else "")
         for replica in self._told.restarted(ctx.now_s):
             self._index.clear(replica)
         if served is None or not is_computed:
@@ -263,6 +261,20 @@ class PrefixAffinity:
         self._index.record(one.replica, one.blocks, now_s, one.ttl_s)
         if one.session:
             self._bind(one.tenant, one.session, one.replica, now_s)
+
+    def _take_back(self, looked: _Looked, computed_at: str) -> None:
+        """Forget where the prompt was sent and not computed; an engine that tells has told by now."""
+        for replica, visit in looked.visits:
+            if replica != computed_at:
+                self._index.retract(replica, visit)
+        for replica, visit in looked.told_visits:
+            self._told.arrived(replica, visit)
+
+    def _look_again(self, ctx: RoutingContext) -> _Looked:
+        """Look up what is not kept any more, and do not keep it."""
+        looked = self._look(ctx)
+        self._looked.pop(id(looked.prompt), None)
+        return looked
 
     def _keep(self, looked: _Looked, replica: str, now_s: float) -> None:
         """Remember that the replica computed the prompt."""
