@@ -11,7 +11,14 @@ ROOT = Path(__file__).parent.parent / "kvfleet"
 
 # Lowest first. The longest matching prefix decides; folders on one floor may not import each other unless listed so.
 FLOORS = (
-    ("kvfleet.clock", "kvfleet.money", "kvfleet.config.findings", "kvfleet.trace.spans", "kvfleet.trace.names"),
+    (
+        "kvfleet.clock",
+        "kvfleet.money",
+        "kvfleet.sqlite",
+        "kvfleet.config.findings",
+        "kvfleet.trace.spans",
+        "kvfleet.trace.names",
+    ),
     ("kvfleet.errors",),
     ("kvfleet.config",),
     ("kvfleet.adapters", "kvfleet.sim", "kvfleet.trace"),

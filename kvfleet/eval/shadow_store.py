@@ -14,6 +14,7 @@ import attrs
 
 from kvfleet.errors import TraceError
 from kvfleet.eval.asking import mean, median
+from kvfleet.sqlite import make_once, use_wal
 
 __all__ = ["FILE_NAME", "ShadowRow", "ShadowStore", "ShadowSummary", "summarise"]
 
@@ -135,18 +136,14 @@ class ShadowStore:
 
 
 def _prepare(connection: sqlite3.Connection, path: Path) -> None:
-    if not connection.execute("PRAGMA schema_version").fetchone()[0]:
-        columns = ", ".join(f'"{name}" {_type(name)}' for name in _COLUMNS)
-        connection.execute(f"CREATE TABLE shadow (id INTEGER PRIMARY KEY AUTOINCREMENT, {columns})")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
-        connection.commit()
+    columns = ", ".join(f'"{name}" {_type(name)}' for name in _COLUMNS)
+    made = f"CREATE TABLE shadow (id INTEGER PRIMARY KEY AUTOINCREMENT, {columns})"
+    make_once(connection, (made, f"PRAGMA application_id = {APPLICATION_ID}", f"PRAGMA user_version = {_VERSION}"))
     application = connection.execute("PRAGMA application_id").fetchone()[0]
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if (application, version) != (APPLICATION_ID, _VERSION):
         raise TraceError(f"{path} is not a store of comparisons that this kvfleet reads; name another file")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
+    use_wal(connection)
 
 
 def _type(name: str) -> str:

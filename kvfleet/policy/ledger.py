@@ -25,6 +25,7 @@ import attrs
 
 from kvfleet.errors import KVFleetError
 from kvfleet.policy.budget import Spending
+from kvfleet.sqlite import use_wal
 
 __all__ = ["Ask", "Booked", "Ledger", "LedgerError", "Standing", "read_month"]
 
@@ -175,8 +176,7 @@ class Ledger:
         connection = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
         try:
             _check_version(connection)
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
+            use_wal(connection)
             connection.execute(_SCHEMA)
             connection.execute(_HELD)
             connection.execute("DELETE FROM held WHERE until_s <= ?", (self.time_s(),))

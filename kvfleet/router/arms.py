@@ -16,6 +16,7 @@ import attrs
 
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import ComponentError
+from kvfleet.sqlite import make_once
 from kvfleet.telemetry.metrics import MetricsExporter
 
 __all__ = ["ArmKeeper", "ArmStats", "ArmStore", "HasServices"]
@@ -28,7 +29,7 @@ _DECLARED_WEIGHT = 5.0
 """A model's declared quality counts as much as so many ratings."""
 _SAVE_EVERY_S = 10.0
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS arms "
+    "CREATE TABLE arms "
     "(strategy TEXT NOT NULL, model TEXT NOT NULL, known TEXT NOT NULL, PRIMARY KEY (strategy, model)) WITHOUT ROWID"
 )
 
@@ -138,12 +139,8 @@ class ArmStore:
             raise self.unusable(str(error)) from error
 
     def _check(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute("PRAGMA application_id").fetchone()[0]
-        is_new = not found and not connection.execute("PRAGMA schema_version").fetchone()[0]
-        if is_new:
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(_TABLE)
-        elif found != _APPLICATION_ID:
+        make_once(connection, (f"PRAGMA application_id = {_APPLICATION_ID}", _TABLE))
+        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
             raise self.unusable("it is something else")
 
     def unusable(self, why: str) -> ComponentError:

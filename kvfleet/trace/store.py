@@ -23,6 +23,7 @@ from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.findings import Finding
 from kvfleet.config.schema import TraceStoreConfig
 from kvfleet.errors import ConfigError, TraceError
+from kvfleet.sqlite import make_once, use_wal
 from kvfleet.trace.rows import APPLICATION_ID, SCHEMA, VERSION, default_path, pack
 from kvfleet.trace.segments import Packer
 from kvfleet.trace.spans import Span, Trace
@@ -306,10 +307,7 @@ def _check(connection: sqlite3.Connection, path: Path, *, make: bool) -> None:
     if make:
         connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        with _transaction(connection):
-            if not _pragma(connection, "schema_version"):
-                for statement in SCHEMA:
-                    connection.execute(statement)
+        make_once(connection, SCHEMA)
     version, application = _pragma(connection, "user_version"), _pragma(connection, "application_id")
     if application != APPLICATION_ID:
         raise TraceError(f"{path} is not a trace store; name another file")
@@ -319,8 +317,7 @@ def _check(connection: sqlite3.Connection, path: Path, *, make: bool) -> None:
             "use the kvfleet that wrote it, or move the file away"
         )
     if make:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        use_wal(connection)
 
 
 @contextlib.contextmanager

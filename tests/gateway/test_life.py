@@ -41,13 +41,13 @@ class Process:
             with contextlib.suppress(ValueError, KeyError):
                 self.events.append(json.loads(line)["event"])
 
-    async def logged(self, event: str) -> str:
-        """Wait for an event of the log."""
+    async def logged(self, event: str, *, times: int = 1) -> str:
+        """Wait for an event of the log, or for the last of so many."""
         async with asyncio.timeout(60):
             while True:
-                for one in self.events:
-                    if one.startswith(event):
-                        return one
+                found = [one for one in self.events if one.startswith(event)]
+                if len(found) >= times:
+                    return found[times - 1]
                 await asyncio.sleep(0.02)
 
 
