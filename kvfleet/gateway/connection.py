@@ -9,8 +9,12 @@ HTTP/1.0 and 1.1 with keep-alive and pipelining, no TLS and no upgrade. Times ar
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import socket
 import struct
+import sys
+import termios
 from collections import deque
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -236,8 +240,8 @@ class ClientConnection(asyncio.Protocol):
     def answered(self, exchange: HTTPExchange) -> None:
         """An answer is whole: go on to the next request, or close."""
         self._answering = None
-        if not exchange.keeps_alive or self.host.is_stopping:
-            self.close(drains=not exchange.is_received)
+        if not exchange.keeps_alive:
+            self.close(drains=not exchange.is_received or bool(self._waiting))
         elif self._waiting:
             self._answering = self._waiting.popleft()
             self._answering.begin()
@@ -269,8 +273,20 @@ class ClientConnection(asyncio.Protocol):
         """How much waits for the client to read."""
         return int(self._transport.get_write_buffer_size())
 
+    @property
+    def silent_since(self) -> float | None:
+        """Since when nothing has come on this connection; None while a request or an answer is under way."""
+        if self._answering is not None or self._head_bytes:
+            return None
+        return self.in_head_since if self.idle_since is None else self.idle_since
+
+    def part(self) -> None:
+        """Close, unless something has just come that the event loop has not read yet."""
+        if not _unread_bytes(self._transport.get_extra_info("socket").fileno()):
+            self.stop()
+
     def stop(self) -> None:
-        """Close as soon as nothing is owed any more."""
+        """Close, if nothing is owed any more."""
         if self._answering is None:
             self._transport.close()
 
@@ -353,6 +369,13 @@ class ClientConnection(asyncio.Protocol):
 
     def _size_of_head(self) -> int:
         return len(self._url) + sum([len(name) + len(value) for name, value in self._fields])
+
+
+def _unread_bytes(descriptor: int) -> int:
+    """How much has come that nobody has read; 0 for a socket that is closed."""
+    with contextlib.suppress(OSError, ValueError):
+        return int.from_bytes(fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4)), sys.byteorder)
+    return 0
 
 
 def _names_connection(fields: list[tuple[bytes, bytes]]) -> bool:

@@ -14,6 +14,7 @@ from kvfleet.gateway.connection import DEFAULT_SIZES, ClientConnection, Sizes
 from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.guard import Patience, sweep
 from kvfleet.gateway.http_exchange import HTTPExchange
+from kvfleet.gateway.listening import let_anybody_in, let_nobody_in
 
 __all__ = ["Door", "Server"]
 
@@ -22,11 +23,15 @@ _log = logging.getLogger(__name__)
 _LAST_WORDS_S = 1.0
 """How long clients may take, after a stop, to read what was sent to them."""
 _FIRST_WORDS_S = 1.0
-"""How long clients that have just connected, at a stop, may take to say what they want."""
+"""How long clients must have sent nothing, after a stop, for their connection to be closed: what they send meanwhile
+may have been on its way already, and is answered."""
 _A_MOMENT_S = 0.02
+_LOOK_S = 0.05
 _STAND_IN_S = 0.1
 _MOST_FOR_OTHERS = 4
 """At once, so that those who stand in share the work."""
+_MOST_AT_THE_END = 8192
+"""At once from each socket, at a stop: more than can wait there, and yet an end."""
 
 
 class Door(Protocol):
@@ -45,6 +50,7 @@ class Server:
         patience: With clients that stall.
         sweep_s: Seconds between two looks at them.
         sizes: How large heads may be, and how many connections there may be.
+        first_words_s: Seconds that clients without a request have, after a stop, to send one after all.
 
     Attributes:
         loop: The event loop it runs on.
@@ -63,6 +69,7 @@ class Server:
         patience: Patience,
         sweep_s: float = 1.0,
         sizes: Sizes = DEFAULT_SIZES,
+        first_words_s: float = _FIRST_WORDS_S,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.connections: set[ClientConnection] = set()
@@ -73,6 +80,7 @@ class Server:
         self._drain_s = drain_s
         self.patience = patience
         self._sweep_s = sweep_s
+        self._first_words_s = first_words_s
         self._listening: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
         self._others: list[socket.socket] = []
@@ -84,6 +92,7 @@ class Server:
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections from now on."""
         for one in sockets:
+            let_anybody_in(one)  # a worker started again has the socket of the one before, as that left it
             self._sockets.append(one.dup())  # outlives the server, for who has connected and was not accepted yet
             make = self.loop.create_unix_server if one.family == socket.AF_UNIX else self.loop.create_server
             self._listening.append(await make(lambda: ClientConnection(self), sock=one))
@@ -109,7 +118,7 @@ class Server:
             sweep(self.connections, self.loop.time(), self.patience)
             await _happens(self._stopping, self._sweep_s)
         if standing_in is not None:
-            standing_in.cancel()
+            await standing_in  # never cancelled: a connection may be half accepted
         await self._end()
 
     @property
@@ -144,50 +153,64 @@ class Server:
 
     async def _end(self) -> None:
         self.is_stopping = True
-        for server in self._listening:
-            server.close()
         await self._accept_the_last()
-        await self._hear_the_last()
-        for connection in tuple(self.connections):
-            connection.stop()
         self._look_around()
-        await self._quiet(self._drain_s)
+        await self._finish(self._drain_s)
         if self._tasks:
             _log.warning("gateway gives up requests in_flight=%d drain_s=%g", len(self._tasks), self._drain_s)
         for task in tuple(self._tasks):
             task.cancel()  # each tells its client that the gateway is shutting down
+        for connection in tuple(self.connections):
+            connection.stop()
+        self._look_around()
         if not await _happens(self._is_quiet, _LAST_WORDS_S):
             for connection in tuple(self.connections):
                 connection.abort()
             await _happens(self._is_quiet, _LAST_WORDS_S)
 
+    async def _finish(self, within_s: float) -> None:
+        """Answer what is in flight and what still comes, and close connections on which nothing comes any more.
+
+        A client that was not told of the end may be sending its next request at this moment, so that its connection is
+        not closed at once; the answer to that one tells it.
+        """
+        stopped_s = self.loop.time()
+        by_s = stopped_s + within_s
+        while (now_s := self.loop.time()) < by_s and not self._is_hurried.is_set() and not self._is_quiet.is_set():
+            sweep(self.connections, now_s, self.patience)
+            for connection in tuple(self.connections):
+                silent_s = connection.silent_since
+                if silent_s is not None and now_s - max(silent_s, stopped_s) >= self._first_words_s:
+                    connection.part()
+            await self._quiet(min(_LOOK_S, by_s - now_s))
+
     async def _stand_in(self) -> None:
-        while True:
-            await asyncio.sleep(_STAND_IN_S)
+        while not await _happens(self._stopping, _STAND_IN_S):
             for one in self._others:
                 await self._accept_at(one, _MOST_FOR_OTHERS)
 
     async def _accept_the_last(self) -> None:
-        """Accept who has connected already: the system would reset them when the last listening socket is closed."""
+        """Accept who has connected already: the system would reset them when the last listening socket is closed.
+
+        Who connects from now on is refused a moment later: if they were let in while the last are accepted, there would
+        always be some between the last look and the end.
+        """
+        for one in self._sockets:
+            let_nobody_in(one)
+        await _happens(self._is_hurried, _A_MOMENT_S)  # for those who were let in, but are a round trip away
+        for server in self._listening:
+            server.close()
         for one in (*self._sockets, *self._others):
             with one:
-                await self._accept_at(one)
+                await self._accept_at(one, _MOST_AT_THE_END)
 
-    async def _accept_at(self, one: socket.socket, most: int = 1_000_000) -> None:
+    async def _accept_at(self, one: socket.socket, most: int) -> None:
         """Accept who waits at a socket."""
         with contextlib.suppress(OSError):
             for _ in range(most):
                 sock, _ = one.accept()
                 sock.setblocking(False)
                 await self.loop.connect_accepted_socket(lambda: ClientConnection(self), sock)
-
-    async def _hear_the_last(self) -> None:
-        """Let requests come in that are on their way, on connections where nothing is being answered."""
-        await _happens(self._is_hurried, _A_MOMENT_S)
-        by_s = self.loop.time() + _FIRST_WORDS_S
-        while any(one.in_head_since is not None for one in self.connections) and self.loop.time() < by_s:
-            if await _happens(self._is_hurried, _A_MOMENT_S):
-                return
 
     async def _quiet(self, seconds: float) -> None:
         """Wait until nothing is in flight, somebody is in a hurry, or the time is up."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import ipaddress
 import os
 import socket
+import struct
+import sys
 from pathlib import Path
 
 from kvfleet.config.findings import Finding
@@ -12,9 +16,29 @@ from kvfleet.config.findings import Path as Place
 from kvfleet.errors import ConfigError
 from kvfleet.gateway.auth import Keys
 
-__all__ = ["bind", "bind_for", "check_exposure", "is_loopback", "listening_at", "url_of"]
+__all__ = [
+    "bind",
+    "bind_for",
+    "check_exposure",
+    "is_loopback",
+    "let_anybody_in",
+    "let_nobody_in",
+    "listening_at",
+    "url_of",
+]
 
 _BACKLOG = 2048
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_NO_BEGINNINGS = b"".join(
+    struct.pack("HBBI", *step)
+    for step in (
+        (0x30, 0, 0, 13),  # load the byte with the flags of the TCP header
+        (0x45, 0, 1, 0x02),  # unless SYN is among them, skip one
+        (0x06, 0, 0, 0),  # ignore the packet
+        (0x06, 0, 0, 0xFFFF),  # let it through
+    )
+)
+"""A filter of packets in classic BPF, as Linux has it for sockets (its ``Documentation/networking/filter.rst``)."""
 
 
 def check_exposure(host: str, keys: Keys, *, allowed: bool, place: Place = ("gateway", "host")) -> None:
@@ -104,6 +128,27 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> list[socket.socket
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(error.errno, f"cannot listen on {host or '*'}:{port}: {reason}") from error
     return found
+
+
+def let_nobody_in(one: socket.socket) -> None:
+    """Have the system ignore who begins to connect from now on; who has begun can be accepted.
+
+    They ask again after a second, as TCP does, and by then the socket is closed: so they are refused, where they would
+    have been reset had they come between the last look at who waits and the closing. Linux alone can do it.
+    """
+    if not sys.platform.startswith("linux") or one.family == socket.AF_UNIX:
+        return
+    program = ctypes.create_string_buffer(_NO_BEGINNINGS)
+    told = struct.pack("HP", len(_NO_BEGINNINGS) // 8, ctypes.addressof(program))
+    with contextlib.suppress(OSError):
+        one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
+
+
+def let_anybody_in(one: socket.socket) -> None:
+    """Undo `let_nobody_in`; nothing happens where that was not done."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def listening_at(path: Path) -> socket.socket:

@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import json
+import socket
+from collections import Counter
 from collections.abc import AsyncIterator
 
 import attrs
@@ -18,7 +20,7 @@ from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
 from kvfleet.gateway.listening import bind
 from kvfleet.plugin.contract import RouteRequest
-from tests.gateway.fleet import FakeRouter, events, fleet, gateway
+from tests.gateway.fleet import FakeRouter, events, fleet, gateway, hello
 
 BODY = b'{"messages":[{"role":"user","content":"Hi"}]}'
 STREAM = b'{"stream":true,"messages":[{"role":"user","content":"Hi"}]}'
@@ -26,12 +28,18 @@ STREAM = b'{"stream":true,"messages":[{"role":"user","content":"Hi"}]}'
 
 @contextlib.asynccontextmanager
 async def served(
-    router: FakeRouter | None = None, patience: Patience | None = None, *, drain_s: float = 1, key: str = ""
+    router: FakeRouter | None = None,
+    patience: Patience | None = None,
+    *,
+    drain_s: float = 1,
+    first_words_s: float = 0.1,
+    key: str = "",
 ) -> AsyncIterator[tuple[Server, tuple[str, int]]]:
     """A gateway on a free port."""
     app = await gateway(router or FakeRouter(fleet()), key=key)
     sockets = bind("127.0.0.1", 0)
-    server = Server(app, drain_s=drain_s, patience=patience or Patience(), sweep_s=0.02)
+    patience = patience or Patience()
+    server = Server(app, drain_s=drain_s, patience=patience, sweep_s=0.02, first_words_s=first_words_s)
     await server.start(sockets)
     task = asyncio.create_task(server.run())
     try:
@@ -305,6 +313,102 @@ async def test_a_stop_closes_what_is_idle_and_finishes_what_is_not() -> None:
         assert (headers["connection"], body[-14:]) == ("close", b"data: [DONE]\n\n")
         idle.close()
         busy.close()
+
+
+async def test_what_comes_after_a_stop_on_an_open_connection_is_answered() -> None:
+    """A client that nobody has told yet is told with its next answer, and only then closed, however late it asks."""
+    go = asyncio.Event()
+
+    async def streams(request: RouteRequest) -> Reply:
+        async def until_told() -> AsyncIterator[bytes]:
+            yield b'data: {"a":1}\n\n'
+            await go.wait()
+            yield b"data: [DONE]\n\n"
+
+        return Reply(events=until_told()) if request.stream else await hello(request)
+
+    async with served(FakeRouter(fleet(), streams), drain_s=60, first_words_s=60) as (server, address):
+        idle, new, busy = [await Client.to(address) for _ in range(3)]
+        idle.send(get(b"/livez"))
+        await idle.answer()
+        busy.send(post(STREAM))
+        head = await busy.reader.readuntil(b"\r\n\r\n")  # it promises to keep the connection
+        server.stop()
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:  # until nobody else is let in
+                (await Client.to(address)).close()
+        for client in (idle, new):
+            client.send(post(BODY))
+            status, headers, _ = await client.answer()
+            assert (status, headers["connection"]) == (200, "close")
+            assert await client.rest() == b""
+        go.set()
+        await busy.reader.readuntil(b"[DONE]\n\n\r\n0\r\n\r\n")
+        busy.send(post(BODY))
+        status, headers, _ = await busy.answer()
+        assert (b"connection: close" in head, status, headers["connection"]) == (False, 200, "close")
+        for client in (idle, new, busy):
+            client.close()
+
+
+async def test_who_waits_to_be_accepted_at_a_stop_is_answered() -> None:
+    """Connections that the system has made and nobody has accepted, with a request each, are all answered."""
+    async with served() as (server, address):
+        waiting = [socket.create_connection(address) for _ in range(64)]  # the event loop does not run meanwhile
+        for one in waiting:
+            one.sendall(post(BODY))
+        server.stop()
+        clients = [Client(*await asyncio.open_connection(sock=one)) for one in waiting]
+        answers = [await client.answer() for client in clients]
+        for client in clients:
+            client.close()
+    assert [(status, headers["connection"]) for status, headers, _ in answers] == [(200, "close")] * 64
+
+
+async def test_who_keeps_connecting_does_not_hold_up_a_stop() -> None:
+    """With others connecting all the time a stop comes to its end, and each of them is answered or refused."""
+    ends: Counter[str] = Counter()
+
+    async def connect_again_and_again(address: tuple[str, int]) -> None:
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                client = await Client.to(address)
+                client.send(post(BODY))
+                status, headers, _ = await client.answer()
+                ends[f"{status} {headers.get('connection', '')}"] += 1
+                client.close()
+        ends["refused"] += 1
+
+    async with asyncio.timeout(60), served(drain_s=60) as (server, address), asyncio.TaskGroup() as group:
+        for _ in range(8):
+            group.create_task(connect_again_and_again(address))
+        while not ends["200 "]:  # noqa: ASYNC110 - those who ask set nothing
+            await asyncio.sleep(0)
+        server.stop()
+    assert set(ends) - {"200 close"} == {"200 ", "refused"}
+    assert ends["refused"] == 8
+
+
+async def test_the_last_answer_is_read_though_more_was_asked_behind_it() -> None:
+    """Who has sent more than is answered after a stop gets its answer, and an end instead of a reset."""
+    asked, go = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: RouteRequest) -> Reply:
+        asked.set()
+        await go.wait()
+        return await hello(request)
+
+    async with served(FakeRouter(fleet(), slow), drain_s=60) as (server, address):
+        client = await Client.to(address)
+        client.send(post(BODY) * 2000)
+        await asked.wait()
+        server.stop()
+        while not server.is_stopping:  # noqa: ASYNC110 - who stops sets nothing
+            await asyncio.sleep(0)
+        go.set()
+        status, headers, _ = await client.answer()
+        assert (status, headers["connection"], await client.rest()) == (200, "close", b"")
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.gateway.test_life import ASK, Load, Process, fleet, started
+from tests.gateway.test_life import ASK, Load, Process, answered, fleet, started
 
 
 async def listening(one: Process, count: int) -> list[int]:
@@ -67,16 +67,16 @@ async def test_kill_9_of_one_loses_only_what_it_was_answering(tmp_path: Path) ->
 
 async def test_sigterm_drains_all_workers(tmp_path: Path) -> None:
     """What was accepted is answered by whichever worker has it, and the door is closed by the last one."""
-    async with started(tmp_path, fleet("a"), "--workers", "2", "--unready", "1", "--drain-timeout", "20") as one:
+    async with started(tmp_path, fleet("a"), "--workers", "2", "--drain-timeout", "20") as one:
         await listening(one, 2)
-        loads = [Load(one.url) for _ in range(12)]
+        loads = [Load(one.url, keeps=number % 2 == 0) for number in range(16)]
         async with asyncio.TaskGroup() as group:
             for load in loads:
                 group.create_task(load.run())
-            await asyncio.sleep(0.7)
+            await answered(loads, 48)
             one.process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(one.process.wait(), 60) == 0
-    assert [load.broken for load in loads] == [[]] * 12
+    assert [load.broken for load in loads] == [[]] * 16
     assert all(load.refused == 1 for load in loads)
 
 
