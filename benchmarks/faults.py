@@ -35,8 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.faults.catalogue import Case, cases
 from tests.faults.judge import TOLD_ADDRESS, Judgement, Verdict, ask
 from tests.faults.many import broken_streams
-from tests.faults.site import MODEL, Site, healthily, site
+from tests.faults.site import Site, healthily, site
 from tests.faults.test_wall import Clock, gateway_before
+from tests.faults.tongues import MODEL
 from tests.faults.wall import Times, run
 
 UNIT_S = 1.0

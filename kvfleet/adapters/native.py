@@ -209,8 +209,9 @@ class NativeRelay:
                 raise BackendError(Fault.PROTOCOL, "the backend sent an event without a type")
             return
         self.tally.events += 1
+        data = self._parsed(event)
         if kind in self._wire.learns:
-            self._is_over = self._learn(kind, event)
+            self._is_over = self._learn(kind, data)
         if kind in self._wire.openers and not self._has_given and not kept:
             self._waiting.append(event)
             return
@@ -221,12 +222,22 @@ class NativeRelay:
         if self._is_over:
             self.tally.is_complete = True
 
-    def _learn(self, kind: bytes, event: bytes) -> bool:
+    def _learn(self, kind: bytes, data: Mapping[str, Any]) -> bool:
         try:
-            data = orjson.loads(data_of(event))
             return self._wire.read(kind, data, self.tally, self._error_of)
-        except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise BackendError(Fault.PROTOCOL, "the backend sent an event that cannot be read") from error
+
+    @staticmethod
+    def _parsed(event: bytes) -> Mapping[str, Any]:
+        """An event's data, which is looked at even where nothing is learned of it: no client could read half of it."""
+        try:
+            found = orjson.loads(data_of(event))
+        except orjson.JSONDecodeError as error:
+            raise BackendError(Fault.PROTOCOL, "the backend sent an event that cannot be read") from error
+        if not isinstance(found, dict):
+            raise BackendError(Fault.PROTOCOL, "the backend sent an event that is no JSON object")
+        return found
 
 
 def _events(piece: bytes) -> list[bytes]:

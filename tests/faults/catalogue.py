@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from collections.abc import Iterator
 
 import attrs
 
-from tests.faults.site import (
-    LAST_CHUNK,
-    SSE_HEAD,
-    TEXT,
-    TOKENS,
-    Ask,
-    Behaviour,
-    LeaveError,
-    answer_of,
-    chunk,
-    delta,
-    event,
-    events_of,
-    refusal,
-    whole,
-)
+from tests.faults.site import LAST_CHUNK, SSE_HEAD, Ask, Behaviour, LeaveError, chunk, refusal, whole
+from tests.faults.tongues import TEXT, TOKENS
 
 PAGE = b"<!doctype html><html><body><h1>502 Bad Gateway</h1></body></html>\n"
 BOTH, STREAM = (False, True), (True,)
@@ -132,11 +119,10 @@ def names_its_address(status: str) -> Behaviour:
 
 async def answers_with_an_error(ask: Ask) -> None:
     """Say 200, and an error."""
-    error = {"error": {"message": "CUDA error", "type": "InternalServerError", "param": None, "code": 500}}
     if ask.stream:
-        await ask.say(SSE_HEAD, chunk(event(error)), chunk(event("[DONE]")), LAST_CHUNK)
+        await ask.say(SSE_HEAD, *map(chunk, ask.tongue.breakdown), LAST_CHUNK)
     else:
-        await ask.say(whole(event(error)[6:-2]))
+        await ask.say(whole(json.dumps(ask.tongue.failed).encode()))
 
 
 # Amid the answer -----------------------------------------------------------------------------------------------------
@@ -153,9 +139,11 @@ def cut_at_random(seed: int = 0, *, is_reset: bool = False) -> Behaviour:
     chance = random.Random(seed)
 
     async def behave(ask: Ask) -> None:
-        said = b"".join(map(chunk, events_of(TOKENS)[:-2])) if ask.stream else answer_of(TEXT)
+        tongue = ask.tongue
+        said = b"".join(map(chunk, tongue.events_of(TOKENS)[:-2])) if ask.stream else tongue.answer_of(TEXT)
         head = SSE_HEAD if ask.stream else whole(said)[: -len(said)]
-        await ask.say(head + said[: chance.randrange(200, len(said))])
+        earliest = sum(len(chunk(one)) for one in tongue.beginning(1)) if ask.stream else 200
+        await ask.say(head + said[: chance.randrange(earliest, len(said))])
         if is_reset:
             await asyncio.sleep(0.02)  # what was sent would be lost with it
         raise LeaveError(resets=is_reset)
@@ -166,26 +154,27 @@ def cut_at_random(seed: int = 0, *, is_reset: bool = False) -> Behaviour:
 async def truncates_its_json(ask: Ask) -> None:
     """End properly, as HTTP has it, amid a JSON value."""
     if not ask.stream:
-        await ask.say(whole(answer_of(TEXT)[:-60]))
+        await ask.say(whole(ask.tongue.answer_of(TEXT)[:-60]))
         return
     await ask.begin()
-    await ask.say(chunk(event(delta(TOKENS[4]))[:-20]), LAST_CHUNK)
+    await ask.say(chunk(ask.tongue.rest(4)[0][:-20]), LAST_CHUNK)
 
 
 async def speaks_nonsense(ask: Ask) -> None:
     """Say what is no event, or no JSON, amid the answer, and go on."""
     if not ask.stream:
-        await ask.say(whole(answer_of(TEXT).replace(b'"choices":', b'"choices"=')))
+        key = f'"{ask.tongue.key}"'.encode()
+        await ask.say(whole(ask.tongue.answer_of(TEXT).replace(key + b":", key + b"=")))
         return
     await ask.begin()
     junk = chunk(b"event\nid 17\ndata: {not JSON at all\n\n\x00\xff\n")
-    await ask.say(junk, *[chunk(one) for one in events_of(TOKENS)[5:]], LAST_CHUNK)
+    await ask.say(junk, *map(chunk, ask.tongue.rest(4)), LAST_CHUNK)
 
 
 async def breaks_one_event(ask: Ask) -> None:
     """Send one event whose JSON is cut short, and then go on as if nothing had been."""
-    events = events_of(TOKENS)
-    events[5] = events[5][:-12] + b"\n\n"
+    broken, *rest = ask.tongue.rest(4)
+    events = [*ask.tongue.beginning(4), broken[:-12] + b"\n\n", *rest]
     await ask.say(SSE_HEAD, *map(chunk, events), LAST_CHUNK)
 
 
@@ -196,10 +185,9 @@ async def ends_early(ask: Ask) -> None:
 
 
 async def reports_an_error(ask: Ask) -> None:
-    """Begin, then report an error as vLLM does."""
+    """Begin, then report an error, a chat's as vLLM does."""
     await ask.begin()
-    error = {"object": "error", "message": "EngineDeadError", "type": "InternalServerError", "param": None, "code": 500}
-    await ask.say(chunk(event({"error": error})), chunk(event("[DONE]")), LAST_CHUNK)
+    await ask.say(*map(chunk, ask.tongue.breakdown), LAST_CHUNK)
 
 
 # The list ------------------------------------------------------------------------------------------------------------

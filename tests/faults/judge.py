@@ -13,7 +13,8 @@ import attrs
 import httpx
 
 from tests.faults.catalogue import Case
-from tests.faults.site import MODEL, TEXT
+from tests.faults.sdks import End, Made
+from tests.faults.tongues import CHAT, MESSAGES, TEXT, Tongue
 
 _PASSING = (408, 429)  # what OpenAI's clients take for a failure that passes, beside 5xx
 TOLD_ADDRESS = "told an engine's address"
@@ -56,15 +57,15 @@ class Heard:
     body: bytes = b""
 
 
-async def ask(url: str, *, stream: bool, deadline_s: float) -> Heard:
+async def ask(url: str, *, stream: bool, deadline_s: float, tongue: Tongue = CHAT) -> Heard:
     """Ask once, over a connection of its own."""
     heard = Heard()
-    body = {"model": MODEL, "messages": [{"role": "user", "content": "Say it."}], "stream": stream}
+    body = {**tongue.ask, "stream": stream}
     try:
         async with (
             asyncio.timeout(deadline_s),
             httpx.AsyncClient(timeout=None, verify=_TLS) as client,  # noqa: S113 - the deadline is above
-            client.stream("POST", f"{url}/v1/chat/completions", json=body) as answer,
+            client.stream("POST", f"{url}{tongue.path}", json=body) as answer,
         ):
             heard.status = answer.status_code
             async for piece in answer.aiter_raw():
@@ -76,21 +77,25 @@ async def ask(url: str, *, stream: bool, deadline_s: float) -> Heard:
     return heard
 
 
-def judged(case: Case, heard: Heard, ports: Sequence[int]) -> Judgement:
-    """The verdict on one answer.
+def judged(
+    case: Case, heard: Heard, ports: Sequence[int], tongue: Tongue = CHAT, made: Made | None = None
+) -> Judgement:
+    """The verdict on one answer; with what the API's own SDK made of it, by that.
 
     Pass is a right answer, or the right honest error where no answer was to be had; safe an honest error where one was;
     fail all that misleads a client: a wrong or truncated answer called complete, a hang, a dropped connection, an error
     that blames the caller, an address of an engine.
     """
     said = heard.body.decode(errors="replace")
-    found = _judged(case, heard, said)
+    found = _judged(case, heard, said, made)
+    if heard.status >= 400 and found.verdict is not Verdict.FAIL and not _is_shaped(tongue, said):
+        return Judgement(Verdict.FAIL, "refused in another API's words")
     if found.verdict is not Verdict.FAIL and any(f":{port}" in said or f", {port}" in said for port in ports):
         return Judgement(Verdict.FAIL, TOLD_ADDRESS)
     return found
 
 
-def _judged(case: Case, heard: Heard, said: str) -> Judgement:
+def _judged(case: Case, heard: Heard, said: str, made: Made | None) -> Judgement:
     if heard.end == "hang":
         return Judgement(Verdict.FAIL, "hung")
     if heard.status >= 400:
@@ -99,6 +104,8 @@ def _judged(case: Case, heard: Heard, said: str) -> Judgement:
         return Judgement(Verdict.FAIL, "dropped the connection")
     if heard.status != 200:
         return Judgement(Verdict.FAIL, f"answered with status {heard.status}")
+    if made is not None:
+        return _by_sdk(case, made)
     return _streamed(case, said) if case.stream else _whole(case, said)
 
 
@@ -110,6 +117,29 @@ def _refused(case: Case, heard: Heard) -> Judgement:
     if heard.end == "dropped":
         return Judgement(Verdict.FAIL, "dropped the connection amid an error")
     return _honest(case, f"said {heard.status}")
+
+
+def _is_shaped(tongue: Tongue, said: str) -> bool:
+    """True if an error is one as the API has them."""
+    try:
+        told = json.loads(said)
+        error = told["error"]
+        is_shaped = isinstance(error["message"], str) and isinstance(error["type"], str)
+    except (ValueError, LookupError, TypeError):
+        return False
+    return is_shaped and (tongue is not MESSAGES or told.get("type") == "error")
+
+
+def _by_sdk(case: Case, made: Made) -> Judgement:
+    if made.end is End.UNREADABLE:
+        return Judgement(Verdict.FAIL, "passed on an event that no client can read")
+    if made.end is End.RAISED and case.stream:
+        if not TEXT.startswith(made.text):
+            return Judgement(Verdict.FAIL, "passed on a wrong beginning")
+        return _honest(case, "ended in an error event")
+    if made.end is not End.WHOLE:
+        return Judgement(Verdict.FAIL, "called a truncated answer complete")
+    return _right(case, made.text)
 
 
 def _honest(case: Case, why: str) -> Judgement:

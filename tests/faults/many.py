@@ -8,10 +8,11 @@ from collections import Counter
 
 from tests.faults.catalogue import ALONE, STREAM, Case, Fault
 from tests.faults.judge import ask, judged
-from tests.faults.site import LAST_CHUNK, SSE_HEAD, TOKENS, Ask, LeaveError, Site, chunk, events_of
+from tests.faults.site import LAST_CHUNK, SSE_HEAD, Ask, LeaveError, Site, chunk
+from tests.faults.tongues import CHAT, TOKENS
 
-EVENTS = b"".join(events_of(TOKENS))
-WIRE = b"".join(map(chunk, events_of(TOKENS)))
+EVENTS = b"".join(CHAT.events_of(TOKENS))
+WIRE = b"".join(map(chunk, CHAT.events_of(TOKENS)))
 _JUNK = (b"\n\nid: 17\ndata: {not JSON\n\n", b"\0\xff\n\n", b"<html>\n\n", b"data: [1,2]\n\n", b"data: \n{}\n\n")
 
 

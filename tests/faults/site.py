@@ -1,7 +1,7 @@
 """Engines that misbehave byte by byte: a server of its own for each, in the event loop of whoever asks for them.
 
-An engine answers chats with one known text, streamed or whole, continues it where it is asked to, and has the paths
-that gateways look at. A `Site` is one or two of them; a fault befalls the one that is asked first, and the other one is
+An engine answers chats, and what other APIs it is said to speak, with one known text, streamed or whole, continues it
+where it is asked to, and has the paths that gateways look at. A `Site` is one or two of them; a fault befalls the one that is asked first, and the other one is
 well, so that whoever tries again elsewhere gets an answer.
 """
 
@@ -17,9 +17,7 @@ from typing import Any
 
 import attrs
 
-MODEL = "mock"
-TEXT = "Über den Wolken — so the quick brown fox said — “jump”, and jumped: over 犬, twice."
-TOKENS = tuple(TEXT[i : i + 6] for i in range(0, len(TEXT), 6))
+from tests.faults.tongues import CHAT, MODEL, TEXT, TONGUES, Tongue
 
 SSE_HEAD = (
     b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n"
@@ -33,34 +31,6 @@ def chunk(data: bytes) -> bytes:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
-
-
-def event(data: Any) -> bytes:
-    """One server-sent event."""
-    said = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + said.encode() + b"\n\n"
-
-
-def delta(content: str | None = None, finish: str | None = None) -> dict[str, Any]:
-    """One chunk of a streamed answer; with neither text nor end it is the first, which names the role."""
-    said: dict[str, Any] = {} if finish else {"content": content}
-    if content is None and finish is None:
-        said = {"role": "assistant", "content": ""}
-    choice = {"index": 0, "delta": said, "finish_reason": finish}
-    return {"id": "c-1", "object": "chat.completion.chunk", "created": 1, "model": MODEL, "choices": [choice]}
-
-
-def events_of(tokens: Sequence[str]) -> list[bytes]:
-    """A whole stream: role, tokens, end."""
-    return [event(delta()), *[event(delta(token)) for token in tokens], event(delta(finish="stop")), event("[DONE]")]
-
-
-def answer_of(text: str) -> bytes:
-    """A whole answer."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
-    made = {"id": "c-1", "object": "chat.completion", "created": 1, "model": MODEL, "choices": [choice], "usage": usage}
-    return json.dumps(made, ensure_ascii=False).encode()
 
 
 def whole(body: bytes, status: str = "200 OK", kind: str = "application/json", more: str = "") -> bytes:
@@ -89,12 +59,14 @@ class Ask:
 
     Attributes:
         body: Parsed.
-        number: From 1, of the chats that this engine got since the fault began.
+        number: From 1, of those that this engine got since the fault began.
+        tongue: The API it was asked in.
         engine: Who was asked.
     """
 
     body: dict[str, Any]
     number: int
+    tongue: Tongue
     engine: Engine
     writer: asyncio.StreamWriter
     reader: asyncio.StreamReader
@@ -119,9 +91,9 @@ class Ask:
     async def begin(self, tokens: int = 4) -> None:
         """Begin a right answer: a stream's first tokens, or the first half of a whole answer."""
         if self.stream:
-            await self.say(SSE_HEAD, *[chunk(one) for one in events_of(TOKENS)[: tokens + 1]])
+            await self.say(SSE_HEAD, *map(chunk, self.tongue.beginning(tokens)))
             return
-        said = whole(answer_of(TEXT))
+        said = whole(self.tongue.answer_of(TEXT))
         await self.say(said[: len(said) - 150])
 
     async def answer(self) -> None:
@@ -130,10 +102,10 @@ class Ask:
         if text is None:
             await self.say(refusal("400 Bad Request", "the last message is no beginning of the answer"))
         elif not self.stream:
-            await self.say(whole(answer_of(text)))
+            await self.say(whole(self.tongue.answer_of(text)))
         else:
             tokens = [text[i : i + 6] for i in range(0, len(text), 6)]
-            await self.say(SSE_HEAD, *[chunk(one) for one in events_of(tokens)], LAST_CHUNK)
+            await self.say(SSE_HEAD, *map(chunk, self.tongue.events_of(tokens)), LAST_CHUNK)
 
     def _rest(self) -> str | None:
         if not self.body.get("continue_final_message"):
@@ -160,7 +132,7 @@ class Engine:
     Attributes:
         site: Whose it is; decides how it behaves.
         port: Where it listens.
-        chats: Chats it was asked for since the fault began.
+        chats: Answers it was asked for since the fault began.
     """
 
     site: Site
@@ -216,12 +188,13 @@ class Engine:
         self, line: list[str], body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         method, path, *_ = line
-        if method != "POST" or not path.endswith("/chat/completions"):
-            writer.write(_page(path))
+        tongue = next((one for one in TONGUES if path == one.path), None)
+        if method != "POST" or tongue is None or tongue not in self.site.tongues:
+            writer.write(_page(path) if tongue is None else refusal("404 Not Found"))
             await writer.drain()
             return
         self.chats += 1
-        ask = Ask(json.loads(body), self.chats, self, writer, reader)
+        ask = Ask(json.loads(body), self.chats, tongue, self, writer, reader)
         await self.site.behaviour_of(self)(ask)
 
 
@@ -249,12 +222,14 @@ class Site:
         engines: All of them.
         behaviour: Of who is at fault.
         culprit: Who that is, once it is known.
+        tongues: The APIs they speak.
     """
 
     engines: list[Engine] = attrs.field(factory=list)
     behaviour: Behaviour = healthily
     culprit: Engine | None = None
     is_everybody: bool = False
+    tongues: Sequence[Tongue] = (CHAT,)
 
     def behaviour_of(self, engine: Engine) -> Behaviour:
         """How an engine that is asked now behaves: whoever is asked first is at fault."""
@@ -284,9 +259,9 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site(engines: int) -> AsyncIterator[Site]:
-    """Engines on free ports, for the length of a block."""
-    one = Site()
+async def site(engines: int, *tongues: Tongue) -> AsyncIterator[Site]:
+    """Engines on free ports, for the length of a block; they speak chat and these."""
+    one = Site(tongues=(CHAT, *tongues))
     one.engines = [Engine(one) for _ in range(engines)]
     for engine in one.engines:
         await engine.listen()

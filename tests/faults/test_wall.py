@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import attrs
@@ -15,7 +15,8 @@ from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
 from tests.faults.catalogue import Case, cases
 from tests.faults.judge import Verdict
-from tests.faults.site import MODEL, Site, site
+from tests.faults.site import Site, site
+from tests.faults.tongues import MESSAGES, MODEL, RESPONSES, Tongue
 from tests.faults.wall import Times, a_moment, run
 
 UNIT_S = 0.1
@@ -43,15 +44,25 @@ class Clock(SystemClock):
 
 @contextlib.asynccontextmanager
 async def gateway_before(
-    one: Site, clock: Clock, *, unit_s: float = UNIT_S, failures: int = 3, **fallback: Any
+    one: Site, clock: Clock, *, unit_s: float = UNIT_S, failures: int = 3, tongues: Sequence[str] = (), **fallback: Any
 ) -> AsyncIterator[str]:
-    """A gateway with the default pipeline before a site's engines; so many failures in a row open a breaker."""
+    """A gateway with the default pipeline before a site's engines.
+
+    Args:
+        one: The site.
+        clock: The time.
+        unit_s: Of the time limits.
+        failures: So many in a row open a breaker.
+        tongues: What APIs beside chat the engines are said to speak.
+        fallback: Options of that name.
+    """
     first, *others = [engine.url for engine in one.engines]
     model = ModelConfig(
         name=MODEL,
         endpoint=first,
         replicas=tuple(others),
         provider="vllm",
+        options={"surfaces": list(tongues)},
         timeout_seconds=2 * unit_s,
         idle_timeout_seconds=2 * unit_s,
     )
@@ -107,6 +118,22 @@ async def test_the_wall_with_streams_gone_on_with(case: Case) -> None:
     async with site(case.engines) as one, gateway_before(one, clock, continue_streams=True) as url:
         found = await run(case, url, one, times)
     assert found.verdict is Verdict.PASS, found.why
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["spoken", "translated"])
+@pytest.mark.parametrize("tongue", [MESSAGES, RESPONSES], ids=lambda one: one.name)
+@pytest.mark.parametrize("case", cases(UNIT_S), ids=str)
+async def test_the_wall_in_other_words(case: Case, tongue: Tongue, is_native: bool) -> None:
+    """The same in Anthropic's words and in those of OpenAI's responses, as their SDKs have it, whether or not the engine speaks them."""
+    clock = Clock()
+    times = Times(UNIT_S, 10 * UNIT_S + 1.5, clock.hour, clock.minute, recoveries=3)
+    spoken = [tongue] if is_native else []
+    async with (
+        site(case.engines, *spoken) as one,
+        gateway_before(one, clock, tongues=[each.name for each in spoken]) as url,
+    ):
+        found = await run(case, url, one, times, tongue)
+    assert found.verdict is expected(case), found.why
 
 
 def test_the_count() -> None:

@@ -27,21 +27,8 @@ from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.spans import Trace
 from tests.faults.catalogue import cut_at_random, stalls
-from tests.faults.site import (
-    LAST_CHUNK,
-    MODEL,
-    SSE_HEAD,
-    TEXT,
-    TOKENS,
-    Ask,
-    Behaviour,
-    LeaveError,
-    Site,
-    chunk,
-    delta,
-    event,
-    site,
-)
+from tests.faults.site import LAST_CHUNK, SSE_HEAD, Ask, Behaviour, LeaveError, Site, chunk, site
+from tests.faults.tongues import MODEL, TEXT, TOKENS, delta, event
 
 MESSAGES: Any = [{"role": "user", "content": "Say it."}]
 
