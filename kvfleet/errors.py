@@ -11,7 +11,7 @@
     │   ├── BadRequestError         400: the request itself is wrong
     │   ├── AuthenticationError     401: the gateway's own key
     │   ├── ModelNotFoundError      404: nobody is called that
-    │   ├── NoCandidatesError       403, 429 or 503: every candidate was dropped, and why
+    │   ├── NoCandidatesError       400 to 503: every candidate was dropped, and why
     │   ├── AdmissionError          429: refused before any backend was asked
     │   │   └── QuotaError          429: a budget is used up
     │   ├── StageError              500: a stage that must not fail, failed
@@ -238,7 +238,10 @@ class ModelNotFoundError(RouteError):
 
 
 class NoCandidatesError(RouteError):
-    """Nobody is left, and who was dropped by what: 403 if policy alone did it, 429 if waiting helps, else 503."""
+    """Nobody is left, and who was dropped by what.
+
+    403 if policy alone did it, 400 if nobody can do what the request asks, 429 if waiting helps, else 503.
+    """
 
     status = 503
     code = "no_candidates"

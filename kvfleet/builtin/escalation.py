@@ -114,6 +114,9 @@ class Escalation:
             except BackendError as error:
                 self._faults.append((candidate, error))
                 reason, queue = error.kind.value, self.rules.worth_trying(queue, candidate, error)
+                if error.kind is Fault.CIRCUIT_OPEN:  # not called: that is no attempt
+                    left += 1
+                    continue
                 if queue and left and (whose := self.rules.budget.take(first)):
                     self._out_of, queue = f"{whose}_budget", []
                 continue

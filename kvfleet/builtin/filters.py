@@ -69,8 +69,10 @@ class CapabilityFilter:
 
     Looked at are: the type of model, tools, JSON mode, pictures, sound, video, streaming, the language if
     `classify.language` can tell it, and whether prompt and answer fit into the context window. If nobody is capable,
-    nobody is left, and the error says why.
+    nobody is left, and the error says why: a 400, for the same request will fare no better later.
     """
+
+    judges_request: ClassVar[bool] = True  # what it drops, it drops as long as the request is as it is
 
     window_share: float = number(
         0.8,

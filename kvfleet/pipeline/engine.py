@@ -16,7 +16,7 @@ import attrs
 
 from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock
-from kvfleet.config.schema import AUTO_MODEL, ModelConfig
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import (
     AdmissionError,
     ContractError,
@@ -297,13 +297,23 @@ class Decision:
         message = f"no model may or can serve this request: {who}" if who else nobody
         if by_policy:
             return NoCandidatesError(message, status=403, code="policy_excluded_all", details=details)
-        if not self.excluded and request.model != AUTO_MODEL:  # an embedding model asked to chat, say
+        if not self.excluded:  # an embedding model asked to chat, say
             return NoCandidatesError(message, status=404, code=ModelNotFoundError.code, details=details)
+        if all(stage.is_policy or getattr(stage.component, "judges_request", False) for stage, _ in self.excluded):
+            status, code = _lasting([drop for stage, drop in self.excluded if not stage.is_policy])
+            return NoCandidatesError(message, status=status, code=code, details=details)
         wait_s = _soonest_s([drop for _, drop in self.excluded])
         if any(getattr(stage.component, "limits_rates", False) for stage, _ in self.excluded):
             code = AdmissionError.code
             return NoCandidatesError(message, status=429, code=code, retry_after_s=wait_s, details=details)
         return NoCandidatesError(message, retry_after_s=wait_s, details=details)
+
+
+def _lasting(drops: Sequence[Drop]) -> tuple[int, str]:
+    """Status and code where nobody can do what a request asks, and waiting does not help; clients know one by name."""
+    if all(drop.rule == "context_window" for drop in drops):
+        return 400, "context_length_exceeded"
+    return 400, "no_capable_model"
 
 
 # `.value` of an enum is a Python-level descriptor (0.4 µs); `_value_` is the same text.

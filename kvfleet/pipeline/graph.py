@@ -67,6 +67,8 @@ def _view(entry: Built) -> StageView:
 
 def _ends(component: Component) -> str:
     if component.kind is Kind.FILTER and not getattr(component.cls, "limits_rates", False):
+        if getattr(component.cls, "judges_request", False):
+            return "400"
         return "403" if component.must_hold else "503"
     return {Kind.FILTER: "429", Kind.ADMIT: "429", Kind.ANSWER: "answered"}.get(component.kind, "")
 

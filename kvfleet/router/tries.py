@@ -88,7 +88,7 @@ class Tries:
         reserves: Asked once, when nobody else is left: others who would rather be left alone for now.
         clock, chance: The time, and randomness for the waits.
         sleep: Waits.
-        faults: What has failed so far.
+        faults: What has failed so far; who was not called, because of its breaker, uses up no attempt.
         stopped: Why no more is tried: ``final``, ``timeout``, ``nobody_left``, ``max_attempts``, ``deadline``,
             ``retry_after`` (a wait that is too long), ``model_budget`` or ``fleet_budget``; empty before.
     """
@@ -148,14 +148,15 @@ class Tries:
         if error.kind in (Fault.TIMEOUT, Fault.CONNECT_TIMEOUT) and not self.rules.promote_on_timeout:
             return self._stop("timeout")
         self._note(failed, error)
-        if len(self.faults) >= self.rules.max_attempts:
+        is_called = error.kind is not Fault.CIRCUIT_OPEN
+        if is_called and sum(one.kind is not Fault.CIRCUIT_OPEN for _, one in self.faults) >= self.rules.max_attempts:
             return self._stop("max_attempts")
         now_s = self.clock.now_s()
         if now_s >= self.by_s:
             return self._stop("deadline")
         wait_s, chosen = self._next(now_s)
-        if chosen is None or not self._is_granted():
-            return None
+        if chosen is None or (is_called and not self._is_granted()):
+            return None  # who was not called has not used up what was granted for it
         if wait_s > 0:
             await self.sleep(wait_s)
         return chosen

@@ -32,17 +32,18 @@ def exhausted(faults: Sequence[tuple[ModelConfig, BackendError]], *, stopped: st
         faults: What failed, in order.
         stopped: Why no more was tried, as `kvfleet.router.tries.Tries` says it; programs find it in the details.
     """
-    model, last = faults[-1]
+    called = [one for one in faults if one[1].kind is not Fault.CIRCUIT_OPEN] or faults
+    model, last = called[-1]
     details: dict[str, object] = {"attempts": [_told(model, error) for model, error in faults]}
     if stopped:
         details["stopped"] = stopped
     if last.body is not None:
         details["backend_error"] = last.body
-    tried = f" after {len(faults)} attempts" if len(faults) > 1 else ""
+    tried = f" after {len(called)} attempts" if len(called) > 1 else ""
     message = f"{model.name} did not answer{tried}: {last.message}"
     if last.kind is Fault.DEADLINE or stopped == "deadline":
         return DeadlineExceededError(message, details=details)
-    status, code = _verdict(model, last, [error.kind for _, error in faults])
+    status, code = _verdict(model, last, [error.kind for _, error in called])
     waits = [error.retry_after_s for _, error in faults if error.retry_after_s is not None]
     return AttemptsExhaustedError(
         message, status=status, code=code, retry_after_s=min(waits) if waits else None, details=details

@@ -169,7 +169,7 @@ async def test_tools_go_to_who_can_use_them() -> None:
     async with fleet(able("plain"), able("other")) as running:
         with pytest.raises(NoCandidatesError, match="plain: does not support tools") as caught:
             await running.ask(user("Weather?"), body={"tools": TOOLS})
-        assert caught.value.status == 503
+        assert caught.value.status == 400
         assert caught.value.details["excluded"]["other"] == {
             "by": "filter.capabilities",
             "rule": "tools",

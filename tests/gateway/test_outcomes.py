@@ -10,6 +10,7 @@ import pytest
 
 from kvfleet.adapters.call import Reply
 from kvfleet.clock import FrozenClock
+from kvfleet.config.models import ModelCapabilities
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.errors import AdmissionError, AttemptsExhaustedError, BackendError, Fault, NoCandidatesError
 from kvfleet.gateway.app import Gateway
@@ -87,6 +88,25 @@ class TestErrors:
         await app.stop()
         assert (answer.status, answer.json["error"]["code"]) == (503, "no_candidates")
         assert (answer.header("retry-after"), answer.header("x-should-retry")) == ("60", None)
+
+    @pytest.mark.parametrize(
+        ("more", "code"),
+        [
+            ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "no_capable_model"),
+            ({"max_tokens": 5000}, "context_length_exceeded"),
+        ],
+    )
+    async def test_what_no_model_can_do_is_the_callers_mistake(self, more: dict[str, object], code: str) -> None:
+        """A real router behind it: 400, which no client tries again, and what is lacking stands in the message."""
+        model = ModelConfig(name="m", provider="mock", capabilities=ModelCapabilities(max_context_window=4096))
+        app = Gateway(Router(FleetConfig(models=(model,)), polls=False), keys=Keys())
+        await app.start()
+        answer = await call(app, "POST", "/v1/chat/completions", {**CHAT, **more})
+        await app.stop()
+        error = answer.json["error"]
+        assert (answer.status, error["type"], error["code"]) == (400, "invalid_request_error", code)
+        assert answer.header("x-should-retry") == "false"
+        assert list(error["kvfleet"]["excluded"]) == ["m"]
 
     async def test_the_backends_verdict_on_a_request_comes_back_as_it_is(self) -> None:
         """A backend's 400 keeps its message, type, parameter and code, and gains our facts beside them."""

@@ -140,6 +140,43 @@ async def test_dropping_everybody_by_policy_and_health_is_unavailable() -> None:
     assert "b: down [filter.health]" in raised.value.message
 
 
+class Judging(Given):
+    """A filter by what a request asks for."""
+
+    judges_request = True
+
+
+@pytest.mark.parametrize(
+    ("rules", "code"),
+    [
+        (("vision", "vision"), "no_capable_model"),
+        (("vision", "context_window"), "no_capable_model"),
+        (("context_window", "context_window"), "context_length_exceeded"),
+    ],
+)
+async def test_what_nobody_can_do_is_the_callers_matter(rules: tuple[str, str], code: str) -> None:
+    """400 if nobody can do it or may see it; a client that asks again would be told the same."""
+    drops = [Drop(one, "cannot", rule) for one, rule in zip((B, C), rules, strict=True)]
+    decision, select = decide(
+        stage(Kind.FILTER, [Drop(A, "private only")], is_policy=True),
+        BoundStage.bind(Kind.FILTER, "able", Judging(drops)),
+    )
+    with pytest.raises(NoCandidatesError) as raised:
+        await decision.run(select)
+    assert (raised.value.status, raised.value.code) == (400, code)
+
+
+async def test_if_somebody_can_do_it_later_it_is_not_the_callers_matter() -> None:
+    """503 if one that is able is down."""
+    decision, select = decide(
+        BoundStage.bind(Kind.FILTER, "able", Judging([Drop(A, "cannot"), Drop(B, "cannot")])),
+        stage(Kind.FILTER, [Drop(C, "down", retry_after_s=3.0)], name="health"),
+    )
+    with pytest.raises(NoCandidatesError) as raised:
+        await decision.run(select)
+    assert (raised.value.status, raised.value.code, raised.value.retry_after_s) == (503, "no_candidates", 3.0)
+
+
 class Limiting(Given):
     """A filter by rate limits."""
 
@@ -307,7 +344,8 @@ async def test_a_list_of_scores_is_a_ranking_too() -> None:
 
 
 async def test_nobody_to_begin_with_is_an_error_that_says_so() -> None:
-    """An empty field is not a policy matter."""
+    """An empty field is not a policy matter; nobody does what is asked, now or later."""
     decision, select = decide(candidates=())
-    with pytest.raises(NoCandidatesError, match="no enabled model serves this request: chat for auto"):
+    with pytest.raises(NoCandidatesError, match="no enabled model serves this request: chat for auto") as raised:
         await decision.run(select)
+    assert (raised.value.status, raised.value.code) == (404, "model_not_found")

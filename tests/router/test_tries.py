@@ -15,7 +15,7 @@ from kvfleet.router.attempts import FallbackRules
 from kvfleet.router.retry_budget import RetryBudget
 from kvfleet.router.tries import Tries
 
-A, B = (ModelConfig(name="m", endpoint=f"http://{host}") for host in "ab")
+A, B, C, D = (ModelConfig(name="m", endpoint=f"http://{host}") for host in "abcd")
 END = BackendError(Fault.SERVER_ERROR, "it failed")
 
 
@@ -50,6 +50,18 @@ class Scene:
 
     async def run(self, *ranked: ModelConfig, **more: Any) -> str:
         return await self.tries(*ranked, **more).first_answer(self.attempt, is_stream=True)
+
+
+@attrs.define
+class Counted(RetryBudget):
+    """Grants everything, and counts it."""
+
+    taken: int = 0
+
+    def take(self, model: str) -> str:
+        del model
+        self.taken += 1
+        return ""
 
 
 def limited(seconds: float) -> BackendError:
@@ -105,6 +117,22 @@ async def test_a_wait_that_is_too_long_is_the_clients() -> None:
         await tries.first_answer(scene.attempt, is_stream=True)
     assert (tries.stopped, raised.value.retry_after_s, raised.value.status) == ("retry_after", 30, 429)
     assert raised.value.details["stopped"] == "retry_after"
+
+
+async def test_who_was_not_called_uses_up_no_attempt() -> None:
+    """A breaker that lets only its probe through costs neither an attempt nor a retry, wherever it stands in the row."""
+    scene, budget = Scene({"a": [Fault.CIRCUIT_OPEN], "b": [Fault.SERVER_ERROR], "c": [Fault.CIRCUIT_OPEN]}), Counted()
+    assert await scene.run(A, B, C, D, rules=FallbackRules(max_attempts=2), budget=budget) == "d"
+    assert (scene.tried, budget.taken) == (["a", "b", "c", "d"], 1)
+
+
+async def test_the_error_tells_of_those_who_were_called() -> None:
+    """What is said last is the last call's fault, and not that somebody was not called after it."""
+    scene = Scene({"a": [Fault.OVERLOADED] * 2, "b": [Fault.CIRCUIT_OPEN]})
+    with pytest.raises(RouteError, match=r"m did not answer after 2 attempts: it said overloaded") as raised:
+        await scene.run(A, B)
+    assert (raised.value.status, raised.value.code) == (503, "backend_overloaded")
+    assert [one["fault"] for one in raised.value.details["attempts"]] == ["overloaded", "circuit_open", "overloaded"]
 
 
 @pytest.mark.parametrize("fault", [Fault.TIMEOUT, Fault.CONNECT_TIMEOUT, Fault.IDLE_TIMEOUT])
