@@ -144,10 +144,14 @@ class Attempts:
 
         answer.reply = attrs.evolve(reply, events=relay, close=close)
 
-    @property
-    def unused(self) -> tuple[Unused, ...]:
-        """What the answers came to that the caller does not get."""
-        return tuple([one.unused for one in self._answered if not one.is_given])
+    def close(self) -> tuple[Unused, ...]:
+        """Let go of the answers: what those came to that the caller does not get.
+
+        They know us, as we know them: who lets go lets their memory be used by the next request, and not only once the
+        garbage collector has come by.
+        """
+        answered, self._answered = self._answered, []
+        return tuple([one.unused for one in answered if not one.is_given])
 
     def _why_cancelled(self) -> BackendError:
         """A cancelled attempt: the request's own deadline has passed, or nobody waits for it any more."""

@@ -214,7 +214,8 @@ class Route:
             return
         self._is_closed = True
         usage = tally.usage if tally is not None else None
-        unused = self._attempts.unused if self._attempts is not None else ()
+        attempts, self._attempts = self._attempts, None
+        unused = attempts.close() if attempts is not None else ()
         cost = _cost_of(model, usage, unused)
         span = self.trace.route
         span.end_ns = self.clock.time_ns()
