@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import Any, Self
 
 import attrs
@@ -417,3 +418,28 @@ async def test_a_malformed_body_is_the_engines_to_refuse(messages: Any) -> None:
     async with Fleet() as fleet:
         explanation = await fleet.router.simulate_request(RouteRequest(body={"messages": messages, "tools": None}))
     assert explanation.selected_model == "small"
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_request_leaves_nothing_for_the_garbage_collector(*, streams: bool) -> None:
+    """What knows each other in a route lets go when it is over: its memory is used again by the next one."""
+
+    async def ask(fleet: Fleet) -> None:
+        body = {"messages": [{"role": "user", "content": "Hi"}]}
+        request = stream_request() if streams else RouteRequest(body=body)
+        reply = (await fleet.router.dispatch(request)).answer.reply
+        if reply.events is not None:
+            async for _ in reply.events:
+                pass
+
+    async with Fleet(scripts={"small": [FakeReply(fail=Fault.OVERLOADED), FakeReply(text="Hello there.")]}) as fleet:
+        for _ in range(20):
+            await ask(fleet)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(100):
+                await ask(fleet)
+            assert gc.collect() < 100
+        finally:
+            gc.enable()

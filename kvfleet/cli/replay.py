@@ -20,7 +20,7 @@ from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.replay.driver import Replay, ReplayResult
+from kvfleet.replay.driver import Replay
 from kvfleet.replay.expect import Verdict, parse_expectation, shown
 from kvfleet.replay.fleet import check_names, names_of, read_fleet_description
 from kvfleet.replay.generate import GENERATORS, generator_from
@@ -28,6 +28,7 @@ from kvfleet.replay.measures import FIGURES
 from kvfleet.replay.readers import FORMATS, read_trace
 from kvfleet.replay.report import html_report
 from kvfleet.replay.results import Comparison, Standing
+from kvfleet.replay.several import cores, replay_all
 from kvfleet.replay.slo import parse_slo
 from kvfleet.replay.traces import RequestTrace
 from kvfleet.replay.variants import with_strategy
@@ -94,6 +95,7 @@ _COLUMNS = (
     "--expect", "expected", multiple=True, help="What must hold, as in 'ttft_p99 < 5s'; exit status 1 if it does not."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
+@click.option("-j", "--jobs", type=click.IntRange(1), help="Replays at once; as many as there are cores if absent.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures there, as JSON.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a report there, with plots.")
 @click.pass_context
@@ -113,6 +115,7 @@ def replay(
     slo: str,
     expected: Sequence[str],
     seed: int,
+    jobs: int | None,
     json_path: Path | None,
     html_path: Path | None,
 ) -> None:
@@ -149,7 +152,9 @@ def replay(
         f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
         f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
     )
-    comparison = Comparison.of([_run(label, run) for label, run in runs.items()], level, speed=speed, seed=seed)
+    with _progress(len(runs) * len(requests.requests)) as progress:
+        results = replay_all(runs, jobs or cores(), progress)
+    comparison = Comparison.of(results, level, speed=speed, seed=seed)
     verdicts = [verdict for one in expectations for verdict in one.check(comparison.figures)]
     if json_path:
         json_path.write_text(json.dumps(comparison.to_dict(verdicts), indent=2) + "\n", encoding="utf-8")
@@ -182,11 +187,6 @@ def _engines(path: Path, variants: Mapping[str, FleetConfig]) -> dict[str, Simul
     return {label: described.only(names_of(replicas)) for label, replicas in models.items()}
 
 
-def _run(label: str, run: Replay) -> ReplayResult:
-    with _progress(label, len(run.trace.requests)) as run.progress:
-        return run.run(label)
-
-
 def _trace(name: str, form: str, limit: int | None, seed: int) -> RequestTrace:
     if name.partition(":")[0] in GENERATORS and not Path(name).exists():
         found = generator_from(name).generate(seed)
@@ -195,12 +195,12 @@ def _trace(name: str, form: str, limit: int | None, seed: int) -> RequestTrace:
 
 
 @contextlib.contextmanager
-def _progress(label: str, total: int) -> Iterator[Callable[[int], None] | None]:
+def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    with click.progressbar(length=total, label=label, file=sys.stderr) as bar:
-        yield lambda done: bar.update(done - bar.pos) if done % 50 == 0 or done == total else None
+    with click.progressbar(length=total, label="replaying", file=sys.stderr) as bar:
+        yield lambda done: bar.update(done - bar.pos)
 
 
 def _table(standings: Sequence[Standing]) -> str:
