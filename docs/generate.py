@@ -27,7 +27,7 @@ from kvfleet.plugin import spec
 from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable, discover
-from kvfleet.telemetry.metrics import METRICS
+from kvfleet.telemetry.metric_table import METRICS
 from kvfleet.testing import vocabulary
 from kvfleet.trace.reference import names_markdown
 

@@ -23,7 +23,6 @@ from kvfleet.adapters.base import (
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.native import portable
 from kvfleet.builtin.facts import prompt_tokens
-from kvfleet.cache.knowledge import CacheKnowledge
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
@@ -33,6 +32,8 @@ from kvfleet.pipeline.dispatched import Dispatch, RouteStream
 from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.fleet_state import cache_mode, fleet_state
 from kvfleet.pipeline.observing import Observing
+from kvfleet.pipeline.provision import services_of
+from kvfleet.pipeline.rating import Ratings
 from kvfleet.pipeline.requests import request_from
 from kvfleet.pipeline.resolve import Names
 from kvfleet.pipeline.route import Route, route_attributes
@@ -44,12 +45,7 @@ from kvfleet.plugin.contract import Outcome, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.registry.models import ModelRegistry
-from kvfleet.telemetry.fleet_limits import FleetLimits
-from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.kv_metrics import show_caches
-from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.metrics import MetricsExporter
-from kvfleet.telemetry.rate_limits import RateLimitTracker
 from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
@@ -101,26 +97,13 @@ class Router:
         self.clock: Clock = clock or SystemClock()
         self.registry = ModelRegistry.from_configs(config.models)
         self.models: tuple[ModelConfig, ...] = self.registry.replicas
-        self.services: Services = Services(
-            clock=self.clock,
-            models=self.models,
-            health=HealthManager.of(config.health, self.models, self.clock)
-            if before is None
-            else before.services.health,
-            load=FleetLoad(self.clock) if before is None else before.services.load,
-            limits=_limits_of(config, self.models, self.clock),
-            caches=CacheKnowledge(self.clock),
-            metrics=MetricsExporter(
-                enabled=config.telemetry.prometheus_enabled, before=None if before is None else before.services.metrics
-            ),
-            find=self.table.get,
-            state_dir=state_dir,
-            news=None if news is None else self._publish,
-            minutes=minutes,
-        )
-        self.services.caches.register(self.models)
-        self.services.rate, self.services.annotate = self._rate, self._annotate
+        self.services: Services = services_of(config, self.models, self.clock, before.services if before else None)
+        self.services.find, self.services.state_dir, self.services.minutes = self.table.get, state_dir, minutes
+        if news is not None:
+            self.services.news = self._publish
         self.pipeline: Pipeline = build(config, self.table, self.services)
+        self._ratings = Ratings(self.pipeline.components, self.services.metrics)
+        self.services.rate, self.services.annotate = self._ratings.rate, self._annotate
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
         self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
         modes = partial(cache_mode, pipeline=self.pipeline, services=self.services)
@@ -425,30 +408,7 @@ class Router:
             RouteError: 404 if no strategy that learns remembers the request.
             ValueError: if the score is not between 0 and 1.
         """
-        model = self._learn(request_id, score)
-        if model is not None:
-            self.services.metrics.count("kvfleet_feedback_total", model)
-            return model
-        raise RouteError(
-            "no strategy that learns remembers an answer to this request: it is unknown, too long ago, not answered "
-            "yet, or another strategy decided it",
-            status=404,
-            code="unknown_request",
-        )
-
-    def _learn(self, request_id: str, score: float, *, is_first: bool = False) -> str | None:
-        """Tell the strategies that learn; with `is_first`, only if nobody has rated the answer yet."""
-        for component in self.pipeline.components:
-            learn, is_rated = getattr(component, "feedback", None), getattr(component, "is_rated", None)
-            if not callable(learn) or (is_first and callable(is_rated) and is_rated(request_id)):
-                continue
-            model: str | None = learn(request_id, score)
-            if model is not None:
-                return model
-        return None
-
-    def _rate(self, request_id: str, score: float) -> str | None:
-        return self._learn(request_id, score, is_first=True)
+        return self._ratings.feedback(request_id, score)
 
     def _annotate(self, outcome: Outcome, span: Span) -> None:
         """Add a span to a finished route's record."""
@@ -514,15 +474,3 @@ class Router:
 
     def _finished(self, outcome: Outcome) -> None:
         self.table.route_finished(outcome)
-
-
-def _limits_of(config: FleetConfig, models: Sequence[ModelConfig], clock: Clock) -> FleetLimits:
-    """The fleet's rate limits, of which only what is configured is known."""
-    section = config.rate_limits
-    limits = FleetLimits(
-        RateLimitTracker(
-            section.default_rpm, section.default_tpm, section.throttle_threshold, section.cooldown_seconds, clock=clock
-        )
-    )
-    limits.register(models)
-    return limits

@@ -25,8 +25,9 @@ from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Affinity, CacheMode, Kind, Outcome, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.router.scoring import by_model
+from kvfleet.telemetry.fleet_gauges import GaugeSource
 from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.metrics import GaugeSource, MetricsExporter
+from kvfleet.telemetry.metrics import MetricsExporter
 
 __all__ = ["PrefixAffinity"]
 

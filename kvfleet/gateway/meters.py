@@ -11,7 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from kvfleet.telemetry.metrics import MetricInfo
+from kvfleet.telemetry.metric_table import MetricInfo
 
 __all__ = ["GATEWAY_METRICS", "Meters"]
 

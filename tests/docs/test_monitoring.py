@@ -15,7 +15,7 @@ import ruamel.yaml
 
 from kvfleet.errors import Fault
 from kvfleet.gateway.meters import GATEWAY_METRICS
-from kvfleet.telemetry.metrics import METRICS, MetricInfo
+from kvfleet.telemetry.metric_table import METRICS, MetricInfo
 from tests.docs.pages import ROOT
 
 MONITORING = ROOT / "docs" / "monitoring"

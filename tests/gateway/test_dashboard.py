@@ -31,7 +31,7 @@ from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.gateway.server import running
 from kvfleet.gateway.tallies import READ
 from kvfleet.plugin.component import Services
-from kvfleet.telemetry.metrics import METRICS
+from kvfleet.telemetry.metric_table import METRICS
 from kvfleet.trace import names
 from kvfleet.trace.spans import Span, Trace
 from tests.gateway.asgi import Client, call

@@ -9,7 +9,8 @@ from kvfleet.gateway.merging import MergedMetrics, dumped
 from kvfleet.gateway.meters import GATEWAY_METRICS, Meters
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.metrics import METRICS, MetricsExporter
+from kvfleet.telemetry.metric_table import METRICS
+from kvfleet.telemetry.metrics import MetricsExporter
 
 
 def exporter(requests: int, *, in_flight: int = 0, healthy: bool = True) -> MetricsExporter:

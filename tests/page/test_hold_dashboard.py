@@ -10,7 +10,7 @@ import pytest
 
 from kvfleet.config.schema import FallbackConfig, FleetConfig, ModelConfig
 from kvfleet.errors import Fault
-from kvfleet.telemetry.metrics import METRICS
+from kvfleet.telemetry.metric_table import METRICS
 from kvfleet.testing.fakes import FakeReply
 from tests.docs.running import free_ports
 from tests.page.living import live

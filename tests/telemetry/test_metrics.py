@@ -15,7 +15,8 @@ from kvfleet.errors import Fault
 from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.metrics import METRICS, MetricsExporter
+from kvfleet.telemetry.metric_table import METRICS
+from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.telemetry.rate_limits import RateLimitTracker
 
 
