@@ -28,6 +28,8 @@ __all__ = [
     "StreamChunk",
 ]
 
+_MOST_NAMED = 3
+
 
 @attrs.frozen
 class ChatMessage:
@@ -223,6 +225,8 @@ class InferenceAdapter(abc.ABC):
     connections: Any = attrs.field(default=None, repr=False, eq=False)
     keeps_marks: ClassVar[bool] = False
     """True if it reads Anthropic's own fields of a chat (`cache_control`, ...); else they are left out."""
+    refuses_unlisted: ClassVar[bool] = False
+    """True if the engine refuses requests for a model that it does not list; others answer under any name."""
 
     @classmethod
     def from_config(cls, model: ModelConfig, *, connections: Any = None, **options: Any) -> Self:
@@ -255,6 +259,17 @@ class InferenceAdapter(abc.ABC):
         """True if `send` can take a call's `native` of that API, ``messages`` or ``responses``."""
         del surface
         return False
+
+    def why_unlisted(self, listed: Sequence[str]) -> str:
+        """What an engine that lists these models serves instead of this one; empty if it lists it, or none at all."""
+        if not listed or any(self.is_named(one) for one in listed):
+            return ""
+        more = f" and {len(listed) - _MOST_NAMED} more" if len(listed) > _MOST_NAMED else ""
+        return f"the engine serves {', '.join(listed[:_MOST_NAMED])}{more}, not {self.model_id}"
+
+    def is_named(self, name: str) -> bool:
+        """True if the engine means this adapter's model by a name."""
+        return name == self.model_id
 
     async def list_models(self) -> tuple[str, ...]:
         """Names of the models the engine serves.

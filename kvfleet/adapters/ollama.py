@@ -66,6 +66,10 @@ class OllamaAdapter(TranslatedAdapter):
         except BackendError as error:
             return attrs.evolve(health, healthy=False, error=error.message)
 
+    def is_named(self, name: str) -> bool:
+        """See `InferenceAdapter.is_named`."""
+        return _is_called(name, self.model_id)
+
     async def list_models(self) -> tuple[str, ...]:
         """Names of the models on its disk."""
         return tuple(_name(model) for model in (await self.control_json("GET", "/api/tags")).get("models") or ())

@@ -37,6 +37,7 @@ class VLLMAdapter(MeteredAdapter):
     """vLLM's OpenAI server. Start it with ``--enable-prompt-tokens-details`` to have cached tokens reported."""
 
     usual_surfaces: ClassVar[frozenset[str]] = frozenset({"messages"})
+    refuses_unlisted: ClassVar[bool] = True
     continues: ClassVar[frozenset[Operation]] = frozenset({Operation.CHAT, Operation.COMPLETION})
     prefix: ClassVar[str] = "vllm:"
     reader: ClassVar[Reader] = Reader(

@@ -222,6 +222,8 @@ def _answer_tokens(body: Mapping[str, Any]) -> int:
 class HealthFilter:
     """Drop replicas whose circuit breaker is open. If that is everybody, nobody is left: an error, not a gamble.
 
+    So are those whose engine lists other models than theirs, where it would refuse the request (vLLM).
+
     Unless the section `health` sets a `panic_threshold_percent`: if fewer of a model's replicas may be called, all are.
     """
 
@@ -238,13 +240,20 @@ class HealthFilter:
         """The drops."""
         health, now_s = self._health, ctx.now_s
         unavailable = health.unavailable(now_s)
-        if not unavailable and not health.panicking:
+        unserved = health.unserved
+        if not unavailable and not unserved and not health.panicking:
             return ()
         drops = [
             Drop(model, unavailable[model.endpoint], retry_after_s=health.wait_s(model.endpoint, now_s))
             for model in ctx.candidates
             if model.endpoint in unavailable
         ]
+        if unserved:
+            drops += [
+                Drop(model, unserved[model.id], "model")
+                for model in ctx.candidates
+                if model.id in unserved and model.endpoint not in unavailable
+            ]
         return self._told(ctx, drops) if health.panicking else drops
 
     def _told(self, ctx: RoutingContext, drops: list[Drop]) -> list[Drop]:

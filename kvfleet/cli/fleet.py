@@ -12,7 +12,7 @@ import attrs
 import click
 import httpx
 
-from kvfleet.adapters.base import EndpointHealth
+from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
 from kvfleet.cli import render
 from kvfleet.cli.options import config_argument, json_option, read_fleet, reports
 from kvfleet.config.expand import strategy_of
@@ -28,6 +28,7 @@ from kvfleet.runtime import Router
 __all__ = ["ask_gateway", "check_health", "fleet", "gateway_url", "health", "health_table"]
 
 _GATEWAY_TIMEOUT_S = 2.0
+_MOST_NAMED = 3
 _LIVE = (
     "in_flight", "running", "waiting", "kv_usage", "expected_ttfb_s", "rate_limit_left", "rate_limited_for_s",
     "cache_mode", "cache_why", "breaker", "share", "panic",
@@ -238,9 +239,10 @@ def ask_gateway(url: str, config: FleetConfig) -> tuple[Mapping[str, Any] | None
 @click.pass_context
 @reports
 def health(ctx: click.Context, config: Path, *, as_json: bool) -> None:
-    """Ask every backend whether it is up, now and from here.
+    """Ask every backend whether it is up and serves its model, now and from here.
 
-    Exit status 1 if any replica of an enabled model is down. `kvfleet fleet` asks a running gateway instead, and no
+    Exit status 1 if any replica of an enabled model is down, or of an engine that lists other models and refuses this
+    one. `kvfleet fleet` asks a running gateway instead, and no
     backend.
     """
     table = discover()
@@ -271,15 +273,34 @@ def check_health(config: FleetConfig, table: ComponentTable) -> list[tuple[Model
             found = await router.health_check_all()
         finally:
             await router.aclose()
-        unknown = "was not checked"
+        adapters = router.services.adapters
         return [
-            (model, found.get(model.endpoint) or EndpointHealth(endpoint=model.endpoint, healthy=False, error=unknown))
+            (model, _of_replica(adapters.get(model.id), model, found.get(model.endpoint)))
             for model in router.models
             if model.enabled
         ]
 
     render.progress("asking the backends …")
     return anyio.run(run)
+
+
+def _of_replica(adapter: InferenceAdapter | None, model: ModelConfig, found: EndpointHealth | None) -> EndpointHealth:
+    """What was found of a replica's endpoint, and whether that serves the replica's model."""
+    if found is None:
+        return EndpointHealth(endpoint=model.endpoint, healthy=False, error="was not checked")
+    why_not = adapter.why_unlisted(found.models) if adapter is not None and found.healthy else ""
+    if adapter is None or not why_not:
+        return found
+    if adapter.refuses_unlisted:
+        return attrs.evolve(found, healthy=False, error=why_not)
+    return attrs.evolve(found, error=f"{why_not}, or answers under any name")
+
+
+def _says(one: EndpointHealth) -> str:
+    if one.error:
+        return one.error if not one.healthy else render.warn(one.error)
+    more = f" and {len(one.models) - _MOST_NAMED} more" if len(one.models) > _MOST_NAMED else ""
+    return ", ".join(one.models[:_MOST_NAMED]) + more
 
 
 def health_table(found: Sequence[tuple[ModelConfig, EndpointHealth]]) -> str:
@@ -291,7 +312,7 @@ def health_table(found: Sequence[tuple[ModelConfig, EndpointHealth]]) -> str:
             model.provider,
             render.good("up") if one.healthy else render.bad("down"),
             f"{one.latency_ms:.0f} ms" if one.healthy else "-",
-            one.error if not one.healthy else ", ".join(one.models),
+            _says(one),
         ]
         for model, one in found
     ]

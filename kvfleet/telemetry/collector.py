@@ -94,7 +94,12 @@ class Collector:
     async def check(self, endpoint: str, adapter: InferenceAdapter) -> EndpointHealth:
         """Check one engine's health, now; what was found."""
         found = await self._find_health(endpoint, adapter)
+        if found.healthy and not found.models:
+            found = attrs.evolve(found, models=await self._listed(endpoint, adapter))
         self.health.update_health(found)
+        for replica, one in self.adapters.items():
+            if one.refuses_unlisted and (replica.partition("@")[2] or one.endpoint) == endpoint:
+                self.health.update_served(replica, one.why_unlisted(found.models))
         return found
 
     async def read_load(self, endpoint: str, adapter: InferenceAdapter) -> EngineLoad | None:
@@ -121,6 +126,15 @@ class Collector:
             text = f"the health check failed: {type(error).__name__}"
             return EndpointHealth(endpoint=endpoint, healthy=False, error=text)
         return found if found.endpoint == endpoint else attrs.evolve(found, endpoint=endpoint)
+
+    async def _listed(self, endpoint: str, adapter: InferenceAdapter) -> tuple[str, ...]:
+        """The models an engine lists; none if it does not say, which is not its health."""
+        try:
+            with anyio.fail_after(self.deadline_s):
+                return tuple([name for name in await adapter.list_models() if name])
+        except Exception as error:  # noqa: BLE001 - the same
+            _log.debug("list of models not read endpoint=%s error=%s", endpoint, type(error).__name__)
+            return ()
 
     async def _keep_checking(self, endpoint: str, adapter: InferenceAdapter) -> None:
         while True:

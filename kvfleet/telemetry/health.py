@@ -64,6 +64,7 @@ class HealthManager:
         ejections: How often a breaker was opened, by (endpoint, cause); `overflow` for one that would have been if
             not too many of its model's replicas were out already.
         calls: By endpoint, of those of a model with several: calls that were answered, and failed calls.
+        unserved: By replica: what its engine serves instead of its model, at the last check.
 
     Args:
         check_interval_seconds: Time between health checks.
@@ -83,6 +84,7 @@ class HealthManager:
     pools: Pools = attrs.field(factory=Pools)
     ejections: dict[tuple[str, ...], float] = attrs.field(init=False, factory=dict, repr=False)
     calls: dict[str, list[int]] = attrs.field(init=False, factory=dict, repr=False)
+    unserved: dict[str, str] = attrs.field(init=False, factory=dict, repr=False)
     _known: dict[str, _Endpoint] = attrs.field(init=False, factory=dict, repr=False)
     _open: set[str] = attrs.field(init=False, factory=set, repr=False)
     _unavailable: Mapping[str, str] = attrs.field(init=False, factory=lambda: MappingProxyType({}), repr=False)
@@ -113,7 +115,9 @@ class HealthManager:
 
     def register(self, models: Iterable[ModelConfig]) -> None:
         """Know which endpoints serve the same model; what is known of those that stay is kept."""
+        models = tuple(models)
         self.pools.register(models)
+        self.unserved = {one.id: self.unserved[one.id] for one in models if one.id in self.unserved}
         peers = {one for pool in self.pools.endpoints.values() if len(pool) > 1 for one in pool}
         self.calls = {endpoint: self.calls.get(endpoint, [0, 0]) for endpoint in peers}
 
@@ -135,6 +139,13 @@ class HealthManager:
             # It was down and is up again, as after a restart: that is no answered call, but a reason to try one.
             known.wait_s = 0.0
             self._recompute_at_s = 0.0
+
+    def update_served(self, replica: str, why_not: str) -> None:
+        """Take in what an engine serves instead of a replica's model; empty if it serves that."""
+        if why_not:
+            self.unserved[replica] = why_not
+        else:
+            self.unserved.pop(replica, None)
 
     def begin(self, endpoint: str) -> bool:
         """A call to the endpoint starts; if its breaker is half-open, the call takes the one probe slot.

@@ -14,6 +14,7 @@ from kvfleet.config.loader import load_config
 from kvfleet.config.schema import FleetConfig, GatewayConfig
 from kvfleet.gateway.server import running
 from tests.cli.running import run
+from tests.faults.site import site
 
 NOBODY = "http://127.0.0.1:9"
 """The discard port: nobody listens there."""
@@ -176,3 +177,17 @@ def test_a_replica_that_is_down_is_named(write: Callable[..., Path]) -> None:
         ("up", True, False),
         ("gone", False, True),
     ]
+
+
+@pytest.mark.parametrize(("provider", "status", "state"), [("vllm", 1, "down"), ("openai_compat", 0, "up")])
+async def test_health_of_an_engine_that_serves_another_model(
+    tmp_path: Path, provider: str, status: int, state: str
+) -> None:
+    """It is down if it would refuse the request; else it is up, and what it lists is told all the same."""
+    async with site(1) as one:
+        path = tmp_path / "fleet.yaml"
+        path.write_text(f"models: [{{name: other, provider: {provider}, endpoint: '{one.engines[0].url}'}}]\n")
+        found, out, _ = await anyio.to_thread.run_sync(run, "health", path)
+    assert found == status
+    assert state in out
+    assert "the engine serves mock, not other" in out

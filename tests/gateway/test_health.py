@@ -19,6 +19,8 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
 from kvfleet.testing.fakes import FakeAdapter
+from tests.faults.site import Site, site
+from tests.faults.tongues import CHAT, MODEL
 
 ASK = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
 ENDPOINTS = tuple(f"mock://gpu-{i}" for i in range(3))
@@ -151,3 +153,37 @@ async def test_a_request_that_was_decided_before_does_not_become_a_second_probe(
         assert [one["fault"] for one in attempts] == ["server_error", "circuit_open", "circuit_open", "server_error"]
         assert [len(engine.calls) for engine in here.engines] == [2 * (number == busy) for number in range(3)]
         assert not health.begin(ENDPOINTS[(busy + 1) % 3]), "what was not called says nothing of the probe"
+
+
+def unlike(one: Site, *names: str) -> FleetConfig:
+    """A vLLM engine for each model; all of them serve ``mock``."""
+    models = tuple(
+        ModelConfig(name=name, provider="vllm", endpoint=engine.url)
+        for name, engine in zip(names, one.engines, strict=True)
+    )
+    return FleetConfig(models=models, telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)))
+
+
+async def test_an_engine_that_serves_another_model_is_not_asked_and_that_is_said() -> None:
+    """Its neighbour answers; whoever wants its model is told what it serves, and so is whoever looks at health."""
+    async with site(2) as one:
+        config = unlike(one, "other", MODEL)
+        router = Router(config, polls=False)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            await router.health_check_all()
+            assert [(await client.post(CHAT.path, json=ASK)).status_code for _ in range(4)] == [200] * 4
+            assert [engine.chats for engine in one.engines] == [0, 4]
+            refused = await client.post(CHAT.path, json={**ASK, "model": "other"})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_candidates")
+            excluded = refused.json()["error"]["kvfleet"]["excluded"]["other"]
+            assert excluded == {"by": "filter.health", "rule": "model", "reason": "the engine serves mock, not other"}
+            shown = (await client.get("/health")).json()
+            assert (shown["status"], shown["models"]["other"]["usable"]) == ("degraded", 0)
+            assert shown["endpoints"]["other#1"]["reason"] == "the engine serves mock, not other"
+            assert (await client.get("/readyz")).status_code == 200
+    async with site(1) as one:
+        config = unlike(one, "other")
+        router = Router(config, polls=False)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            await router.health_check_all()
+            assert (await client.get("/readyz")).status_code == 503

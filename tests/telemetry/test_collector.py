@@ -155,3 +155,31 @@ async def test_large_fleets_are_polled_more_slowly() -> None:
     readings = [pause for pause in sleeps.pauses if pause < 600]
     assert readings
     assert min(readings) >= 3.2
+
+
+@attrs.define(kw_only=True)
+class Strict(Engine):
+    """An engine that refuses what it does not list."""
+
+    refuses_unlisted = True
+    lists: tuple[str, ...] = ()
+
+    async def list_models(self) -> tuple[str, ...]:
+        await self._trouble()
+        return self.lists
+
+
+async def test_what_an_engine_lists_is_held_against_each_replica_behind_it() -> None:
+    """Those whose model it does not list are told apart; a list that cannot be read says nothing of anybody."""
+    engine = Strict(endpoint="http://gpu", model_id="llama", lists=("llama", "adapter-1"))
+    other = Strict(endpoint="http://gpu", model_id="qwen")
+    lenient = Engine(endpoint="http://cpu", model_id="phi")
+    made = collector({"a@http://gpu": engine, "b@http://gpu": other, "c@http://cpu": lenient})
+    await made.check_health()
+    assert made.health.unserved == {"b@http://gpu": "the engine serves llama, adapter-1, not qwen"}
+    engine.lists = ("one", "two", "three", "four", "qwen")
+    await made.check_health()
+    assert made.health.unserved == {"a@http://gpu": "the engine serves one, two, three and 2 more, not llama"}
+    engine.lists = ()
+    await made.check_health()
+    assert made.health.unserved == {}
