@@ -14,22 +14,20 @@ far as a router can notice them:
   queue, and computes again what is not cached by then.
 
 Between two admissions nothing changes but the number of tokens, so a run of decode steps is one object with closed-form
-times: a replay jumps over it. Every decoding request gets one token a step, so nothing is kept for each but the step it
-joined at.
+times: a replay jumps over it. Those that decode are in step (`kvfleet.sim.decoding`).
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.errors import BackendError, Fault
 from kvfleet.sim.blocks import BlockPool
+from kvfleet.sim.decoding import Decoding
 from kvfleet.sim.events import (
     Cleared,
     Decoded,
@@ -87,13 +85,7 @@ class Engine:
     _waiting: deque[Job] = attrs.field(init=False, factory=deque, repr=False)
     _running: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)  # in the order of admission
     _prefilling: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)
-    _decoding: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)
-    # Decoding requests by the step, modulo the block size, at which they need their next block.
-    _phases: tuple[dict[Job, None], ...] = attrs.field(init=False, repr=False)
-    _ends: list[tuple[int, int, Job]] = attrs.field(init=False, factory=list, repr=False)  # (step, order, job)
-    _joined: int = attrs.field(init=False, default=0, repr=False)
-    _step: int = attrs.field(init=False, default=0)  # steps over since the start
-    _context: int = attrs.field(init=False, default=0)  # tokens computed of all decoding requests
+    _decoding: Decoding = attrs.field(init=False, repr=False)
     _run: Run | None = attrs.field(init=False, default=None, repr=False)
     _is_short_of_blocks: bool = attrs.field(init=False, default=False)
     _noted: list[tuple[Job, int, int] | list[int]] = attrs.field(init=False, factory=list, repr=False)
@@ -103,7 +95,7 @@ class Engine:
 
     def __attrs_post_init__(self) -> None:
         self._pool = BlockPool(self.spec.cache_blocks)
-        self._phases = tuple({} for _ in range(self.spec.block_tokens))
+        self._decoding = Decoding(self.spec.block_tokens)
 
     # -- the caller's side --------------------------------------------------------------------------------------------
 
@@ -180,7 +172,7 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """The engine's own account of itself."""
-        run, decoding = self._run, len(self._decoding)
+        run = self._run
         return EngineLoad(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -189,7 +181,7 @@ class Engine:
             block_tokens=self.spec.block_tokens,
             prefix_queries_tokens=float(self._queries_tokens),
             prefix_hits_tokens=float(self._hits_tokens),
-            tokens_per_second=decoding / run.first_s if run else 0.0,
+            tokens_per_second=len(self._decoding.jobs) / run.first_s if run else 0.0,
         )
 
     def _check(self, job: Job) -> None:
@@ -241,63 +233,39 @@ class Engine:
     def _begin(self, run: Run) -> None:
         """Give the decoding requests the blocks of a further step of a run, of which there are enough."""
         run.begun += 1
-        needy = self._phases[self._step % len(self._phases)]
+        needy = self._decoding.needy()
         if needy:
             self._take(len(needy))
             for job in needy:
                 job.held += 1
-        if self._phases[(self._step + 1) % len(self._phases)]:
-            self._fill_answers()
+        self._fill_answers()
 
     def _end(self, run: Run, steps: int) -> None:
         """Let steps of a run be over: blocks, tokens, first tokens, ends."""
-        last, phases = run.ended + steps, self._sparse_phases()
+        decoding = self._decoding
+        last, phases = run.ended + steps, decoding.sparse_phases()
         while run.ended < last:
             if run.begun == run.ended:
-                quiet = min(self._steps_before(phases), last - run.ended)
+                quiet = min(decoding.quiet_steps(phases), last - run.ended)
                 if quiet:
                     run.ended = run.begun = run.ended + quiet
-                    self._step += quiet
+                    decoding.step += quiet
                     continue
                 self._begin(run)
             run.ended += 1
-            self._step += 1
+            decoding.step += 1
             if self._noted:
                 self._tell_blocks(run.end_s(run.ended))
         at_s = run.end_s(run.ended)
-        if self._decoding:
-            self._context += steps * len(self._decoding)
+        if decoding.jobs:
+            decoding.context += steps * len(decoding.jobs)
             if self.tells_all:
-                self._events.append(Decoded(at_s, tuple(self._decoding), steps))
-            self._finish(at_s)
+                self._events.append(Decoded(at_s, tuple(decoding.jobs), steps))
+            for job in decoding.finished():
+                self._close(job, at_s)
         for job in run.filled:
             if job.stage is Stage.PREFILL:  # not cancelled meanwhile
                 self._sample_first(job, at_s)
-
-    def _sparse_phases(self) -> Sequence[int]:
-        """When decoding requests need blocks, in order, if that is seldom enough for jumping from one to the next."""
-        size = len(self._phases)
-        if not self._decoding or 4 * len(self._decoding) > size:
-            return ()
-        return sorted({(job.since_step - job.computed) % size for job in self._decoding})
-
-    def _steps_before(self, phases: Sequence[int]) -> int:
-        """Steps from now on in which no request takes a block or fills one."""
-        if not phases:
-            return 0
-        size = len(self._phases)
-        now = self._step % size
-        place = bisect.bisect_left(phases, now)
-        due = phases[place] - now if place < len(phases) else phases[0] + size - now
-        return max(due - 1, 0)  # a block is full one step before the next one is needed
-
-    def _finish(self, at_s: float) -> None:
-        """Let those go that have their last token."""
-        ends = self._ends
-        while ends and ends[0][0] <= self._step:
-            _, order, job = heapq.heappop(ends)
-            if job.stage is Stage.DECODE and job.order == order:
-                self._close(job, at_s)
 
     def _sample_first(self, job: Job, at_s: float) -> None:
         """A prefill is over: the request decodes from now on, if its answer has more than this token."""
@@ -313,14 +281,7 @@ class Engine:
             self._close(job, at_s)
             return
         del self._prefilling[job]
-        self._decoding[job] = None
-        job.stage = Stage.DECODE
-        job.since_step = self._step
-        self._phases[(self._step - job.computed) % self.spec.block_tokens][job] = None
-        self._context += job.computed
-        self._joined += 1
-        job.order = self._joined
-        heapq.heappush(self._ends, (self._step + job.output_tokens - job.generated, job.order, job))
+        self._decoding.join(job)
 
     def _close(self, job: Job, at_s: float) -> None:
         self._leave(job)
@@ -330,12 +291,7 @@ class Engine:
     def _leave(self, job: Job) -> None:
         """Take a running request out of the batch, and release its blocks."""
         if job.stage is Stage.DECODE:
-            steps = self._step - job.since_step
-            del self._decoding[job]
-            del self._phases[(job.since_step - job.computed) % self.spec.block_tokens][job]
-            job.computed += steps
-            job.generated += steps
-            self._context -= job.computed
+            self._decoding.leave(job)
         else:
             del self._prefilling[job]
         del self._running[job]
@@ -349,11 +305,11 @@ class Engine:
         if not self._running and not self._waiting:
             return None
         preemptions = self.preemptions
-        for job in tuple(self._phases[self._step % self.spec.block_tokens]):
+        for job in tuple(self._decoding.needy()):
             if job.stage is Stage.DECODE:
                 self._make_room(job, 1)
         self._fill_answers()
-        budget = self.spec.token_budget - len(self._decoding)
+        budget = self.spec.token_budget - len(self._decoding.jobs)
         chunks = list(self._continued(budget))
         budget -= sum(tokens for _, tokens in chunks)
         is_calm = self.preemptions == preemptions
@@ -363,12 +319,12 @@ class Engine:
         return self._run
 
     def _timed(self, chunks: list[tuple[Job, int]], steps: int) -> Run:
-        spec, decoding = self.spec, len(self._decoding)
+        spec, decoding = self.spec, len(self._decoding.jobs)
         prefill = sum(tokens for _, tokens in chunks)
         pairs = sum(tokens * (job.computed - (tokens + 1) / 2) for job, tokens in chunks)
         return Run(
             start_s=self._clock,
-            first_s=spec.step_time_s(prefill, pairs, decoding, self._context),
+            first_s=spec.step_time_s(prefill, pairs, decoding, self._decoding.context),
             growth_s=decoding * spec.decode_s_per_context_token / spec.speed,
             steps=steps,
             filled=tuple(job for job, _ in chunks if job.computed == job.target),
@@ -377,22 +333,18 @@ class Engine:
 
     def _quiet_steps(self) -> int:
         """Steps until a request ends, or blocks run short, or one that waits for blocks may find one shared."""
-        ends = self._ends
-        while ends[0][2].order != ends[0][1] or ends[0][2].stage is not Stage.DECODE:
-            heapq.heappop(ends)
-        steps = min(ends[0][0] - self._step, self.longest_run)
-        size, decoding = self.spec.block_tokens, len(self._decoding)
+        steps = min(self._decoding.steps_to_end(), self.longest_run)
+        size, decoding = self.spec.block_tokens, len(self._decoding.jobs)
         if self._is_short_of_blocks or decoding * -(-steps // size) > self._pool.available:
             steps = min(steps, self._steps_with_room(steps))
         return steps
 
     def _steps_with_room(self, most: int) -> int:
         """Steps, after the first, for which there are blocks, and in which none is shared that another waits for."""
-        size, room = self.spec.block_tokens, self._pool.available
+        filling, room = self._decoding.filling, self._pool.available
         for steps in range(1, most):
-            step = self._step + steps
-            room -= len(self._phases[step % size])
-            if room < 0 or (self._is_short_of_blocks and any(map(_will_share, self._phases[(step + 1) % size]))):
+            room -= len(filling(steps))
+            if room < 0 or (self._is_short_of_blocks and any(map(_will_share, filling(steps + 1)))):
                 return steps
         return most
 
@@ -475,10 +427,10 @@ class Engine:
 
     def _fill_answers(self) -> None:
         """Share the blocks that decoding requests fill in the step that begins."""
-        size = self.spec.block_tokens
-        for job in self._phases[(self._step + 1) % size]:
+        size, step = self.spec.block_tokens, self._decoding.step
+        for job in self._decoding.filling():
             if _will_share(job):
-                self._share(job, (job.computed + self._step - job.since_step + 1) // size)
+                self._share(job, (job.computed + step - job.since_step + 1) // size)
 
     def _share(self, job: Job, full: int) -> None:
         """Give a request's full blocks their hashes, as far as they are known."""

@@ -383,7 +383,7 @@ def check(one: Engine) -> None:
     assert pool.held + pool.cached <= pool.capacity
     assert len(running) <= one.spec.max_running
     for each in running:
-        steps = one._step - each.since_step if each.stage is Stage.DECODE else 0
+        steps = one._decoding.step - each.since_step if each.stage is Stage.DECODE else 0
         begun = 1 if one._run and one._run.begun > one._run.ended and each.stage is Stage.DECODE else 0
         assert each.held == -(-(each.computed + steps + begun) // one.spec.block_tokens)
 
