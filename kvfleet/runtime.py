@@ -109,6 +109,8 @@ class Router:
         modes = partial(cache_mode, pipeline=self.pipeline, services=self.services)
         show_caches(self.services.metrics, self.services.caches, self.models, lambda model: modes(model)[0])
         self.connections: Connections = Connections() if before is None else before.connections
+        if before is None:
+            self.connections.event_bytes = config.gateway.limits.max_event_bytes
         given = {**({} if before is None else before.unchanged(self.models)), **(adapters or {})}
         own = [model for model in self.models if model.id not in given]
         built = build_adapters(config, self.table, own, connections=self.connections)
@@ -236,6 +238,7 @@ class Router:
         self.services.load.also(self.models)
         self.services.health.change(self.config.health, self.models)
         self.services.metrics.succeed(before.services.metrics)
+        self.connections.event_bytes = self.config.gateway.limits.max_event_bytes
         self._lent, before._lent = before._lent, self._lent
         self._turn.begin()
 

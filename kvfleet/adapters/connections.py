@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import attrs
 import httpx
 
+from kvfleet.adapters.splitters import MAX_EVENT_BYTES
 from kvfleet.adapters.transport import PooledTransport, trusting
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import ComponentError
@@ -73,11 +74,13 @@ class Connections:
     Args:
         transport: Stands in for every connection; for tests, as in ``httpx.MockTransport(handler)``.
         idle_s: Seconds after which an unused connection is closed.
+        event_bytes: Longest event of an answer's stream.
         clock: The time, for what is shared for a while.
     """
 
     transport: httpx.AsyncBaseTransport | None = None
     idle_s: float = 30.0
+    event_bytes: int = MAX_EVENT_BYTES
     clock: Clock = attrs.field(factory=SystemClock)
     _loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Open] = attrs.field(
         init=False, factory=weakref.WeakKeyDictionary, repr=False

@@ -124,7 +124,8 @@ class HTTPAdapter(InferenceAdapter):
         Raises:
             BackendError: if there is no answer, or a refusing one (its body is read and mapped by `error_of`).
         """
-        transport = self.shared_connections().transport_for(self._route)
+        connections = self.shared_connections()
+        transport = connections.transport_for(self._route)
         sent = self._passed(headers)
         try:
             if isinstance(transport, PooledTransport):
@@ -140,7 +141,7 @@ class HTTPAdapter(InferenceAdapter):
                 source = await send_timed(transport, self._request(method, path, sent, body), limits)
         except (httpx.HTTPError, TimeoutError) as error:
             raise faults.from_exception(error) from error
-        incoming = Incoming(source)
+        incoming = Incoming(source, connections.event_bytes)
         if 200 <= incoming.status < 300:
             return incoming
         raise await self._refused(incoming)

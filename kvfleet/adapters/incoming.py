@@ -12,6 +12,7 @@ import orjson
 
 from kvfleet.adapters import faults
 from kvfleet.adapters.call import Limits
+from kvfleet.adapters.splitters import MAX_EVENT_BYTES
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["ForeignAnswer", "Incoming", "Source", "parsed", "send_timed"]
@@ -68,12 +69,14 @@ class Incoming:
         status: 200..299.
         headers: The backend's headers; keys are lower-case.
         has_begun: True once a byte of the body has arrived.
+        event_bytes: Longest event or line that its stream may hold.
     """
 
-    __slots__ = ("_is_closed", "_source", "has_begun", "headers", "status")
+    __slots__ = ("_is_closed", "_source", "event_bytes", "has_begun", "headers", "status")
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, event_bytes: int = MAX_EVENT_BYTES) -> None:
         self.status = source.status
+        self.event_bytes = event_bytes
         self.headers: Mapping[str, str] = {
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in source.headers
         }

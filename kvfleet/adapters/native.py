@@ -24,7 +24,6 @@ from kvfleet.errors import BackendError, Fault
 
 __all__ = ["NativeRelay", "fitted", "portable", "send_native"]
 
-_MAX_EVENT_BYTES = 16 * 1024 * 1024  # the last event of a response holds all of it once more
 _END = re.compile(rb"\n\r?\n")
 _KIND = re.compile(rb'"type" ?: ?"([a-z_.]+)"')
 
@@ -152,7 +151,7 @@ class NativeRelay:
         self.tally = tally
         self._wire = wire
         self._error_of = error_of
-        self._splitter = EventSplitter(max_bytes=_MAX_EVENT_BYTES)
+        self._splitter = EventSplitter(incoming.event_bytes)
         self._waiting: list[bytes] = []
         self._has_given = False
         self._is_over = False

@@ -10,9 +10,10 @@ import attrs
 
 from kvfleet.errors import BackendError, Fault
 
-__all__ = ["EventSplitter", "LineSplitter", "data_of"]
+__all__ = ["MAX_EVENT_BYTES", "EventSplitter", "LineSplitter", "data_of"]
 
-MAX_EVENT_BYTES = 1024 * 1024
+MAX_EVENT_BYTES = 8 * 1024 * 1024
+"""Longest event unless said otherwise: the last one of a response holds all of it once more, pictures included."""
 
 
 @attrs.define
@@ -31,12 +32,12 @@ class _Splitter:
         """What is held back; at the end of a stream: what was cut off."""
         return bytes(self._held)
 
-    def _hold(self, data: bytes) -> None:
+    def _hold(self, data: bytes, *, has_given: bool = False) -> None:
+        """Hold back; what was whole before is given out first, and then what follows is refused."""
         self._held += data
-        if len(self._held) > self.max_bytes:
-            raise BackendError(
-                Fault.PROTOCOL, f"the backend sent an event of more than {self.max_bytes} bytes", received=True
-            )
+        if len(self._held) > self.max_bytes and not has_given:
+            limit = f"{self.max_bytes} bytes (gateway.limits.max_event_bytes)"
+            raise BackendError(Fault.PROTOCOL, f"the backend sent an event of more than {limit}", received=True)
 
 
 @attrs.define
@@ -58,7 +59,7 @@ class EventSplitter(_Splitter):
             if data.endswith(b"\n\n"):  # the usual case: one write of the engine, one read here
                 return data
             end = _end_of_events(data, 0)
-            self._hold(data[end:])
+            self._hold(data[end:], has_given=end > 0)
             return data[:end]
         # an end may straddle the seam, but not reach further back than this
         seam = max(len(self._held) - 3, 0)
@@ -69,7 +70,6 @@ class EventSplitter(_Splitter):
             return b""
         whole = bytes(self._held[:end])
         del self._held[:end]
-        self._hold(b"")
         return whole
 
 
@@ -102,7 +102,7 @@ class LineSplitter(_Splitter):
         if self._held:
             lines[0] = bytes(self._held) + lines[0]
             self._held.clear()
-        self._hold(rest)
+        self._hold(rest, has_given=True)
         return [stripped for line in lines if (stripped := line.removesuffix(b"\r"))]
 
 

@@ -69,7 +69,7 @@ class EventRelay:
         self._error_of = error_of
         self._read_usage = read_usage
         self._take = incoming.piece
-        self._splitter = EventSplitter()
+        self._splitter = EventSplitter(incoming.event_bytes)
         self._feed = self._splitter.feed
         self._plain = PlainEvents()
         self._finished: set[int] = set()

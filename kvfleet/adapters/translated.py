@@ -13,7 +13,7 @@ from kvfleet.adapters.call import Call, Operation, Reply
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.refusals import refuse
-from kvfleet.adapters.splitters import EventSplitter, LineSplitter, data_of
+from kvfleet.adapters.splitters import MAX_EVENT_BYTES, EventSplitter, LineSplitter, data_of
 from kvfleet.adapters.translation import Chunks, Framing, Translation
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import BackendError
@@ -21,7 +21,6 @@ from kvfleet.errors import BackendError
 __all__ = ["TranslatedAdapter", "events_of"]
 
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
-_MAX_EVENT_BYTES = 16 * 1024 * 1024  # a whole answer may come as one event
 
 
 @attrs.define(kw_only=True)
@@ -80,7 +79,7 @@ async def _resumed(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[
 async def _translated(incoming: Incoming, told: Translation) -> AsyncIterator[bytes]:
     """The engine's stream in OpenAI's shape; an error amid it ends the exchange."""
     try:
-        async for event in events_of(incoming, told.framing):
+        async for event in events_of(incoming, told.framing, incoming.event_bytes):
             piece = told.done() if event == b"[DONE]" else told.read_event(event)
             is_over = told.chunks.tally.is_complete
             if is_over:
@@ -97,13 +96,15 @@ async def _translated(incoming: Incoming, told: Translation) -> AsyncIterator[by
         raise
 
 
-async def events_of(incoming: AsyncIterator[bytes], framing: Framing) -> AsyncIterator[bytes]:
+async def events_of(
+    incoming: AsyncIterator[bytes], framing: Framing, max_bytes: int = MAX_EVENT_BYTES
+) -> AsyncIterator[bytes]:
     """The single events of a stream: the data of SSE events, lines, or the pieces as they come."""
     if framing is Framing.TEXT:
         async for piece in incoming:
             yield piece
         return
-    splitter = (EventSplitter if framing is Framing.SSE else LineSplitter)(max_bytes=_MAX_EVENT_BYTES)
+    splitter = (EventSplitter if framing is Framing.SSE else LineSplitter)(max_bytes)
     async for piece in incoming:
         for event in _single(splitter.feed(piece)):
             yield event

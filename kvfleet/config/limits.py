@@ -1,4 +1,4 @@
-"""What a fleet file says of clients: how large requests may be, how many may connect, and how slow they are."""
+"""What a fleet file says of clients and answers: how large they may be, how many may connect, and how slow they are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["ClientLimits"]
 
 @attrs.frozen(kw_only=True)
 class ClientLimits:
-    """How large requests may be, and how slow clients. The defaults are those of HAProxy's and Envoy's edge guides."""
+    """How large requests and events may be, and how slow clients.
+
+    The defaults for clients are those of HAProxy's and Envoy's edge guides.
+    """
 
     max_header_bytes: int = number(
         32 * 1024,
@@ -26,6 +29,13 @@ class ClientLimits:
     )
     max_connections: int = number(
         0, ge=0, unit="connections", doc="Most open connections of clients; one more gets a 503. No limit if 0."
+    )
+    max_event_bytes: int = number(
+        8 * 1024 * 1024,
+        ge=64 * 1024,
+        le=256 * 1024 * 1024,
+        unit="bytes",
+        doc="Largest event of an engine's stream, which is held until it is whole; a larger one breaks the answer off.",
     )
     header_timeout_seconds: float = number(
         10, gt=0, unit="s", doc="Time for a request's head, from the connection's beginning or the head's; else 408."

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvfleet.adapters.call import Tally
 from kvfleet.adapters.native import NativeRelay, portable
 from kvfleet.adapters.native_wire import WIRES, response_usage
+from kvfleet.adapters.splitters import MAX_EVENT_BYTES
 from kvfleet.errors import BackendError, Fault
 
 USAGE = {"input_tokens": 4, "cache_read_input_tokens": 16, "output_tokens": 1}
@@ -55,6 +56,7 @@ class Body:
     pieces: list[bytes]
     closed: int = 0
     finished: int = 0
+    event_bytes: int = MAX_EVENT_BYTES
 
     async def piece(self) -> bytes:
         return self.pieces.pop(0) if self.pieces else b""

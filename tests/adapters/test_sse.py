@@ -263,3 +263,24 @@ async def test_closing_ends_a_waiting_relay() -> None:
     await made.aclose()
     await made.aclose()
     assert body.is_closed
+
+
+async def test_no_more_is_held_of_an_event_than_it_may_be() -> None:
+    """Of an event that never ends so many bytes are taken from the engine, and one piece; then it is left."""
+    taken = 0
+
+    class Endless(Pieces):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            nonlocal taken
+            yield TEXT
+            while True:
+                taken += 1000
+                yield b"x" * 1000
+
+    body = Endless(())
+    incoming = Incoming(ForeignAnswer(httpx.Response(200, stream=body)), event_bytes=50_000)
+    made = EventRelay(incoming, Tally(), error_of=lambda data: faults.from_answer(200, {}, data))
+    assert await anext(made) == TEXT
+    with pytest.raises(BackendError, match="more than 50000 bytes") as raised:
+        await anext(made)
+    assert (raised.value.kind, raised.value.received, taken, body.is_closed) == (Fault.PROTOCOL, True, 51_000, True)

@@ -33,10 +33,10 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 @contextlib.asynccontextmanager
-async def gateway_to(url: str, **limits: Any) -> AsyncIterator[Serving]:
+async def gateway_to(url: str, *, provider: str = "vllm", **limits: Any) -> AsyncIterator[Serving]:
     """A gateway before one backend, with the real router and the real adapter."""
     config = FleetConfig(
-        models=(ModelConfig(name="m", endpoint=url, provider="vllm"),),
+        models=(ModelConfig(name="m", endpoint=url, provider=provider),),
         gateway=GatewayConfig(limits=ClientLimits(**limits)),
         telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
     )
@@ -250,3 +250,25 @@ async def test_leaving_any_kind_of_call_leaves_its_backend(path: str) -> None:
             async with asyncio.timeout(0.1):
                 await backend.left.wait()
             assert serving.router.services.load.in_flight(serving.router.models[0].id) == 0
+
+
+EVENT = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n'
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("has_begun", [False, True])
+async def test_an_event_without_an_end_is_an_error_and_not_memory(path: str, has_begun: bool) -> None:
+    """The engine is left as soon as an event is larger than it may be; before the first one it is a 502, else an event."""
+    endless = chunk(b"data: " + b"x" * 200_000)
+    says = (SSE_HEAD, chunk(EVENT), endless) if has_begun else (SSE_HEAD, endless)
+    async with (
+        upstream(*says) as backend,
+        gateway_to(backend.url, provider="openai_compat", max_event_bytes=65536) as serving,
+        httpx.AsyncClient(base_url=serving.url) as client,
+    ):
+        answer = await client.post(path, json={**CHAT, "max_tokens": 9, "stream": True})
+        await asyncio.wait_for(backend.left.wait(), 5)
+    assert answer.status_code == (200 if has_begun else 502)
+    assert "an event of more than 65536 bytes (gateway.limits.max_event_bytes)" in answer.text
+    assert "xxx" not in answer.text
+    assert "[DONE]" not in answer.text
