@@ -7,6 +7,10 @@ process; the engines are slow, so that it is they who are at their limit and not
 many clients as they have places finds the most they serve. Then requests come at twice that rate, by a Poisson process
 with a fixed seed, whatever becomes of the earlier ones; each has a deadline of ten seconds. Three tenants send them:
 `loud` 70 %, `quiet` 25 %, `vip` 5 % with a higher priority.
+
+How long a refusal took is told twice: as the client has it, which shares its event loop with all the others, and as the
+gateway has it, from the request's beginning to its end in the trace. That it waits for nothing is shown by
+`tests/gateway/test_overload.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from kvfleet.config.schema import (
 )
 from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
+from kvfleet.trace import names
+from kvfleet.trace.spans import Trace
 
 BATCH, ANSWER_TOKENS, DEADLINE_MS = 8, 30, 10_000
 ENGINES = ("mock://a", "mock://b")
@@ -54,6 +60,19 @@ class Asked:
     at_s: float
     took_s: float
     status: int
+
+
+@attrs.define
+class Refusals:
+    """Seconds that refused routes took, by their traces."""
+
+    took_s: list[float] = attrs.field(factory=list)
+
+    def write(self, trace: Trace) -> None:
+        """Take one."""
+        route = trace.route
+        if route.attributes.get(names.OUTCOME) == "refused":
+            self.took_s.append((route.end_ns - route.start_ns) / 1e9)
 
 
 def fleet(overload: OverloadConfig) -> FleetConfig:
@@ -114,7 +133,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return found[min(int(share * len(found)), len(found) - 1)] if found else float("nan")
 
 
-def figures(found: Sequence[Asked], most: float, seconds: float) -> dict[str, Any]:
+def figures(found: Sequence[Asked], most: float, seconds: float, refusals: Refusals) -> dict[str, Any]:
     """What the run came to."""
     served = [one for one in found if one.status == 200 and one.took_s <= DEADLINE_MS / 1000]
     refused = [one for one in found if one.status in (429, 503)]
@@ -128,6 +147,8 @@ def figures(found: Sequence[Asked], most: float, seconds: float) -> dict[str, An
         "p99_s": percentile([one.took_s for one in served], 0.99),
         "refused_p99_ms": 1000 * percentile([one.took_s for one in refused], 0.99),
         "refused_median_ms": 1000 * percentile([one.took_s for one in refused], 0.5),
+        "decided_p99_ms": 1000 * percentile(refusals.took_s, 0.99),
+        "decided_longest_ms": 1000 * max(refusals.took_s, default=float("nan")),
         "statuses": dict(Counter(one.status for one in found)),
         "served_of_wanted": {tenant: by_tenant[tenant] / wanted[tenant] for tenant in DEMAND},
     }
@@ -135,15 +156,15 @@ def figures(found: Sequence[Asked], most: float, seconds: float) -> dict[str, An
 
 async def measure(overload: OverloadConfig, seconds: float, seed: int) -> Mapping[str, Any]:
     """One gateway: the most it can serve, and what it serves of twice that."""
-    config = fleet(overload)
+    config, refusals = fleet(overload), Refusals()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with (
-        running(config, router=Router(config, polls=False)) as serving,
+        running(config, router=Router(config, polls=False, sinks=[refusals])) as serving,
         httpx.AsyncClient(base_url=serving.url, limits=limits, timeout=60) as client,
     ):
         await most_per_s(client, 5)  # learn the pace
         most = await most_per_s(client, max(seconds / 4, 5))
-        return figures(await offer(client, 2 * most, seconds, seed), most, seconds)
+        return figures(await offer(client, 2 * most, seconds, seed), most, seconds, refusals)
 
 
 def main() -> None:
@@ -166,7 +187,8 @@ def main() -> None:
             f"{name:8} most {one['most_per_s']:.1f}/s  offered {one['offered_per_s']:.1f}/s  "
             f"served in time {one['served_per_s']:.1f}/s ({one['of_the_most']:.0%})  "
             f"median {one['median_s']:.2f} s  p99 {one['p99_s']:.2f} s  "
-            f"refused after {one['refused_median_ms']:.0f} ms, p99 {one['refused_p99_ms']:.0f} ms"
+            f"refused after {one['refused_median_ms']:.0f} ms, p99 {one['refused_p99_ms']:.0f} ms, in the gateway "
+            f"p99 {one['decided_p99_ms']:.2f} ms, at most {one['decided_longest_ms']:.2f} ms"
         )
         print(f"{'':8} of what each asked for: {shares}   {one['statuses']}")
 

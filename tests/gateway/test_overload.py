@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import httpx
+import orjson
 import pytest
 
 from kvfleet.adapters.call import Call, Reply
@@ -24,6 +25,7 @@ from kvfleet.config.schema import (
     TraceStoreConfig,
 )
 from kvfleet.errors import BackendError, Fault
+from kvfleet.gateway.exchange import Exchange, Pairs
 from kvfleet.gateway.server import Serving, running
 from kvfleet.runtime import Router
 from kvfleet.testing.fakes import FakeAdapter
@@ -163,6 +165,55 @@ async def test_a_client_that_leaves_the_queue_takes_no_place() -> None:
         await asyncio.gather(*first)
         assert sum(len(engine.calls) for engine in here.engines) == 4
         assert here.queue["in_flight"] == 0
+
+
+@attrs.define(eq=False)
+class AtHand(Exchange):
+    """A request whose body is there, and whose answer is taken at once: whoever waits, waits for something else."""
+
+    said: bytes = b""
+    answer: bytes = b""
+    more: list[tuple[bytes, bytes]] = attrs.field(factory=list)
+
+    async def body(self, limit: int) -> bytes:
+        return self.said
+
+    async def start(self, status: int, headers: Pairs) -> None:
+        self.status, self.more = status, headers
+
+    async def whole(self, status: int, body: bytes, headers: Pairs) -> None:
+        self.status, self.answer, self.more = status, body, headers
+
+    async def piece(self, body: bytes) -> None:
+        self.answer += body
+
+    async def end(self, body: bytes = b"") -> None:
+        self.answer += body
+
+    def watch(self) -> None: ...
+
+    def unwatch(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_refusal_waits_for_nothing(path: str, stream: bool) -> None:
+    """From the body to the answer's bytes it is one turn of the event loop: nobody else runs in between."""
+    async with world(service_s=0.5, max_queue=0) as here:
+        first = [asyncio.create_task(here.ask()) for _ in range(4)]
+        await until(lambda: here.queue["in_flight"] == 4)
+        said = orjson.dumps({**BODY, "stream": stream, "max_tokens": 9})
+        fields = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json"), (b"x-tenant", b"loud")]
+        exchange = AtHand("POST", path, fields, said=said)
+        answering = here.serving.gateway.handle(exchange)
+        with pytest.raises(StopIteration):
+            answering.send(None)  # else it would give what it waits for
+        assert exchange.status == 503
+        assert b"overloaded" in exchange.answer
+        assert b"retry-after" in dict(exchange.more)
+        assert {one.status_code for one in await asyncio.gather(*first)} == {200}
 
 
 @pytest.mark.parametrize("priority", ["1", "9"])
