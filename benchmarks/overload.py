@@ -44,6 +44,7 @@ from kvfleet.trace.spans import Trace
 BATCH, ANSWER_TOKENS, DEADLINE_MS = 8, 30, 10_000
 ENGINES = ("mock://a", "mock://b")
 DEMAND = {"loud": 0.70, "quiet": 0.25, "vip": 0.05}
+_IN_THE_QUEUE = ("no place became free", "others come first")
 QUEUE = OverloadConfig(
     max_in_flight_per_replica=BATCH,
     max_queue=64,
@@ -64,14 +65,19 @@ class Asked:
 
 @attrs.define
 class Refusals:
-    """Seconds that refused routes took, by their traces."""
+    """Seconds that routes took which were refused at once, by their traces; others were refused in the queue."""
 
     took_s: list[float] = attrs.field(factory=list)
+    waited: int = 0
 
     def write(self, trace: Trace) -> None:
         """Take one."""
         route = trace.route
-        if route.attributes.get(names.OUTCOME) == "refused":
+        if route.attributes.get(names.OUTCOME) != "refused":
+            return
+        if any(words in route.message for words in _IN_THE_QUEUE):
+            self.waited += 1
+        else:
             self.took_s.append((route.end_ns - route.start_ns) / 1e9)
 
 
@@ -149,6 +155,8 @@ def figures(found: Sequence[Asked], most: float, seconds: float, refusals: Refus
         "refused_median_ms": 1000 * percentile([one.took_s for one in refused], 0.5),
         "decided_p99_ms": 1000 * percentile(refusals.took_s, 0.99),
         "decided_longest_ms": 1000 * max(refusals.took_s, default=float("nan")),
+        "refused_at_once": len(refusals.took_s),
+        "refused_in_the_queue": refusals.waited,
         "statuses": dict(Counter(one.status for one in found)),
         "served_of_wanted": {tenant: by_tenant[tenant] / wanted[tenant] for tenant in DEMAND},
     }
@@ -187,8 +195,8 @@ def main() -> None:
             f"{name:8} most {one['most_per_s']:.1f}/s  offered {one['offered_per_s']:.1f}/s  "
             f"served in time {one['served_per_s']:.1f}/s ({one['of_the_most']:.0%})  "
             f"median {one['median_s']:.2f} s  p99 {one['p99_s']:.2f} s  "
-            f"refused after {one['refused_median_ms']:.0f} ms, p99 {one['refused_p99_ms']:.0f} ms, in the gateway "
-            f"p99 {one['decided_p99_ms']:.2f} ms, at most {one['decided_longest_ms']:.2f} ms"
+            f"refused at once {one['refused_at_once']}, in the gateway p99 {one['decided_p99_ms']:.2f} ms, "
+            f"at most {one['decided_longest_ms']:.2f} ms; in the queue {one['refused_in_the_queue']}"
         )
         print(f"{'':8} of what each asked for: {shares}   {one['statuses']}")
 

@@ -30,7 +30,7 @@ from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build, build_adapters
 from kvfleet.pipeline.dispatched import Dispatch, RouteStream
 from kvfleet.pipeline.engine import Decision
-from kvfleet.pipeline.fleet_state import cache_mode, fleet_state
+from kvfleet.pipeline.fleet_state import cache_mode, fleet_state, replica_states
 from kvfleet.pipeline.observing import Observing
 from kvfleet.pipeline.provision import services_of
 from kvfleet.pipeline.rating import Ratings
@@ -428,6 +428,10 @@ class Router:
         await self._watching.collector.check_health()
         found = {m.endpoint: self.services.health.get_health(m.endpoint) for m in self.models}
         return {endpoint: health for endpoint, health in found.items() if health is not None}
+
+    def replica_states(self) -> dict[str, Any]:
+        """What of that is known of the replicas, which is soon said."""
+        return replica_states(self.config, self.models, self.pipeline, self.services)
 
     def state(self) -> dict[str, Any]:
         """What is known of the fleet and the components, without asking anybody; holds no secret."""

@@ -11,11 +11,13 @@ from typing import Any
 
 import attrs
 
-__all__ = ["OWN_COMMENT", "Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
+__all__ = ["LARGE_BYTES", "OWN_COMMENT", "Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
 
 
 OWN_COMMENT = b": kvfleet: "
 """How a comment begins that kvfleet itself puts into a stream."""
+LARGE_BYTES = 256 * 1024
+"""Of a request's body: what is done with a larger one is done in several turns of the event loop."""
 
 
 class Operation(enum.StrEnum):

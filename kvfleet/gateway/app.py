@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvfleet.adapters.call import Operation
+from kvfleet.adapters.call import LARGE_BYTES, Operation
 from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
 from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.asgi import ASGIExchange, Message, Receive, Send, live
@@ -28,6 +28,7 @@ from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
 from kvfleet.gateway.hosts import Hosts
+from kvfleet.gateway.merging import MergedMetrics
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.openapi import openapi
 from kvfleet.gateway.relay import Relay
@@ -308,10 +309,17 @@ class Gateway:
                 headers.append((b"request-id", exchange.request_id.encode()))
         await exchange.json(error.status, told, headers)
 
+    async def _body_of(self, exchange: Exchange) -> bytes:
+        """The body; before a large one is parsed, others have their turn."""
+        raw = await exchange.body(self._max_body_bytes)
+        if len(raw) > LARGE_BYTES:
+            await asyncio.sleep(0)
+        return raw
+
     # Inference -------------------------------------------------------------------------------------------------------
 
     async def _infer(self, operation: Operation, exchange: Exchange) -> None:
-        raw = await exchange.body(self._max_body_bytes)
+        raw = await self._body_of(exchange)
         caller = exchange.caller
         asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id, key=caller.name)
         request = bind(asked, caller)
@@ -346,7 +354,7 @@ class Gateway:
     # Other APIs than OpenAI's chat ------------------------------------------------------------------------------------
 
     async def _read_as(self, surface: Surface, exchange: Exchange) -> tuple[Asked, RouteRequest]:
-        raw = await exchange.body(self._max_body_bytes)
+        raw = await self._body_of(exchange)
         caller, headers = exchange.caller, exchange.headers
         asked, request = self._reader.read_as(
             surface, raw, headers, exchange.request_id, fields=exchange.fields, key=caller.name
@@ -421,7 +429,7 @@ class Gateway:
         await exchange.json(200, statements(self.router.state(), exchange.caller))
 
     async def _health(self, exchange: Exchange) -> None:
-        state: Mapping[str, Any] = self.router.state()
+        state: Mapping[str, Any] = self.router.replica_states()
         if self.siblings is not None:
             state = with_others(state, await self.siblings.snapshots())
         status, report = fleet_report(state, self.replicas, self.phase)
@@ -433,7 +441,7 @@ class Gateway:
     async def _readyz(self, exchange: Exchange) -> None:
         if self.phase is not Phase.SERVING:
             await exchange.json(503, {"status": self.phase.value})
-        elif is_usable_fleet(self.router.state()):
+        elif is_usable_fleet(self.router.replica_states()):
             await exchange.json(200, {"status": "ok"})
         else:
             await exchange.json(503, {"status": "unavailable"})
@@ -449,7 +457,10 @@ class Gateway:
         metrics = self.router.services.metrics
         if not metrics.enabled:
             raise RouteError("metrics are switched off; see telemetry.prometheus_enabled", status=404, code="disabled")
-        body = metrics.render() if self.siblings is None else await self.siblings.rendered(metrics.registry)
+        if self.siblings is None:
+            body = await asyncio.to_thread(MergedMetrics(tuple(metrics.registry.collect())).render)
+        else:
+            body = await self.siblings.rendered(metrics.registry)
         await exchange.whole(200, body, [(b"content-type", metrics.content_type.encode())])
 
 

@@ -65,6 +65,8 @@ class ReplicaNames:
         >>> names.hide("connect to gpu-1:8000 failed; see https://docs.example/errors")
         'connect to m#1 failed; see https://docs.example/errors'
         """
+        if ":" not in text and "." not in text and "'" not in text and '"' not in text:
+            return text  # as most keys and names are; no address is written without one of these
         return _ADDRESS.sub(self._name_of, text)
 
     def _name_of(self, match: re.Match[str]) -> str:
@@ -80,7 +82,9 @@ class ReplicaNames:
         """JSON data with every text in it hidden, keys included."""
         if isinstance(value, str):
             return self.hide(value)
-        if isinstance(value, Mapping):
+        if value is None or isinstance(value, int | float):
+            return value
+        if type(value) is dict or isinstance(value, Mapping):  # to ask for an abstract class costs 0.5 µs
             return {self.hide(str(key)): self.hide_in(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.hide_in(item) for item in value]

@@ -107,7 +107,8 @@ class Siblings:
 
     async def rendered(self, registry: CollectorRegistry) -> bytes:
         """The metrics of all workers, for Prometheus."""
-        return (await asyncio.to_thread(self.metrics, dumped(registry))).render()
+        mine = dumped(registry)
+        return await asyncio.to_thread(lambda: self.metrics(mine).render())
 
     def metrics(self, own: bytes) -> MergedMetrics:
         """This worker's metrics, dumped, and the others'; for a thread."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Call, Reply, Tally, Usage
+from kvfleet.adapters.call import LARGE_BYTES, Call, Reply, Tally, Usage
 from kvfleet.adapters.native import fitted
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
@@ -229,6 +229,8 @@ class _One:
         if not made.services.health.begin(candidate.endpoint):
             raise BackendError(Fault.CIRCUIT_OPEN, "its circuit breaker is half-open, and another call is its probe")
         self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
+        if len(made.request.raw) > LARGE_BYTES:
+            await asyncio.sleep(0)
         call = made.call_for(candidate, self.begun[1], self.named, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
         left = self._limits.heard(reply.headers)

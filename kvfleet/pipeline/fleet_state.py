@@ -11,13 +11,25 @@ from kvfleet.pipeline.stage import Pipeline
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Kind
 
-__all__ = ["cache_mode", "fleet_state"]
+__all__ = ["cache_mode", "fleet_state", "replica_states"]
+
+
+def replica_states(
+    config: FleetConfig, models: Sequence[ModelConfig], pipeline: Pipeline, services: Services
+) -> dict[str, Any]:
+    """What is known of the replicas alone, without asking anybody; holds no secret."""
+    return {
+        "fleet": config.fleet_name,
+        "pipeline": pipeline.hash,
+        "strategy": pipeline.select.name,
+        "replicas": [_replica_state(model, pipeline, services) for model in models],
+    }
 
 
 def fleet_state(
     config: FleetConfig, models: Sequence[ModelConfig], pipeline: Pipeline, services: Services
 ) -> dict[str, Any]:
-    """What is known of the fleet and the components, without asking anybody; holds no secret."""
+    """The same with rate limits, and what the components say of themselves: budgets, caches, what was learned."""
     stages = {}
     named = [one.strategy for one in config.aliases.values()]
     named += [one.strategy for one in config.tenants.values()]
@@ -25,14 +37,8 @@ def fleet_state(
     for stage in (*pipeline.all_stages, *others):
         if callable(read := getattr(stage.component, "state", None)):
             stages[stage.key] = dict(read())
-    return {
-        "fleet": config.fleet_name,
-        "pipeline": pipeline.hash,
-        "strategy": pipeline.select.name,
-        "replicas": [_replica_state(model, pipeline, services) for model in models],
-        "rate_limits": services.limits.summary(),
-        "stages": stages,
-    }
+    found = replica_states(config, models, pipeline, services)
+    return {**found, "rate_limits": services.limits.summary(), "stages": stages}
 
 
 def _replica_state(model: ModelConfig, pipeline: Pipeline, services: Services) -> dict[str, Any]:

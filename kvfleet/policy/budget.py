@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import calendar
 import datetime as dt
+import functools
 from collections.abc import Sequence
 
 import attrs
@@ -33,6 +34,7 @@ NANO = 1_000_000_000
 INSUFFICIENT_QUOTA = "insufficient_quota"
 RATE_LIMITED = "rate_limit_exceeded"
 _SOON_S = 1.0
+_DAY_NS = 86_400 * NANO
 
 
 def nano(usd: float) -> int:
@@ -50,19 +52,20 @@ def month_of(time_ns: int) -> str:
     >>> month_of(1_700_000_000_000_000_000)
     '2023-11'
     """
-    return f"{_utc(time_ns):%Y-%m}"
+    return _month(time_ns // _DAY_NS)[0]
 
 
 def until_next_month_s(time_ns: int) -> float:
     """Seconds until the next month begins, in UTC."""
-    now = _utc(time_ns)
-    days = calendar.monthrange(now.year, now.month)[1]
-    first = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
-    return (first + dt.timedelta(days=days) - now).total_seconds()
+    return (_month(time_ns // _DAY_NS)[1] - time_ns) / 1e9
 
 
-def _utc(time_ns: int) -> dt.datetime:
-    return dt.datetime.fromtimestamp(time_ns / 1e9, dt.UTC)
+@functools.lru_cache(maxsize=64)
+def _month(day: int) -> tuple[str, int]:
+    """The month of a day, counted from 1970, and when it ends in Unix time: days of UTC have no leap seconds there."""
+    date = dt.date(1970, 1, 1) + dt.timedelta(days=day)
+    days = calendar.monthrange(date.year, date.month)[1]
+    return f"{date:%Y-%m}", (day + days - date.day + 1) * _DAY_NS
 
 
 @attrs.frozen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from kvfleet.adapters.call import Operation
@@ -30,6 +32,27 @@ async def test_personal_data_is_found_in_every_message() -> None:
     talk = [user("Who is it?"), {"role": "tool", "content": "user@example.com, 123-45-6789"}]
     found = await PIIClassifier().classify(context(messages=talk, facts=False))
     assert found[PII].pii_types == ["email", "ssn"]
+
+
+def test_a_long_text_is_looked_through_beside_the_event_loop() -> None:
+    """A short one at once, which waits for nothing; a long one in a thread, with the same outcome."""
+    short, long = ("user@example.com " + "word " * count for count in (100, 60_000))
+    with pytest.raises(StopIteration) as done:
+        PIIClassifier().classify(context(messages=[user(short)], facts=False)).send(None)
+    assert done.value.value[PII].pii_types == ["email"]
+
+    async def turns() -> tuple[list[str], int]:
+        """What is found, and how often the event loop turned meanwhile."""
+        looking = asyncio.ensure_future(PIIClassifier().classify(context(messages=[user(long)], facts=False)))
+        count = 0
+        while not looking.done():
+            await asyncio.sleep(0)
+            count += 1
+        return looking.result()[PII].pii_types, count
+
+    types, count = asyncio.run(turns())
+    assert types == ["email"]
+    assert count > 1
 
 
 async def test_only_the_wanted_types_are_looked_for() -> None:

@@ -108,6 +108,9 @@ class FakeRouter:
         self.requests.append(request)
         return Explained(request, self.models[-1].id)
 
+    def replica_states(self) -> dict[str, Any]:
+        return self.state()
+
     def state(self) -> dict[str, Any]:
         return {
             "fleet": self.config.fleet_name,

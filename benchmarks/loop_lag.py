@@ -1,0 +1,313 @@
+"""What keeps the gateway's event loop busy for long: the CPU time of its longest turn, case by case, and where it went.
+
+    python benchmarks/loop_lag.py [--only pii,metrics] [--json]
+
+A gateway with trace store, metrics, budgets and personal data's rules runs on uvloop in this thread; clients and
+engines are other threads. On every turn of the loop a callback reads this thread's CPU time, so that a turn is what all
+callbacks of it took together, and what else the machine does meanwhile does not count. While a turn is under way a
+thread looks at the stack each half millisecond; of turns beyond the limit (5 ms) the lines it saw most often are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import httpx
+import orjson
+import yaml
+
+from kvfleet.config.loader import load_config
+from kvfleet.gateway.reload import FleetFile
+from kvfleet.gateway.server import Serving, loop_factory, running
+from kvfleet.runtime import Router
+from kvfleet.trace.store import TraceStore
+
+LIMIT_S = 0.005
+LOOK_S = 0.0005
+PATH = "/v1/chat/completions"
+MODELS, TENANTS = 200, 1000
+SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+# The watch -----------------------------------------------------------------------------------------------------------
+
+
+@attrs.define
+class Watch:
+    """The turns of an event loop: the longest, how many were beyond the limit, and where those were."""
+
+    longest_s: float = 0.0
+    turns: int = 0
+    long: int = 0
+    places: Counter[str] = attrs.field(factory=Counter)
+    pauses_s: list[float] = attrs.field(factory=list)
+    _began_s: float = 0.0
+    _seen: list[str] = attrs.field(factory=list)
+    _is_over: bool = False
+
+    async def run(self, work: Callable[[], Any]) -> None:
+        """Watch while a thread does some work."""
+        loop = asyncio.get_running_loop()
+        main, clock = threading.get_ident(), time.pthread_getcpuclockid(threading.get_ident())
+        looking = threading.Thread(target=self._look, args=(main, clock))
+        gc.callbacks.append(self._on_collection)
+        self._began_s = time.thread_time()
+        loop.call_soon(self._turn, loop)
+        looking.start()
+        try:
+            await asyncio.to_thread(work)
+        finally:
+            self._is_over = True
+            gc.callbacks.remove(self._on_collection)
+            await asyncio.to_thread(looking.join)
+
+    def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        now_s = time.thread_time()
+        took_s, seen = now_s - self._began_s, self._seen
+        self.turns += 1
+        self.longest_s = max(self.longest_s, took_s)
+        if took_s > LIMIT_S:
+            self.long += 1
+            self.places.update(seen)
+        if seen:
+            self._seen = []
+        self._began_s = now_s
+        if not self._is_over:
+            # a pause, for a loop that spins would look busy; its time is no CPU time
+            loop.call_later(0.0002, self._turn, loop)
+
+    def _look(self, main: int, clock: int) -> None:
+        while not self._is_over:
+            time.sleep(LOOK_S)
+            if time.clock_gettime(clock) - self._began_s > LIMIT_S / 2:
+                self._seen.append(_place(main))
+
+    def _on_collection(self, phase: str, info: Mapping[str, int]) -> None:
+        del info
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if phase == "start":
+            self._collecting_s = time.thread_time()
+        else:
+            self.pauses_s.append(time.thread_time() - self._collecting_s)
+
+    _collecting_s: float = 0.0
+
+
+def _place(thread: int) -> str:
+    """Where a thread is, in our own code."""
+    frame = sys._current_frames().get(thread)  # noqa: SLF001 - there is no other way to see another thread's stack
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "/kvfleet/" in name:
+            return f"{name.rpartition('/kvfleet/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "outside"
+
+
+# The engine ----------------------------------------------------------------------------------------------------------
+
+
+def _event(content: str) -> bytes:
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+    return b"data: " + orjson.dumps({"id": "c", "model": "m", "choices": [choice]}) + b"\n\n"
+
+
+def _engine(sock: socket.socket) -> None:
+    """Answers whole or, if asked to, with ten events as long as the seed says."""
+    sock.listen(64)
+    with contextlib.suppress(OSError):
+        while True:
+            one, _ = sock.accept()
+            threading.Thread(target=_serve, args=(one,), daemon=True).start()
+
+
+def _serve(one: socket.socket) -> None:
+    with contextlib.suppress(OSError, ValueError), one, one.makefile("rb") as reader:
+        while line := reader.readline():
+            size = 0
+            while (field := reader.readline()) not in (b"\r\n", b""):
+                if field.lower().startswith(b"content-length:"):
+                    size = int(field[15:])
+            body = orjson.loads(reader.read(size)) if size else {}
+            one.sendall(_streamed(body) if body.get("stream") else _answer(line))
+
+
+def _answer(line: bytes) -> bytes:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
+    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    body = orjson.dumps({"id": "c", "model": "m", "choices": [choice], "usage": usage})
+    if b"/chat/" not in line:
+        body = b'{"object":"list","data":[]}'
+    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def _streamed(body: Mapping[str, Any]) -> bytes:
+    length = int(body.get("seed") or 10)
+    end = b'data: {"id":"c","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\ndata: [DONE]\n\n'
+    events = [_event("x" * length)] * 10 + [end]
+    return SSE + b"".join(b"%x\r\n%b\r\n" % (len(one), one) for one in events) + b"0\r\n\r\n"
+
+
+# The cases -----------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Place:
+    """A gateway to be asked, and its fleet file."""
+
+    client: httpx.Client
+    file: Path
+
+    def ask(self, messages: Sequence[Mapping[str, Any]], *, times: int = 5, **more: Any) -> None:
+        """Ask some times."""
+        body = orjson.dumps({"model": "auto", "messages": messages, **more})
+        for _ in range(times):
+            answer = self.client.post(PATH, content=body, headers={"content-type": "application/json"})
+            if answer.status_code != 200:
+                raise RuntimeError(answer.text[:500])
+
+    def get(self, path: str, *, times: int = 3) -> None:
+        """Look some times."""
+        for _ in range(times):
+            self.client.get(path).raise_for_status()
+
+
+def words(size: int, *, seed: str = "the quick brown fox said: over the lazy dog, ") -> str:
+    """Text of so many bytes."""
+    return (seed * (size // len(seed) + 1))[:size]
+
+
+def says(text: str) -> list[dict[str, Any]]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": text}]
+
+
+def talk(count: int, size: int) -> list[dict[str, Any]]:
+    """A conversation of many messages."""
+    return [{"role": ("user", "assistant")[i % 2], "content": f"{i} " + words(size)} for i in range(count | 1)]
+
+
+def reload_it(place: Place) -> None:
+    """Reload twice, with clients that go on meanwhile."""
+    for _ in range(2):
+        place.client.post("/-/reload").raise_for_status()
+        place.ask(says("Hello"), times=20)
+
+
+CASES: Mapping[str, Callable[[Place], None]] = {
+    "a plain request": lambda p: p.ask(says("Hello"), times=200),
+    "32 KB prompt": lambda p: p.ask(says(words(32_000)), times=20),
+    "256 KB prompt": lambda p: p.ask(says(words(256_000)), times=10),
+    "2 MB prompt in one message": lambda p: p.ask(says(words(2_000_000))),
+    "2 MB prompt in 1000 messages": lambda p: p.ask(talk(1000, 2000)),
+    "1 MB prompt full of personal data": lambda p: p.ask(says(words(1_000_000, seed="write to ada@example.com or "))),
+    "1 MB prompt of digits": lambda p: p.ask(says(words(1_000_000, seed="4111 1111 1111 1112 ")), times=3),
+    "stream with events of 1 KB": lambda p: p.ask(says("Hello"), stream=True, seed=1000),
+    "stream with events of 1 MB": lambda p: p.ask(says("Hello"), stream=True, seed=1_000_000),
+    f"metrics of {MODELS} models": lambda p: p.get("/metrics"),
+    f"dashboard of {MODELS} models": lambda p: p.get("/dashboard/api/state"),
+    f"health of {MODELS} models": lambda p: p.get("/health"),
+    f"budgets of {TENANTS} tenants": lambda p: p.get("/v1/tenants"),
+    f"reload of {MODELS} models": reload_it,
+}
+
+
+def fleet(engine: str, folder: Path) -> Path:
+    """A fleet file with much in it."""
+    models = [
+        {
+            "name": f"m{i}",
+            "provider": "vllm",
+            "endpoint": f"{engine}/{i}",
+            "cost_per_1k_input_tokens": 0.001,
+            "cost_per_1k_output_tokens": 0.002,
+        }
+        for i in range(MODELS)
+    ]
+    data = {
+        "models": models,
+        "policy": {"enabled": True, "pii_detection": True},
+        "budget": {"enabled": True, "monthly_budget_usd": 1e9, "per_request_max_usd": None},
+        "tenants": {f"tenant-{i}": {"budget": {"enabled": True, "monthly_budget_usd": 1000}} for i in range(TENANTS)},
+        "gateway": {"max_body_bytes": 50_000_000, "tenant_header": "X-Tenant"},
+        "telemetry": {"trace_store": {"path": str(folder / "traces.db")}},
+    }
+    path = folder / "fleet.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+async def measure(wanted: Callable[[str], bool], folder: Path) -> dict[str, Watch]:
+    """Every case that is wanted."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    threading.Thread(target=_engine, args=(sock,), daemon=True).start()
+    path = fleet("http://{}:{}".format(*sock.getsockname()), folder)
+    config = load_config(path)
+    store = TraceStore.from_config(config.telemetry.trace_store, {})
+    store.open()
+    router = Router(config, polls=False, sinks=[store], state_dir=folder)
+    found: dict[str, Watch] = {}
+    async with running(config, router=router, file=FleetFile(path, lambda: load_config(path))) as serving:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(10_000, 10, 10)
+        for name, case in CASES.items():
+            if wanted(name):
+                found[name] = await _measured(serving, path, case)
+    await store.aclose()
+    sock.close()
+    return found
+
+
+async def _measured(serving: Serving, path: Path, case: Callable[[Place], None]) -> Watch:
+    with httpx.Client(base_url=serving.url, timeout=120, headers={"X-Tenant": "tenant-1"}) as client:
+        place = Place(client, path)
+        await asyncio.to_thread(place.ask, says("Hello"))  # what is done once, is done
+        watch = Watch()
+        await watch.run(lambda: case(place))
+        return watch
+
+
+def report(found: Mapping[str, Watch]) -> Iterator[str]:
+    """A table, and where the long turns were."""
+    yield f"{'case':36} {'longest turn':>13} {'turns > 5 ms':>13} {'longest GC':>11}  where"
+    for name, one in found.items():
+        where = "; ".join(f"{place} ({count})" for place, count in one.places.most_common(4))
+        pause_s = max(one.pauses_s, default=0.0)
+        yield f"{name:36} {one.longest_s * 1e3:>10.1f} ms {one.long:>13} {pause_s * 1e3:>8.1f} ms  {where}"
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name has one of these words, by commas")
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=loop_factory()) as runner:
+        found = runner.run(measure(lambda name: any(part in name for part in parts), Path(folder)))
+    if options.json:
+        told = {n: {"longest_s": w.longest_s, "long": w.long, "places": dict(w.places)} for n, w in found.items()}
+        print(json.dumps(told, indent=1))
+        return
+    print("\n".join(report(found)))
+
+
+if __name__ == "__main__":
+    main()
