@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,6 +57,12 @@ class _Looked:
     told: Mapping[str, Told]
     visits: list[tuple[str, Visit]] = attrs.field(factory=list)
     told_visits: list[tuple[str, Visit]] = attrs.field(factory=list)
+
+    @functools.cached_property
+    def known(self) -> int:
+        """Whole blocks of it that somebody was sent before."""
+        expected = self.expected
+        return int(max(expected.values()) / self.blocks.block_tokens + 0.01) if expected else 0
 
 
 @attrs.define
@@ -175,7 +182,7 @@ class PrefixAffinity:
         if min(tokens) == max(tokens):  # nobody would begin anew what another holds
             return {}
         size, found, held = looked.blocks.block_tokens, {}, sorted(tokens)
-        for blocks, uses in self._popularity.uses(looked.blocks.hashes, now_s):
+        for blocks, uses in self._popularity.uses(looked.blocks.hashes, now_s, looked.known):
             known = blocks * size
             found[known] = uses / (len(held) - bisect_left(held, known) + 1)
         return found
@@ -211,7 +218,7 @@ class PrefixAffinity:
         """Count on the prompt being computed there."""
         looked = self._look(ctx)
         if not looked.visits:
-            self._popularity.note(looked.blocks.hashes, ctx.now_s)
+            self._popularity.note(looked.blocks.hashes, ctx.now_s, looked.known)
         visit = self._index.record(candidate.id, _whole(looked.blocks), ctx.now_s, self.lease_s)
         if visit is not None:
             looked.visits.append((candidate.id, visit))

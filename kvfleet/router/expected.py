@@ -43,13 +43,13 @@ class ExpectedLatencyStrategy:
 
     reads: ClassVar = frozenset({"latency"})
     harm_weight: float = number(
-        0.1, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
+        0.05, ge=0, doc="What a second counts by which the prompt holds up an answer that is being written there."
     )
     batch_weight: float = number(
-        0.1, ge=0, doc="What a second counts by which its own answer is slower in the batch there than alone."
+        0.07, ge=0, doc="What a second counts by which its own answer is slower in the batch there than alone."
     )
     return_weight: float = number(
-        1.0, ge=0, le=1, doc="What a second counts that later requests save, because it is computed there now."
+        0.95, ge=0, le=1, doc="What a second counts that later requests save, because it is computed there now."
     )
     delay_weight: float = number(
         1.0, ge=0, doc="What a second counts by which prompts that wait there are answered later, because of its own."

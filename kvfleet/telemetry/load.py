@@ -35,7 +35,11 @@ _KNEE = 8.0
 _USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
 _MOST_TOGETHER = 8
-"""Prompts after which a busy period is learned from although it goes on."""
+"""Prompts after which a busy period is learned from although it goes on …"""
+_AT_ONCE = 64
+"""… or so many, if the answers to all of them seem to begin in one moment."""
+_APART = 0.3
+"""Share of a decode step by which first bytes of different steps are apart, at least."""
 _MOMENT_S = 0.02
 """How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
 _WELL_KNOWN = 64
@@ -166,14 +170,28 @@ class FleetLoad:
         known.computed_s += service_s
         one.computed_s = known.computed_s
         if known.busy is not None:
-            known.busy.prompts.add(one.work.prompt_tokens, one.work.cached_tokens, one.others)
-            if not known.prefilling or known.busy.prompts.count >= _MOST_TOGETHER:
-                is_alone = known.busy.prompts.count == 1 and one.was_idle
-                self._learn_prompts(known, known.busy, now_s, ttfb_s if is_alone else now_s - known.busy.since_s)
+            self._note_prompt(known, known.busy, one, before_s, ttfb_s)
+
+    def _note_prompt(
+        self, known: ReplicaLoad, busy: BusyPeriod, one: Reservation, before_s: float, ttfb_s: float
+    ) -> None:
+        """One more prompt of a busy period is computed, the one before it at `before_s`.
+
+        The period is over if none is left, and parted if it is long: between two steps of the engine's, never amid
+        prompts of one step, of which some would seem to have taken the time of all and the others none.
+        """
+        now_s, count = self.clock.now_s(), busy.prompts.count
+        if count >= _MOST_TOGETHER and (count >= _AT_ONCE or now_s - before_s > _APART * self._rates(known).step_s):
+            self._learn_prompts(known, busy, before_s, before_s - busy.since_s)
+            busy = known.busy = BusyPeriod(before_s, was_idle=False, decoding=known.decoding)
+        busy.prompts.add(one.work.prompt_tokens, one.work.cached_tokens, one.others)
+        if not known.prefilling:
+            known.busy = None
+            is_alone = busy.prompts.count == 1 and one.was_idle
+            self._learn_prompts(known, busy, now_s, ttfb_s if is_alone else now_s - busy.since_s)
 
     def _learn_prompts(self, known: ReplicaLoad, busy: BusyPeriod, now_s: float, took_s: float) -> None:
         """A replica has computed some prompts, and nothing else in that time but answers."""
-        known.busy = BusyPeriod(now_s, was_idle=False, decoding=known.decoding) if known.prefilling else None
         if not busy.is_clean or not _teaches(known.speed, now_s):
             return
         pace, prompts, rates = self._pace(known), busy.prompts, self._rates(known)

@@ -36,6 +36,8 @@ _VERSIONS = itertools.count(1)
 _GRANTED = 2.0
 _SHORT_S = 0.001
 _POWER = 0.5
+_FIXED, _EACH_PROMPT, _THOUSAND_TOKENS = 0.05, 0.01, 0.2
+"""Of a time to begin with, what the first sights of streams are taken to be made of: mostly of tokens."""
 _ANSWERS = 64
 """Answers over which the usual one is taken: fewer, and replicas of one model seem to answer differently."""
 
@@ -176,7 +178,7 @@ class Pace:
     def __attrs_post_init__(self) -> None:
         prior = self.prior
         self.rates = prior
-        self._stream = Fit((prior.latency_s, prior.prompt_s, prior.token_s, prior.pair_s))
+        self._stream = Fit(_first_guess(prior))
         self._whole = Fit((prior.latency_s + prior.prompt_s, prior.token_s, prior.pair_s, 0.0))
         self._step = Fit((prior.step_s, prior.step_each_s))
 
@@ -278,6 +280,18 @@ class Pace:
         if not self._step.seen and answer_s:
             step_s = answer_s
         self.rates = Rates(fixed_s * (1 - _SERIAL_SHARE), fixed_s * _SERIAL_SHARE, token_s, pair_s, step_s, each_s)
+
+
+def _first_guess(prior: Rates) -> tuple[float, float, float, float]:
+    """What a stream's first byte is taken to be made of before any was seen: of what is known, mostly of tokens.
+
+    With the declared time as a fixed part, first sights that are all alike leave nothing for the tokens: what engines
+    have in their caches then saves nothing, and a replica that is not crowded looks no better than one that is.
+    """
+    if prior.token_s:
+        return prior.latency_s, prior.prompt_s, prior.token_s, prior.pair_s
+    whole_s = prior.latency_s + prior.prompt_s
+    return _FIXED * whole_s, _EACH_PROMPT * whole_s, _THOUSAND_TOKENS * whole_s / 1000, 0.0
 
 
 def _costs(prompt_tokens: float, cached_tokens: float) -> tuple[float, float]:

@@ -75,6 +75,20 @@ async def test_a_system_prompt_is_shared() -> None:
     assert fleet.expect(SYSTEM, user("Something else entirely?")) == {"a": (137, "approximate")}
 
 
+async def test_how_often_a_system_prompt_returns_is_known_to_its_end() -> None:
+    """Not only as far as the power of two below its length; by those who hold it and one more, each has its share."""
+    fleet = Fleet()
+    long = {"role": "system", "content": "You are a helpful assistant, and you answer in verse. " * 60}
+    for i in range(9):
+        await fleet.answer(A, long, user(f"{i} is my question. " * 30))
+    found = fleet.stage.affinity(context(FLEET, [long, user("Mine is another. " * 30)]))
+    held, returns = max(found.tokens), found.returns
+    assert held == pytest.approx(800, rel=0.05)
+    assert held - 64 < max(returns) <= held  # in whole blocks
+    assert returns[max(returns)] == pytest.approx(8 / 2, rel=0.01)
+    assert returns[min(returns)] == pytest.approx(9 / 2, rel=0.01)
+
+
 async def test_another_system_prompt_is_nobodys() -> None:
     """The same question under other instructions has nothing in common with it."""
     fleet = Fleet()

@@ -8,6 +8,7 @@ import pytest
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
+from kvfleet.builtin.facts import prompt_tokens
 from kvfleet.builtin.scorers import (
     CacheAffinityScorer,
     CapacityScorer,
@@ -100,10 +101,10 @@ def latency(fleet: Services, **ctx: Any) -> list[float]:
 
 def test_latency_is_declared_until_it_is_measured() -> None:
     """Then it is what was measured, of all replicas of the model; and where a queue is, more."""
-    fleet = services(A, B)
+    fleet, work = services(A, B), Work(prompt_tokens(context((A, B), TALK)))
     assert latency(fleet) == [0.225, 0.225]
     for _ in range(8):
-        one = fleet.load.started(A.id)
+        one = fleet.load.started(A.id, work)
         fleet.load.first_byte(one, 0.8)
         fleet.load.finished(one, 1.0, True)
     known, alike = (float(value.expected) for value in latency(fleet))

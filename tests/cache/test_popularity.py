@@ -19,6 +19,17 @@ def test_a_shared_beginning_is_counted_as_far_as_it_is_shared() -> None:
     assert not dict(popular.uses([99], now_s=0.0))
 
 
+def test_a_shared_beginning_of_any_length_is_counted_to_its_end() -> None:
+    """What is known to be held by somebody when a prompt comes is counted there, not only at the power of two below."""
+    popular = Popularity()
+    for end in range(5):
+        popular.note([*range(13), 100 + end], now_s=0.0, known=13 if end else 0)
+    asked = [*range(13), 200]
+    assert dict(popular.uses(asked, now_s=0.0, known=13)) == {1: 5, 2: 5, 4: 5, 8: 5, 13: 4}
+    assert dict(popular.uses(asked, now_s=0.0)) == {1: 5, 2: 5, 4: 5, 8: 5}
+    assert dict(popular.uses(asked[:2], now_s=0.0, known=13)) == {1: 5, 2: 5}
+
+
 def test_a_count_fades() -> None:
     """To a third in the span, and then to nothing."""
     popular = Popularity(span_s=60)
@@ -37,13 +48,19 @@ def test_what_is_remembered_is_bounded() -> None:
     assert dict(popular.uses([7], now_s=0.0)) == {1: 10_000}
 
 
-@given(st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=30), st.lists(st.integers(0, 3), max_size=12))
-def test_longer_beginnings_are_never_asked_for_more_often(prompts: list[list[int]], asked: list[int]) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=30),
+    st.lists(st.integers(0, 3), max_size=12),
+    st.integers(0, 14),
+)
+def test_longer_beginnings_are_never_asked_for_more_often(
+    prompts: list[list[int]], asked: list[int], known: int
+) -> None:
     """Whoever asks for a beginning asks for all beginnings of it that were counted."""
     popular = Popularity()
     for prompt in prompts:
-        popular.note(_chained(prompt), now_s=0.0)
-    found = list(popular.uses(_chained(asked), now_s=0.0))
+        popular.note(_chained(prompt), now_s=0.0, known=known)
+    found = list(popular.uses(_chained(asked), now_s=0.0, known=known))
     whole = [uses for blocks, uses in found if blocks & (blocks - 1) == 0]
     assert whole == sorted(whole, reverse=True)
     assert [blocks for blocks, _ in found] == sorted({blocks for blocks, _ in found})

@@ -399,6 +399,33 @@ def test_prompts_computed_together_teach_what_each_takes(load: FleetLoad, clock:
     assert rates.service_s(3000, 0) < 0.7
 
 
+def test_a_crowd_that_is_answered_in_one_moment_teaches_what_a_token_takes(load: FleetLoad, clock: FrozenClock) -> None:
+    """A burst under one long prompt that nobody had: from the first answers on, who has it is known to be soon."""
+    for _ in range(2):
+        burst = [load.started(A1.id, Work(20_000, cached)) for cached in (0, *[19_700] * 14)]
+        clock.advance(1.0)
+        for one in burst:
+            load.first_byte(one, 1.0)
+        for one in burst:
+            load.finished(one, 1.0, True)
+    rates = load.rates(A1.id)
+    assert rates is not None
+    assert rates.latency_s + rates.service_s(20_000, 0) == pytest.approx(1.0, rel=0.3)
+    assert rates.latency_s + rates.service_s(20_000, 19_700) < 0.2
+
+
+def test_a_long_busy_period_teaches_before_it_ends(load: FleetLoad, clock: FrozenClock) -> None:
+    """Steps that follow each other are told apart, so an engine that is never idle is known all the same."""
+    waiting = load.started(A1.id, Work(1000))
+    for _ in range(40):
+        one, waiting = waiting, load.started(A1.id, Work(1000))
+        clock.advance(0.125)
+        load.first_byte(one, 0.125)
+    rates = load.rates(A1.id)
+    assert rates is not None
+    assert rates.service_s(1000, 0) == pytest.approx(0.125, rel=0.2)
+
+
 def test_a_prompt_that_came_to_nothing_teaches_nothing(load: FleetLoad, clock: FrozenClock) -> None:
     """Nobody knows how long a call that failed kept the engine from the others."""
     before = load.rates(A1.id)
