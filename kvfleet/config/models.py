@@ -150,6 +150,13 @@ class ModelConfig:
         500, gt=0, unit="ms", doc="Typical time to an answer, until measurements replace it."
     )
     latency_p95_ms: float = number(2000, gt=0, unit="ms", doc="Slow but usual time to an answer.")
+    step_tokens: int = number(
+        8192,
+        ge=1,
+        unit="tokens",
+        doc="Most prompt tokens its engine computes in one step: vLLM's `--max-num-batched-tokens`, SGLang's "
+        "`--chunked-prefill-size`. Engines do not tell it.",
+    )
     quality_score: float = number(0.5, ge=0, le=1, doc="How good its answers are, 0 to 1.")
     allowed_data_classes: tuple[str, ...] = listing(
         ("public", "internal", "confidential"), of=DATA_CLASSES, doc="Data classes it may see.", example=["public"]

@@ -118,7 +118,7 @@ class FleetLoad:
         for model in replicas:
             known = before.get(model.id) or ReplicaLoad()
             known.model, known.endpoint = model.name, model.endpoint
-            known.declared_s = model.latency_p50_ms / 1000
+            known.declared_s, known.step_tokens = model.latency_p50_ms / 1000, model.step_tokens
             self._replicas[model.id] = known
             there = self._at.setdefault(model.endpoint, [])
             if model.id not in there:

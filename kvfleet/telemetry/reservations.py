@@ -99,6 +99,7 @@ class ReplicaLoad:
         model: The name of its model.
         endpoint: Where it runs.
         declared_s: Its configured time to an answer, used until there is a measurement.
+        step_tokens: Most prompt tokens that its engine computes in one step.
         started, failed: Our own requests so far.
         open: Our own requests there.
         prefilling: Those of them whose prompt is not computed yet, in the order in which they came.
@@ -120,6 +121,7 @@ class ReplicaLoad:
     model: str = ""
     endpoint: str = ""
     declared_s: float = DEFAULT_S
+    step_tokens: int = 8192
     started: int = 0
     failed: int = 0
     open: dict[int, Reservation] = attrs.field(factory=dict, repr=False)

@@ -14,8 +14,6 @@ __all__ = ["NOTHING", "Waits", "delayed_s_of", "own_queue_s", "queue_s_of", "ret
 
 _TRAVEL_S = 0.001
 """What it takes a request, at least, to come to where it is computed."""
-_TOKENS_OF_STEP = 8192
-"""The most prompt tokens an engine computes in one step: vLLM's ``max_num_batched_tokens`` on a large GPU."""
 NOTHING: Mapping[float, float] = MappingProxyType({})
 """Of a prompt that nobody else will ask for."""
 
@@ -111,9 +109,10 @@ def delayed_s_of(known: ReplicaLoad, rates: Rates, prompt_s: float, now_s: float
     waiting = _not_begun(known, rates, now_s)
     if not waiting:
         return 0.0
-    if known.queued_tokens < _TOKENS_OF_STEP:
-        return min(prompt_s, rates.token_s * (_TOKENS_OF_STEP - known.queued_tokens)) * waiting
-    room = _TOKENS_OF_STEP - known.queued_tokens % _TOKENS_OF_STEP
+    step = known.step_tokens
+    if known.queued_tokens < step:
+        return min(prompt_s, rates.token_s * (step - known.queued_tokens)) * waiting
+    room = step - known.queued_tokens % step
     return min(prompt_s, rates.token_s * room)  # the last of them; the others are done before
 
 

@@ -441,6 +441,23 @@ def test_a_prompt_that_came_to_nothing_teaches_nothing(load: FleetLoad, clock: F
     assert after.token_s == before.token_s
 
 
+def test_a_prompt_delays_who_waits_by_what_fits_into_a_step(clock: FrozenClock) -> None:
+    """One that is longer than the room that is left is computed in several steps, and they are answered after the first."""
+    fleet = [ModelConfig(name="m", endpoint=f"http://{tokens}", step_tokens=tokens) for tokens in (2048, 8192)]
+    load = FleetLoad(clock)
+    load.register(fleet)
+    for tokens in (1000, 8000, 2000, 4000) * 8:
+        for model in fleet:
+            one = load.started(model.id, Work(tokens))
+            clock.advance(tokens / 8000)
+            load.first_byte(one, tokens / 8000)
+            load.finished(one, tokens / 8000, True)
+    for model in fleet:
+        load.started(model.id, Work(448))
+    found = load.waits(fleet, 4000, [0, 0], clock.now_s())
+    assert found.delayed_s == pytest.approx([1600 / 8000, 4000 / 8000], rel=0.05)
+
+
 def test_the_step_under_way_is_waited_for(load: FleetLoad, clock: FrozenClock) -> None:
     """An engine that writes answers begins a prompt half a step later than one that does nothing."""
     for _ in range(4):
