@@ -1,7 +1,7 @@
 """What was spent, kept over a restart: SQLite, a row for each account and month, written by a thread of its own.
 
-What is booked is added up in memory and written within a few milliseconds, in one transaction for all that has come
-meanwhile. Reservations are not written one by one. Each process holds a part of what is left of an account, its
+What is booked is added up in memory and written at once or, where bookings come closer than five milliseconds, together
+with those that come until then, in one transaction. Reservations are not written one by one. Each process holds a part of what is left of an account, its
 *grant*, and lets requests in only under it; a grant is given in a transaction that sees what everybody spent and holds.
 So all processes together never reserve more than there is, and a request costs the file nothing while the grant has
 room. What is booked leaves the grant in the transaction that adds it to what was spent.
@@ -115,6 +115,7 @@ class Ledger:
     written: Callable[[Booked], None] = attrs.field(init=False, default=lambda _: None, repr=False)
     users: int = attrs.field(init=False, default=0)
     time_s: Callable[[], float] = attrs.field(default=time.time, kw_only=True, repr=False)
+    running_s: Callable[[], float] = attrs.field(default=time.monotonic, kw_only=True, repr=False)
     holder: str = attrs.field(init=False, factory=lambda: uuid.uuid4().hex, repr=False)
     _asked: list[tuple[Ask, Callable[[Standing | None], None]]] = attrs.field(init=False, factory=list, repr=False)
     _renewed_s: float = attrs.field(init=False, default=0.0, repr=False)
@@ -193,12 +194,14 @@ class Ledger:
 
     def _run(self, connection: sqlite3.Connection) -> None:
         with contextlib.closing(connection):
+            wrote_s = self.running_s()
             while not self._stop.is_set():
                 self._wake.wait(_RENEW_S)
                 if not self._asked:  # who asks is waiting
-                    self._stop.wait(_WRITE_DELAY_S)
+                    self._stop.wait(max(wrote_s + _WRITE_DELAY_S - self.running_s(), 0.0))
                 self._wake.clear()
                 self._write(connection)
+                wrote_s = self.running_s()
             self._write(connection)
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("DELETE FROM held WHERE holder = ?", (self.holder,))
