@@ -4,7 +4,7 @@ What is booked is added up in memory and written at once or, where bookings come
 with those that come until then, in one transaction. Reservations are not written one by one. Each process holds a part
 of what is left of an account, its *grant*, and lets requests in only under it; a grant is given in a transaction that
 sees what everybody spent and holds. So all processes together never reserve more than there is, and a request costs the
-file nothing while the grant has room. What is booked leaves the grant in the transaction that adds it to what was spent.
+file nothing while the grant has room. What is booked leaves the grant in the transaction that adds it to what is spent.
 
 A grant is a lease. A process that dies leaves it behind for a minute at most; what it had booked stays.
 """
