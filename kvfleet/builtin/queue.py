@@ -12,8 +12,7 @@ import attrs
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
 from kvfleet.clock import Clock, SystemClock
-from kvfleet.config.fields import flag, mapping, number, text
-from kvfleet.config.overload import TenantShare
+from kvfleet.config.overload import QueueOptions
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Kind, Lease, Outcome, Refusal, RouteRequest, RoutingContext
@@ -106,7 +105,7 @@ class _Flow:
 
 
 @attrs.define(kw_only=True)
-class QueueAdmission:
+class QueueAdmission(QueueOptions):
     """Let in as many requests as the fleet can serve, and have some of the others wait for a moment.
 
     Those that wait go in order of priority, and among equals so that every tenant gets its share of the work. A request
@@ -116,22 +115,6 @@ class QueueAdmission:
     the wait.
     """
 
-    max_in_flight: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
-    max_in_flight_per_replica: int = number(
-        0,
-        ge=0,
-        unit="requests",
-        doc="Most for each replica that may be called, those of others that its engine counts included; no limit if 0.",
-    )
-    max_queue: int = number(256, ge=0, unit="requests", doc="Most that wait; nobody does if 0.")
-    max_wait_ms: float = number(10_000, gt=0, unit="ms", doc="Longest wait.")
-    refuse_late: bool = flag(
-        True, doc="Refuse a request at once that is not expected to be answered within its own deadline."
-    )
-    priority_header: str = text("", doc="Header with which a request asks for a priority; off if empty.")
-    priority: int = number(0, ge=-100, le=100, doc="Priority of a request that asks for none; greater goes first.")
-    max_priority: int | None = number(None, ge=-100, le=100, doc="Highest to ask for; `priority` if absent.")
-    tenants: Mapping[str, TenantShare] = mapping(doc="By tenant: its weight and its priorities.")
     _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
     _health: HealthManager = attrs.field(init=False, factory=HealthManager, repr=False, eq=False)
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)

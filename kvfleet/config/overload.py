@@ -8,7 +8,7 @@ import attrs
 
 from kvfleet.config.fields import flag, mapping, number, text
 
-__all__ = ["OverloadConfig", "TenantShare"]
+__all__ = ["OverloadConfig", "QueueOptions", "TenantShare"]
 
 
 @attrs.frozen(kw_only=True)
@@ -22,9 +22,9 @@ class TenantShare:
     )
 
 
-@attrs.frozen(kw_only=True)
-class OverloadConfig:
-    """Letting in as many requests as the fleet can serve, and having some of the others wait."""
+@attrs.define(kw_only=True)
+class QueueOptions:
+    """Letting in as many requests as the fleet can serve, and having some of the others wait; of `admit.queue` too."""
 
     max_in_flight: int = number(0, ge=0, unit="requests", doc="Most requests in flight; no limit if 0.")
     max_in_flight_per_replica: int = number(
@@ -48,3 +48,8 @@ class OverloadConfig:
     tenants: Mapping[str, TenantShare] = mapping(
         doc="By tenant: its weight and its priorities.", example={"team-ml": {"weight": 2, "priority": 10}}
     )
+
+
+@attrs.frozen(kw_only=True)
+class OverloadConfig(QueueOptions):
+    """Letting in as many requests as the fleet can serve, and having some of the others wait."""
