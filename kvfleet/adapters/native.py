@@ -7,7 +7,7 @@ words.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import attrs
@@ -19,12 +19,12 @@ from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.native_wire import WIRES, ErrorMaker, NativeWire
 from kvfleet.adapters.refusals import refuse
-from kvfleet.adapters.splitters import EventSplitter, data_of
+from kvfleet.adapters.relaying import RelayedEvents, cut_off
+from kvfleet.adapters.splitters import data_of
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["NativeRelay", "fitted", "portable", "send_native"]
 
-_END = re.compile(rb"\n\r?\n")
 _KIND = re.compile(rb'"type" ?: ?"([a-z_.]+)"')
 
 # What Anthropic reads of a chat body and nobody else does: see `kvfleet.adapters.anthropic_bodies`.
@@ -133,93 +133,45 @@ def _whole(wire: NativeWire, answer: Any, error_of: ErrorMaker, *, is_stream: bo
     return tally
 
 
-class NativeRelay:
+class NativeRelay(RelayedEvents):
     """Iterates over pieces of whole events, the one that ends the answer included.
 
     Args:
-        incoming: The answer.
-        tally: Filled in as it passes.
+        incoming, tally: See `RelayedEvents`.
         wire: The API's words.
         error_of: Makes the error of an error event's object.
-
-    Raises (while iterating):
-        BackendError: as `kvfleet.adapters.sse.EventRelay` does.
     """
 
     def __init__(self, incoming: Incoming, tally: Tally, wire: NativeWire, error_of: ErrorMaker) -> None:
-        self._incoming = incoming
-        self.tally = tally
+        super().__init__(incoming, tally)
         self._wire = wire
         self._error_of = error_of
-        self._splitter = EventSplitter(incoming.event_bytes)
-        self._waiting: list[bytes] = []
-        self._has_given = False
-        self._is_over = False
-        self._failed: BackendError | None = None
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            if self._failed is not None:
-                raise self._failed
-            while data := await self._incoming.piece():
-                piece = self._splitter.feed(data)
-                if piece and (out := self._passed(piece)):
-                    self._has_given = True
-                    return out
-            self._complain()
-        except BackendError as error:
-            self._is_over = True
-            error.received = self._has_given
-            await self._incoming.aclose()
-            raise
-
-    @staticmethod
-    def _complain() -> NoReturn:
-        raise BackendError(Fault.DISCONNECTED, "the backend's stream ended before its answer did", received=True)
-
-    async def aclose(self) -> None:
-        """End the stream at once; the engine then stops its work. Safe twice."""
-        await self._incoming.aclose()
+        self._waiting = b""
+        self._has_begun = False
 
     def _passed(self, piece: bytes) -> bytes:
-        """What of a piece goes on now. What stands before an error is passed on before that is raised."""
-        kept: list[bytes] = []
-        try:
-            for event in _events(piece):
-                self._read(event, kept)
-                if self._is_over:
-                    self._incoming.finish()
-                    break
-        except BackendError as error:
-            if not kept:
-                raise
-            self._failed = error
-        return b"".join(kept)
+        return self._one_by_one(piece)
 
-    def _read(self, event: bytes, kept: list[bytes]) -> None:
+    def _at_end(self) -> NoReturn:
+        raise cut_off()
+
+    def _read_event(self, event: bytes) -> bytes:
+        """Learn from one event; those that say nothing yet wait for the first one that does."""
         kind = _kind_of(event)
         if not kind:
             if data_of(event).strip() not in (b"", b"[DONE]"):
                 raise BackendError(Fault.PROTOCOL, "the backend sent an event without a type")
-            return
+            return b""
         self.tally.events += 1
         data = self._parsed(event)
-        if kind in self._wire.learns:
-            self._is_over = self._learn(kind, data)
-        if kind in self._wire.openers and not self._has_given and not kept:
-            self._waiting.append(event)
-            return
-        if self._waiting:
-            kept += self._waiting
-            self._waiting = []
-        kept.append(event)
-        if self._is_over:
-            self.tally.is_complete = True
+        if kind in self._wire.learns and self._learn(kind, data):
+            self._end()
+        if kind in self._wire.openers and not self._has_begun:
+            self._waiting += event
+            return b""
+        self._has_begun = True
+        waiting, self._waiting = self._waiting, b""
+        return waiting + event
 
     def _learn(self, kind: bytes, data: Mapping[str, Any]) -> bool:
         try:
@@ -237,12 +189,6 @@ class NativeRelay:
         if not isinstance(found, dict):
             raise BackendError(Fault.PROTOCOL, "the backend sent an event that is no JSON object")
         return found
-
-
-def _events(piece: bytes) -> list[bytes]:
-    """Single events, each with its end."""
-    ends = [match.end() for match in _END.finditer(piece)]
-    return [piece[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def _kind_of(event: bytes) -> bytes:
