@@ -157,7 +157,10 @@ class Router:
         self._stop.set()
         if self._background is not None:
             task, self._background = self._background, None
-            await task
+            try:
+                await task
+            finally:
+                self._watching.caches.close()
         await self._observing.drain()
         for component in reversed(self.pipeline.components):
             if callable(close := getattr(component, "aclose", None)):
@@ -233,6 +236,7 @@ class Router:
         """
         self.services.limits.inherit(before.services.limits)
         self.services.caches.inherit(before.services.caches)
+        self._watching.caches.inherit(before._watching.caches)
         before._observing.tell_instead(inherit(self.pipeline, before.pipeline))
         self._observing.dropped += before._observing.dropped
         self.services.load.also(self.models)

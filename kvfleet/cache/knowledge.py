@@ -161,9 +161,10 @@ class CacheKnowledge:
         self._judged_s = float("-inf")
 
     def _identity(self, source: Source) -> Hashable:
-        """What makes it the same engine in another reading of the fleet file."""
+        """What makes it the same engine in another reading of the fleet file; its place only if that means a port."""
         models = [model for found in self._models.values() for model in found if model.id in source.replicas]
-        return source.endpoint, source.place, tuple((one.id, one.kv_events, one.prompt_blocks) for one in models)
+        place = source.place if source.settings.bind else 0
+        return source.endpoint, place, tuple((one.id, one.kv_events, one.prompt_blocks) for one in models)
 
     def _blocks_of(self, name: str) -> PromptBlocksConfig | None:
         """How the prompts of a model are compared; None if its engines tell of nothing."""

@@ -28,7 +28,8 @@ class EventStream(CacheState):
     """The state that one publisher's messages make.
 
     Whoever brings the messages calls `connected`, `live` for each message as it comes, and, while `wanted` is a number,
-    asks for a replay from there and calls `replayed` for each message of it, and `replay_ended` or `replay_failed`.
+    asks for a replay from there and calls `replayed` for each message of it, and `replay_ended` or `replay_failed`, or
+    `replay_broken_off`.
 
     Args:
         can_replay: True if missed messages can be asked for.
@@ -191,6 +192,12 @@ class EventStream(CacheState):
             self.lose("messages were missed, and the replay did not come")
             self._last = None
         self._go_live()
+
+    def replay_broken_off(self) -> None:
+        """Whoever asked has stopped listening; whoever goes on has to ask again, from where it came to."""
+        self._is_first = self._is_other = self._is_short = False
+        if self.wanted is None:
+            self.wanted = max(self._last or 0, 0)
 
     def take_wanted(self) -> int:
         """The number from which to ask; the replay begins."""

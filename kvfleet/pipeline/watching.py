@@ -24,12 +24,14 @@ class Watching:
 
     Attributes:
         collector: Asks the engines for their health and their load.
+        caches: Listens to what engines tell of their caches.
     """
 
     config: FleetConfig
     adapters: Mapping[str, InferenceAdapter]
     services: Services
     collector: Collector = attrs.field(init=False)
+    caches: CacheWatch = attrs.field(init=False)
 
     @collector.default
     def _make_collector(self) -> Collector:
@@ -43,6 +45,10 @@ class Watching:
             load_interval_s=telemetry.load_poll_interval_seconds,
         )
 
+    @caches.default
+    def _make_caches(self) -> CacheWatch:
+        return CacheWatch(self.services.caches, self.adapters, self.services.load)
+
     async def run(self) -> None:
         """Ask and listen until cancelled."""
         services = self.services
@@ -50,4 +56,4 @@ class Watching:
             group.start_soon(LoopLag(services.metrics).run)
             group.start_soon(self.collector.run)
             group.start_soon(Outliers(services.health, services.load, self.config.health.outlier_detection).run)
-            group.start_soon(CacheWatch(services.caches, self.adapters, services.load).run)
+            group.start_soon(self.caches.run)

@@ -66,9 +66,42 @@ class EventReader:
     binds: bool = False
     _wakes: asyncio.Event = attrs.field(init=False, factory=asyncio.Event, repr=False)
     _peers: int = attrs.field(init=False, default=0)
+    _socket: Any = attrs.field(init=False, default=None, repr=False)
+    _monitor: Any = attrs.field(init=False, default=None, repr=False)
 
     async def run(self) -> None:
-        """Listen until cancelled. Start it in a task group that somebody owns."""
+        """Listen until cancelled. Start it in a task group that somebody owns.
+
+        Cancelled, it stays subscribed: what is published meanwhile waits in the socket's queue, and the next `run` goes
+        on there. `close` ends that.
+        """
+        try:
+            if self._socket is None:
+                await self._open()
+            self._wake()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._watch)
+                group.start_soon(self._listen)
+                group.start_soon(self._ask)
+                group.start_soon(self._tick)
+        except Exception:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Subscribe no more; twice is harmless."""
+        if self._socket is None:
+            return
+        socket, monitor = self._socket, self._monitor
+        self._socket = self._monitor = None
+        self._peers = 0
+        self.state.disconnected()
+        socket.disable_monitor()
+        monitor.close(linger=0)
+        socket.close(linger=0)
+
+    async def _open(self) -> None:
+        """Connect, or listen as soon as the port is free."""
         import zmq  # noqa: PLC0415 - the context exists, so it is installed
 
         socket = self.context.socket(zmq.SUB)
@@ -85,28 +118,21 @@ class EventReader:
         for option, value in options.items():
             socket.setsockopt(option, value)
         socket.setsockopt(zmq.SUBSCRIBE, self.topic.encode())
-        monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._peers = 0
-        try:
-            await self._open(socket)
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._watch, monitor)
-                group.start_soon(self._listen, socket)
-                group.start_soon(self._ask)
-                group.start_soon(self._tick)
-        finally:
-            self.state.disconnected()
-            socket.disable_monitor()
-            monitor.close(linger=0)
-            socket.close(linger=0)
-
-    async def _open(self, socket: Any) -> None:
-        """Connect, or listen as soon as the port is free."""
-        import zmq  # noqa: PLC0415 - see `run`
-
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._socket = socket
         if not self.binds:
             socket.connect(self.endpoint)
             return
+        try:
+            await self._bind(socket)
+        except BaseException:
+            self.close()
+            raise
+
+    async def _bind(self, socket: Any) -> None:
+        """Listen as soon as the port is free."""
+        import zmq  # noqa: PLC0415 - see `_open`
+
         while True:
             try:
                 socket.bind(self.endpoint)
@@ -116,13 +142,15 @@ class EventReader:
             else:
                 return
 
-    async def _watch(self, monitor: Any) -> None:
+    async def _watch(self) -> None:
         """See the engine come and go."""
-        import zmq  # noqa: PLC0415 - see `run`
-        from zmq.utils.monitor import recv_monitor_message  # noqa: PLC0415 - see `run`
+        import zmq  # noqa: PLC0415 - see `_open`
+        from zmq.utils.monitor import recv_monitor_message  # noqa: PLC0415 - see `_open`
 
+        monitor = self._monitor
         while True:
-            event = await recv_monitor_message(monitor)
+            await monitor.poll()  # and then without waiting, so that nothing is lost to a cancellation
+            event = await recv_monitor_message(monitor, zmq.NOBLOCK)
             if event["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._peers += 1
                 self.state.connected()
@@ -134,11 +162,17 @@ class EventReader:
                     _log.warning("kv events lost endpoint=%s", self.endpoint)
             self._wake()
 
-    async def _listen(self, socket: Any) -> None:
+    async def _listen(self) -> None:
         """Take in messages as they come."""
-        count = 0
+        import zmq  # noqa: PLC0415 - see `_open`
+
+        socket, count = self._socket, 0
         while True:
-            frames = await socket.recv_multipart()
+            try:
+                frames = await socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                await socket.poll()  # the same
+                continue
             numbered = _numbered(frames[1:])
             if numbered is None:
                 self.state.counts.unreadable += 1  # and its number will be missing
@@ -172,7 +206,7 @@ class EventReader:
 
     async def _replay(self, start: int) -> None:
         """Ask for the messages from one on, and take them in."""
-        import zmq  # noqa: PLC0415 - see `run`
+        import zmq  # noqa: PLC0415 - see `_open`
 
         socket = self.context.socket(zmq.DEALER)
         for option, value in {zmq.RCVHWM: _QUEUE, zmq.MAXMSGSIZE: _MOST_BYTES, zmq.LINGER: 0, zmq.IPV6: 1}.items():
@@ -184,6 +218,9 @@ class EventReader:
         except zmq.ZMQError as error:
             _log.warning("kv events replay failed endpoint=%s error=%s", self.replay, error.strerror)
             is_whole = False
+        except asyncio.CancelledError:
+            self.state.replay_broken_off()
+            raise
         finally:
             socket.close(linger=0)
         if is_whole:

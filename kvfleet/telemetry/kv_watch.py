@@ -41,31 +41,56 @@ class CacheWatch:
     adapters: Mapping[str, InferenceAdapter]
     load: FleetLoad
     _context: Any = attrs.field(init=False, default=None, repr=False)
+    _readers: dict[int, EventReader] = attrs.field(init=False, factory=dict, repr=False)
 
     async def run(self) -> None:
         """Listen until cancelled. Start it in a task group that somebody owns.
+
+        The engines' messages then wait for another watch that does `inherit`, or for `close`.
 
         Raises:
             ComponentError: if an engine publishes over ZMQ and the extra is not installed.
         """
         if not self.knowledge.sources:
             return
-        if any(source.settings.source == "zmq" for source in self.knowledge.sources):
+        if self._context is None and any(source.settings.source == "zmq" for source in self.knowledge.sources):
             self._context = zmq_context()
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._compare)
-                for source in self.knowledge.sources:
-                    for at, state in enumerate(source.states):
-                        group.start_soon(self._keep, source, state, at)
-        finally:
-            if self._context is not None:
-                self._context.destroy(linger=0)
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._compare)
+            for source in self.knowledge.sources:
+                for at, state in enumerate(source.states):
+                    group.start_soon(self._keep, source, state, at)
+
+    def inherit(self, before: CacheWatch) -> None:
+        """Go on with another one's subscriptions, to the engines whose state the knowledge here has inherited.
+
+        So nothing is missed: what an engine publishes between the two waits in its socket.
+        """
+        self._context, before._context = before._context, None
+        readers, before._readers = before._readers, {}
+        same = {id(state) for source in self.knowledge.sources for state in source.states}
+        for key, reader in readers.items():
+            if key in same:
+                self._readers[key] = reader
+            else:
+                reader.close()
+
+    def close(self) -> None:
+        """Subscribe to none any more; twice is harmless."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
 
     def _reader(self, source: Source, state: EventStream, at: int) -> EventReader:
+        known = self._readers.get(id(state))
+        if known is not None:
+            return known
         settings = source.settings
         above = at + (source.place * settings.data_parallel_ranks if settings.bind else 0)
-        return EventReader(
+        self._readers[id(state)] = reader = EventReader(
             state=state,
             context=self._context,
             endpoint=address_of(settings.endpoint, source.endpoint, above),
@@ -73,6 +98,7 @@ class CacheWatch:
             topic=settings.topic,
             binds=settings.bind,
         )
+        return reader
 
     async def _keep(self, source: Source, state: CacheState, at: int) -> None:
         """Listen to one engine, and go on listening whatever it says."""

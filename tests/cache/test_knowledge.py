@@ -201,3 +201,83 @@ def test_bounds_are_held() -> None:
     assert scene.caches.state() == {"m": {"entries": 2, "refused": 0}}
     scene.stream().told(EngineLoad(cache_blocks=100))
     assert scene.held(PROMPT)[a.id].mode is KVMode.DEGRADED
+
+
+# Reloads
+
+
+def reloaded(scene: Scene, *models: ModelConfig) -> CacheKnowledge:
+    """What is known after the fleet file was read anew."""
+    now = CacheKnowledge(scene.clock)
+    now.register(models)
+    now.inherit(scene.caches)
+    scene.caches = now
+    return now
+
+
+def test_the_same_engine_is_known_as_before() -> None:
+    """Also beside others that come, and what it tells from then on is known, too."""
+    a, b = model(), model(endpoint="http://b")
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1], PROMPT[:4]))
+    before = scene.stream()
+    reloaded(scene, attrs.evolve(a, latency_p50_ms=7), b)
+    assert scene.stream() is before
+    assert scene.held(PROMPT) == {a.id: exact(4)}
+    scene.tell(stored([2], PROMPT[4:8], parent=1))
+    scene.connect(1)
+    assert scene.held(PROMPT) == {a.id: exact(8), b.id: exact(0)}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"kv_events": KVEventsConfig(replay="tcp://{host}:5559")},
+        {"kv_events": KVEventsConfig(replay="tcp://{host}:5558", max_blocks=7)},
+        {"prompt_blocks": PromptBlocksConfig(mode="engine", block_tokens=2)},
+    ],
+)
+def test_an_engine_that_is_asked_in_another_way_begins_anew(changed: dict[str, Any]) -> None:
+    """And nothing is claimed for it by what was told before."""
+    a = model()
+    scene = Scene(a)
+    scene.connect()
+    scene.tell(stored([1], PROMPT[:4]))
+    before = scene.stream()
+    now = reloaded(scene, attrs.evolve(a, **changed))
+    assert scene.stream() is not before
+    assert now.mode(a.id) == (KVMode.APPROXIMATE, "not connected")
+    assert now.state() == {"m": {"entries": 0, "refused": 0}}
+    scene.connect()
+    assert now.mode(a.id) == (KVMode.EXACT, "")
+    assert now.state() == {"m": {"entries": 0, "refused": 0}}
+
+
+def test_an_engine_that_is_gone_is_forgotten() -> None:
+    """Those that stay are not, and the one that comes back begins anew; other models keep to themselves."""
+    a, b, n = model(), model(endpoint="http://b"), model("n", "http://c")
+    scene = Scene(a, b, n)
+    for at in range(3):
+        scene.connect(at)
+        scene.tell(stored([1], PROMPT[:4]), at=at)
+    reloaded(scene, b, n)
+    assert scene.caches.mode(a.id) is None
+    assert scene.held(PROMPT, "n") == {n.id: exact(4)}
+    assert scene.caches.mode(b.id) == (KVMode.EXACT, "")
+    assert scene.held(PROMPT) == {b.id: exact(4)}
+    reloaded(scene, a, b)
+    assert scene.held(PROMPT) == {b.id: exact(4)}
+    assert not scene.caches.tells("n")
+    assert scene.caches.state() == {"m": {"entries": 1, "refused": 0}}
+
+
+def test_an_engine_that_connects_is_told_apart_by_its_port() -> None:
+    """The replica before it is gone, so its engine is listened to on another port: it begins anew."""
+    a, b = model(bind=True, endpoint="http://a"), model(bind=True, endpoint="http://b")
+    scene = Scene(a, b)
+    scene.connect(1)
+    scene.tell(stored([1], PROMPT[:4]), at=1)
+    reloaded(scene, b)
+    assert scene.held(PROMPT) == {}
+    assert scene.caches.state() == {"m": {"entries": 0, "refused": 0}}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -18,9 +20,12 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from kvfleet.cache.tokens import LocalTokenizer
+from kvfleet.cli.serve import checked_fleet
 from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
+from kvfleet.gateway.reload import FleetFile
 from kvfleet.gateway.server import running
+from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
 from kvfleet.trace import names
 from kvfleet.trace.spans import Span, Trace
@@ -170,6 +175,35 @@ async def test_an_engine_that_falls_silent(tmp_path: Path) -> None:
         assert sum(len(engine.publisher.cache) for engine in scene.engines) > 300
         assert [len(engine.wire.requests) for engine in scene.engines] != before
         await scene.exactly_known()
+
+
+async def test_a_reload_misses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Engines that are the same stay exactly known: their messages go on to whoever serves next, and nobody reconnects."""
+    caplog.set_level(logging.INFO, "kvfleet.telemetry.kv_stream")
+    async with KVEngine(LocalTokenizer.load(save(tmp_path)), "one").running() as engine:
+        path = tmp_path / "fleet.yaml"
+        blocks = {"mode": "tokenizer", "tokenizer": str(tmp_path), "block_tokens": 4, "deadline_ms": 5000}
+        told = {"endpoint": "tcp://{host}:{port+1}", "replay": "tcp://{host}:{port+2}"}
+        model = {"name": "m", "provider": "vllm", "endpoint": engine.url, "kv_events": told, "prompt_blocks": blocks}
+        path.write_text(json.dumps({"models": [model]}))
+        file = FleetFile(path, lambda: checked_fleet(path, discover()))
+        async with running(file.read(), file=file) as served, httpx.AsyncClient(base_url=served.url) as http:
+
+            def cache_mode() -> Any:
+                return served.gateway.router.state()["replicas"][0]["cache_mode"]
+
+            await until(lambda: cache_mode() == "exact")
+            for latency_ms in (7, 8, 9):
+                path.write_text(json.dumps({"models": [{**model, "latency_p50_ms": latency_ms}]}))
+                assert (await http.post("/-/reload")).status_code == 200
+                assert cache_mode() == "exact"
+                body = {"model": "m", "messages": [{"role": "user", "content": f"{latency_ms} " * 40}]}
+                assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+            blocks_there = len(engine.publisher.cache)
+            caches = served.gateway.router.services.caches
+            await until(lambda: caches.state() == {"m": {"entries": blocks_there, "refused": 0}})
+            assert caches.sources[0].states[0].counts.gaps == 0
+    assert caplog.text.count("kv events connected") == 1
 
 
 async def test_it_is_seen(tmp_path: Path) -> None:

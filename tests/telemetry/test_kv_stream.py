@@ -53,6 +53,7 @@ class Scene:
                 yield reader
                 group.cancel_scope.cancel()
         finally:
+            reader.close()
             context.destroy(linger=0)
 
     def reading_from(self, engine: ZmqEngine, **options: Any) -> contextlib.AbstractAsyncContextManager[EventReader]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -79,10 +80,16 @@ class Scene:
             group.start_soon(self.watch.run)
             yield
             group.cancel_scope.cancel()
+        self.watch.close()
 
     def modes(self) -> list[KVMode]:
         """How each cache is known."""
         return [source.judge()[0] for source in self.caches.sources]
+
+    def entries(self) -> int:
+        """How many blocks are known to be in some cache; unlike `held`, asking takes no time."""
+        known: Any = self.caches.state()["m"]
+        return int(known["entries"])
 
     def held(self) -> float:
         """What the first replica holds of a prompt."""
@@ -157,6 +164,79 @@ async def test_an_engine_that_connects_to_us() -> None:
         await anyio.sleep(0.05)  # the subscription reaches the publisher a little after the handshake
         await second.send(second.publisher.store([1, 2, 3, 4]))
         await until(lambda: scene.modes() == [KVMode.APPROXIMATE, KVMode.EXACT])
+
+
+def successor(scene: Scene, *models: ModelConfig) -> CacheWatch:
+    """A watch over a fleet read anew, as a reload makes it, with what was known and listened to before."""
+    caches = CacheKnowledge(scene.clock)
+    caches.register(models)
+    caches.inherit(scene.caches)
+    watch = CacheWatch(caches, {model.id: FakeAdapter() for model in models}, scene.load)
+    watch.inherit(scene.watch)
+    scene.caches, scene.watch = caches, watch
+    return watch
+
+
+async def test_nothing_is_missed_between_two_watches() -> None:
+    """What an engine says while nobody listens is read by the next one, who need not connect or ask."""
+    engine = ZmqEngine(Publisher(FrozenClock()), free_port(), free_port())
+    at = "tcp://127.0.0.1"
+    scene = Scene(KVEventsConfig(endpoint=f"{at}:{engine.port}", replay=f"{at}:{engine.replay_port}"))
+    async with engine.running():
+        await watched(scene, lambda: scene.modes() == [KVMode.EXACT], close=False)
+        await engine.send(engine.publisher.store([1, 2, 3, 4]))
+        await watched(scene, lambda: scene.entries() == 1, close=False)
+        for _ in range(3):
+            await engine.send(engine.publisher.evict(random.Random(1)))
+            await engine.send(engine.publisher.store([1, 2, 3, 4]))
+        await engine.send(engine.publisher.evict(random.Random(1)))
+        successor(scene, *scene.models)
+        assert scene.modes() == [KVMode.EXACT]
+        asked = len(engine.requests)
+        await watched(scene, lambda: scene.entries() == 0)
+        state = scene.caches.sources[0].states[0]
+        assert (len(engine.requests), state.counts.gaps, state.counts.losses) == (asked, 0, 0)
+        assert not state.is_connected
+
+
+async def test_what_is_no_longer_listened_to_is_let_go_of() -> None:
+    """An engine that is asked in another way than before begins anew, and its port is free at once."""
+    port = free_port()
+    before = KVEventsConfig(endpoint=f"tcp://127.0.0.1:{port}", bind=True)
+    scene = Scene(before)
+    old = scene.caches.sources[0].states[0]
+    async with ZmqEngine(Publisher(scene.clock), connects_to=f"tcp://127.0.0.1:{port}").running():
+        await watched(scene, lambda: old.is_connected, close=False)
+        assert old.is_connected
+        successor(scene, attrs.evolve(scene.models[0], kv_events=attrs.evolve(before, topic="k")))
+        assert not old.is_connected
+        new = scene.caches.sources[0].states[0]
+        await watched(scene, lambda: new.is_connected)
+        assert new is not old
+
+
+async def test_a_replay_that_was_broken_off_is_asked_for_again() -> None:
+    """By whoever listens next."""
+    engine = ZmqEngine(Publisher(FrozenClock()), free_port(), free_port(), is_deaf=True)
+    at = "tcp://127.0.0.1"
+    scene = Scene(KVEventsConfig(endpoint=f"{at}:{engine.port}", replay=f"{at}:{engine.replay_port}"))
+    engine.publisher.store([1, 2, 3, 4])
+    async with engine.running():
+        await watched(scene, lambda: engine.requests, close=False)
+        engine.is_deaf = False
+        successor(scene, *scene.models)
+        await watched(scene, lambda: scene.modes() == [KVMode.EXACT] and scene.entries() == 1)
+    assert engine.requests == [0, 0]
+
+
+async def watched(scene: Scene, is_so: Callable[[], Any], *, close: bool = True) -> None:
+    """Watch until something is so; the last time, subscribe no more then."""
+    async with anyio.create_task_group() as group:
+        group.start_soon(scene.watch.run)
+        await until(is_so)
+        group.cancel_scope.cancel()
+    if close:
+        scene.watch.close()
 
 
 async def test_what_breaks_one_reader_does_not_break_the_others(caplog: pytest.LogCaptureFixture) -> None:
