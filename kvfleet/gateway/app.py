@@ -378,8 +378,14 @@ class Gateway:
             reply = dispatch.answer.reply
             headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
             own = "" if self._renames_answers else reply.tally.response_id
-            answer = SurfaceAnswer(surface, asked, exchange, self.replicas, own or exchange.request_id)
-            await (answer.whole(reply, headers) if reply.events is None else answer.stream(reply, headers))
+            answer = SurfaceAnswer(
+                exchange=exchange,
+                names=self.replicas,
+                surface=surface,
+                asked=asked,
+                identifier=own or exchange.request_id,
+            )
+            await (answer.whole(reply, headers) if reply.events is None else answer.pass_on(reply, headers))
         except BackendError as error:
             broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
             raise broken from error

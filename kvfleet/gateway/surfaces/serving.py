@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator
 from typing import Any
@@ -14,26 +12,22 @@ import orjson
 from kvfleet.adapters.call import Reply
 from kvfleet.adapters.splitters import data_of
 from kvfleet.errors import BackendError, Fault, RouteError
-from kvfleet.gateway.errors import event_object, shutting_down
-from kvfleet.gateway.exchange import Exchange, Pairs
-from kvfleet.gateway.relay import SSE
-from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.errors import event_object
+from kvfleet.gateway.exchange import Pairs
+from kvfleet.gateway.relay import Passing, cut_short
 from kvfleet.gateway.surfaces.surface import Asked, Surface, Writer
 
 __all__ = ["SurfaceAnswer"]
-
-_log = logging.getLogger(__name__)
 
 _END = re.compile(rb"\r?\n\r?\n")
 _DONE = b"[DONE]"
 
 
-@attrs.define
-class SurfaceAnswer:
+@attrs.define(kw_only=True)
+class SurfaceAnswer(Passing):
     """Gives one answer in a surface's words, whoever made it.
 
-    What an engine said in those words goes on as it came. A stream ends as `kvfleet.gateway.relay.Relay` has it: whole,
-    with an error in the surface's shape, or cut off because the client left.
+    What an engine said in those words goes on as it came.
 
     Attributes:
         identifier: The answer's, if it is the gateway that writes it.
@@ -41,9 +35,12 @@ class SurfaceAnswer:
 
     surface: Surface
     asked: Asked
-    exchange: Exchange
-    names: ReplicaNames
     identifier: str
+    _writer: Writer = attrs.field(init=False)
+
+    @_writer.default
+    def _make_writer(self) -> Writer:
+        return self.surface.writer(self.asked, self.identifier)
 
     async def whole(self, reply: Reply, headers: Pairs) -> None:
         """Send a whole answer.
@@ -57,49 +54,18 @@ class SurfaceAnswer:
         self.exchange.unwatch()
         await self.exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
 
-    async def stream(self, reply: Reply, headers: Pairs) -> None:
-        """Send a streamed answer.
+    def _pieces(self, reply: Reply) -> AsyncIterator[bytes]:
+        return _as_they_are(reply) if reply.surface == self.surface.name else _written(reply, self._writer)
 
-        Raises:
-            BackendError, RouteError: if it breaks before its first byte.
-        """
-        is_whole = False
-        try:
-            is_whole = await self._stream(reply, headers)
-        finally:
-            if not is_whole:
-                await reply.close()
-
-    async def _stream(self, reply: Reply, headers: Pairs) -> bool:
-        """True if it ended as it should."""
-        exchange, writer = self.exchange, self.surface.writer(self.asked, self.identifier)
-        pieces = _as_they_are(reply) if reply.surface == self.surface.name else _written(reply, writer)
-        piece = await anext(pieces, None)
-        await exchange.start(200, [*SSE, *headers])
-        try:
-            while piece is not None:
-                await exchange.piece(piece)
-                piece = await anext(pieces, None)
-        except asyncio.CancelledError:
-            if not exchange.has_left:
-                await self._fail(writer, shutting_down())
-            raise
-        except (BackendError, RouteError) as error:
-            await self._fail(writer, error)
-            return False
-        except Exception as error:  # noqa: BLE001 - the plugin border: the client must learn that this is not the end
-            _log.error("stream failed request_id=%s error=%s", exchange.request_id, type(error).__name__)
-            await self._fail(writer, RouteError("the answer broke off: internal error"))
-            return False
-        exchange.unwatch()
-        await exchange.end()
+    async def _finish(self, last: bytes | None, pieces: AsyncIterator[bytes]) -> bool:
+        del last, pieces  # these words have no mark of the end that is not an event of its own
+        await self._end()
         return True
 
-    async def _fail(self, writer: Writer, error: BackendError | RouteError) -> None:
-        self.exchange.unwatch()
+    def _failure(self, error: BackendError | RouteError) -> bytes:
         told = event_object(error, self.names, self.exchange.request_id)
         status = error.status if isinstance(error, RouteError) else 502
-        await self.exchange.end(writer.fail(told["error"], status or 502))
+        return self._writer.fail(told["error"], status or 502)
 
 
 async def _as_they_are(reply: Reply) -> AsyncIterator[bytes]:
@@ -125,7 +91,7 @@ async def _written(reply: Reply, writer: Writer) -> AsyncIterator[bytes]:
         if written := b"".join(out):
             yield written
     if not has_ended:
-        raise RouteError("the answer ended before it was whole", code="stream_interrupted")
+        raise cut_short()
     yield writer.finish(reply.tally.usage)
 
 
