@@ -15,6 +15,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.call import Call, Limits, Operation, Reply, Usage
+from kvfleet.config.models import rank_of
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 
@@ -27,6 +28,9 @@ __all__ = [
     "InferenceAdapter",
     "StreamChunk",
 ]
+
+RANK_HEADER = "X-Data-Parallel-Rank"
+"""Which data-parallel rank is to compute a request: vLLM obeys it (``_get_data_parallel_rank``), and so does SGLang."""
 
 _MOST_NAMED = 3
 
@@ -231,12 +235,13 @@ class InferenceAdapter(abc.ABC):
     @classmethod
     def from_config(cls, model: ModelConfig, *, connections: Any = None, **options: Any) -> Self:
         """Make the adapter for one replica; `options` are its own, already checked."""
+        rank = rank_of(model.endpoint)
         return cls(
             endpoint=model.endpoint,
             model_id=model.get_model_id(),
             timeout=model.timeout_seconds,
             api_key=model.api_key,
-            headers=model.custom_headers,
+            headers=model.custom_headers if rank is None else {**model.custom_headers, RANK_HEADER: str(rank)},
             connections=connections,
             **options,
         )

@@ -52,6 +52,15 @@ class Samples:
         total = self.total(*names)
         return None if total is None else round(total)
 
+    def only(self, label: str, value: str) -> Samples:
+        """The lines whose label has that value, and those that have no such label."""
+        return Samples(
+            {
+                name: tuple(sample for sample in samples if sample.labels.get(label, value) == value)
+                for name, samples in self.by_name.items()
+            }
+        )
+
     def first(self, name: str) -> Sample | None:
         """The first line of that name."""
         found = self.by_name.get(name)

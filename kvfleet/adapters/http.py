@@ -269,7 +269,7 @@ class HTTPAdapter(InferenceAdapter):
 
 def _base_of(endpoint: str) -> httpx.URL:
     try:
-        base = httpx.URL(endpoint.rstrip("/").removesuffix("/v1"))
+        base = httpx.URL(endpoint.partition("#")[0].rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
         raise ComponentError(f"the endpoint is no URL: {error}") from error
     if base.scheme not in ("http", "https"):

@@ -11,6 +11,7 @@ import attrs
 from kvfleet.adapters.base import EndpointHealth, EngineLoad
 from kvfleet.adapters.exposition import Rate, Reader, Samples, totals
 from kvfleet.adapters.openai_compat import OpenAICompatAdapter
+from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["MeteredAdapter", "tokens_of"]
@@ -24,6 +25,8 @@ class MeteredAdapter(OpenAICompatAdapter):
 
     reader: ClassVar[Reader]
     prefix: ClassVar[str]
+    rank_label: ClassVar[str] = ""
+    """The label that says which data-parallel rank a line of the page is about."""
 
     _generated: Rate = attrs.field(init=False, factory=Rate, repr=False, eq=False)
 
@@ -70,7 +73,10 @@ class MeteredAdapter(OpenAICompatAdapter):
 
     async def _samples(self) -> Samples | None:
         page = await self._page()
-        return None if page is None else self.reader.read(page)
+        if page is None:
+            return None
+        samples, rank = self.reader.read(page), rank_of(self.endpoint)
+        return samples if rank is None else samples.only(self.rank_label, str(rank))
 
     async def _page(self) -> bytes | None:
         """The page; None if the engine does not serve it."""

@@ -11,6 +11,7 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
 from kvfleet.adapters.exposition import Reader, Samples
 from kvfleet.adapters.metered import MeteredAdapter, tokens_of
+from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["SGLangAdapter"]
@@ -32,6 +33,7 @@ class SGLangAdapter(MeteredAdapter):
 
     usual_surfaces: ClassVar[frozenset[str]] = frozenset({"messages"})
     prefix: ClassVar[str] = "sglang:"
+    rank_label: ClassVar[str] = "dp_rank"
     # Every rank of one engine reports the engine's figures; those of data-parallel ranks are their own and are summed.
     reader: ClassVar[Reader] = Reader(
         [_RUNNING, _WAITING, _KV_USAGE, _PROMPT, _CACHED, _PAGES, _PAGE_SIZE, _CONFIG, _THROUGHPUT],
@@ -66,16 +68,18 @@ class SGLangAdapter(MeteredAdapter):
         """What ``/v1/loads`` says, and before SGLang had it, ``/get_load``."""
         try:
             found = await self.control_json("GET", "/v1/loads?include=core")
-            return load_of_ranks(found.get("loads") if isinstance(found, dict) else found)
+            return load_of_ranks(found.get("loads") if isinstance(found, dict) else found, rank_of(self.endpoint))
         except BackendError as error:
             if error.kind is not Fault.NOT_FOUND:
                 raise
-        return load_of_ranks(await self.control_json("GET", "/get_load"))
+        return load_of_ranks(await self.control_json("GET", "/get_load"), rank_of(self.endpoint))
 
 
-def load_of_ranks(ranks: Any) -> EngineLoad:
-    """The load from one object for each data-parallel rank, in the words of either endpoint."""
-    rows = [rank for rank in ranks if isinstance(rank, Mapping)] if isinstance(ranks, list) else []
+def load_of_ranks(ranks: Any, rank: int | None = None) -> EngineLoad:
+    """The load from one object for each data-parallel rank, in the words of either endpoint; of one rank, or of all."""
+    rows = [row for row in ranks if isinstance(row, Mapping)] if isinstance(ranks, list) else []
+    if rank is not None:
+        rows = [row for row in rows if row.get("dp_rank") == rank]
     waiting = _sum(rows, "num_waiting_reqs")
     running = _sum(rows, "num_running_reqs")
     if running is None and (everything := _sum(rows, "num_reqs")) is not None:

@@ -11,6 +11,7 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
 from kvfleet.adapters.exposition import Reader, Samples
 from kvfleet.adapters.metered import MeteredAdapter, tokens_of
+from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError
 
 __all__ = ["VLLMAdapter"]
@@ -40,6 +41,7 @@ class VLLMAdapter(MeteredAdapter):
     refuses_unlisted: ClassVar[bool] = True
     continues: ClassVar[frozenset[Operation]] = frozenset({Operation.CHAT, Operation.COMPLETION})
     prefix: ClassVar[str] = "vllm:"
+    rank_label: ClassVar[str] = "engine"
     reader: ClassVar[Reader] = Reader(
         [_RUNNING, _WAITING, *_KV_USAGE, _CPU_USAGE, *_QUERIES, *_HITS, _CONFIG, _GENERATED, _THROUGHPUT]
     )
@@ -60,7 +62,12 @@ class VLLMAdapter(MeteredAdapter):
         )
 
     async def load_without_metrics(self) -> EngineLoad:
-        """The number of requests that ``/load`` counts; it does so under ``--enable-server-load-tracking``."""
+        """The number of requests that ``/load`` counts; it does so under ``--enable-server-load-tracking``.
+
+        It counts those of all ranks, so of one nothing is known.
+        """
+        if rank_of(self.endpoint) is not None:
+            return EngineLoad()
         try:
             found = await self.control_json("GET", "/load")
         except BackendError:

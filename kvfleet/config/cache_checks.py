@@ -8,11 +8,13 @@ from pathlib import Path as FilePath
 
 from kvfleet.config.caching import address_of
 from kvfleet.config.findings import Finding, Path
+from kvfleet.config.models import rank_of
 from kvfleet.config.schema import FleetConfig, ModelConfig
 
 __all__ = ["check_caches"]
 
 _HIGHEST_PORT = 65_535
+_TAKE_RANKS = ("vllm", "sglang")
 _TOKENS, _AFFINITY = "classify.tokens", "affinity.prefix"
 
 
@@ -23,6 +25,7 @@ def check_caches(config: FleetConfig) -> Iterator[Finding]:
         yield from _check_events(config, model, (*path, "kv_events"))
         yield from _check_addresses(config, model, (*path, "kv_events", "endpoint"))
         yield from _check_blocks(config, model, (*path, "prompt_blocks"))
+        yield from _check_ranks(config, model, (*path, "data_parallel_ranks"))
     yield from _check_order(config)
 
 
@@ -52,7 +55,7 @@ def _check_addresses(config: FleetConfig, model: ModelConfig, path: Path) -> Ite
         return
     for endpoint in model.all_endpoints():
         for rank in range(events.data_parallel_ranks):
-            address = address_of(events.endpoint, endpoint, rank)
+            address = address_of(events.endpoint, endpoint, rank + (rank_of(endpoint) or 0))
             port = address.rpartition(":")[2]
             if address.startswith("tcp://") and int(port) > _HIGHEST_PORT:
                 yield config.origin.finding(path, f"there is no port {port}", "use lower ports", code="address")
@@ -61,6 +64,18 @@ def _check_addresses(config: FleetConfig, model: ModelConfig, path: Path) -> Ite
                 remedy = "on one machine each engine needs ports of its own: write {port+1000} for the port, say"
                 yield config.origin.finding(path, what, remedy, code="duplicate-address")
             taken[address] = endpoint
+
+
+def _check_ranks(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:
+    """Ranks are routed to either by us or by the engine, and not every engine lets us."""
+    if model.data_parallel_ranks == 1:
+        return
+    if model.provider not in _TAKE_RANKS:
+        what = f"{model.provider} takes no requests for one of its ranks"
+        yield config.origin.finding(path, what, "take it out, and let the engine choose", code="ranks")
+    if model.kv_events is not None and model.kv_events.data_parallel_ranks > 1:
+        what, remedy = "counts the ranks that `kv_events.data_parallel_ranks` counts, too", "take it out there"
+        yield config.origin.finding(path, what, remedy, code="ranks")
 
 
 def _check_blocks(config: FleetConfig, model: ModelConfig, path: Path) -> Iterator[Finding]:

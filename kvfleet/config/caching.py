@@ -63,7 +63,9 @@ class KVEventsConfig:
     )
     topic: str = text("", doc="Only messages whose topic begins so; all if empty.")
     bind: bool = flag(doc="Listen on `endpoint`, for engines that connect to us; each replica's on the next port.")
-    data_parallel_ranks: int = number(1, ge=1, le=256, doc="Ranks that each publish on a port of their own.")
+    data_parallel_ranks: int = number(
+        1, ge=1, le=256, doc="Ranks that each publish on a port of their own, where the engine chooses among them."
+    )
     lora: str = text("", doc="The adapter's name, if this model is a LoRA adapter of its engine.")
     poll_ms: float = number(500, gt=0, unit="ms", doc="Time between two questions to a `trtllm` source.")
     silence_seconds: float = number(

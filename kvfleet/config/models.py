@@ -19,6 +19,7 @@ __all__ = [
     "ModelCapabilities",
     "ModelConfig",
     "ProviderType",
+    "rank_of",
 ]
 
 DATA_CLASSES = ("public", "internal", "confidential", "restricted")
@@ -87,6 +88,16 @@ class LongContextPrices:
     )
 
 
+def rank_of(endpoint: str) -> int | None:
+    """The data-parallel rank that a replica's endpoint names; None if it is the engine as a whole.
+
+    >>> rank_of("http://gpu-1:8000#3"), rank_of("http://gpu-1:8000")
+    (3, None)
+    """
+    _, mark, rank = endpoint.rpartition("#")
+    return int(rank) if mark else None
+
+
 @attrs.frozen(kw_only=True)
 class ModelConfig:
     """One model of the fleet and where it runs.
@@ -109,6 +120,13 @@ class ModelConfig:
         pattern=_ENDPOINT,
         pattern_doc="an http:// or https:// URL",
         example=["http://gpu-2:8000"],
+    )
+    data_parallel_ranks: int = number(
+        1,
+        ge=1,
+        le=256,
+        doc="Data-parallel ranks of each vLLM or SGLang, to route to each by itself: each is a replica, whose endpoint "
+        "is shown with `#` and its number. With 1 the engine chooses.",
     )
     provider: str = text("openai_compat", doc="Which adapter speaks to it; `kvfleet components` lists them.")
     model_id: str = text("", doc="The engine's own name of the model; `name` if absent.")
@@ -216,8 +234,11 @@ class ModelConfig:
         return self.model_id or self.name
 
     def all_endpoints(self) -> tuple[str, ...]:
-        """Every endpoint of the model, its first one first, without repeats."""
-        return tuple(dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e))
+        """Every endpoint, its first one first, without repeats; with `#RANK`, if its ranks are replicas."""
+        found = dict.fromkeys(e for e in (self.endpoint, *self.replicas) if e)
+        if self.data_parallel_ranks == 1:
+            return tuple(found)
+        return tuple(f"{endpoint}#{rank}" for endpoint in found for rank in range(self.data_parallel_ranks))
 
     @property
     def is_self_hosted(self) -> bool:

@@ -29,7 +29,7 @@ def serves(model: ModelConfig, operation: Operation) -> bool:
 
 
 def replicas_of(model: ModelConfig) -> tuple[ModelConfig, ...]:
-    """A model as its replicas: one `ModelConfig` for each endpoint, with the prices that hold.
+    """A model as its replicas: one `ModelConfig` for each endpoint, or rank behind one, with the prices that hold.
 
     A model without an endpoint is where its provider is; if that is nowhere in particular, its replica gets one of the
     form ``provider://name``. A self-hosted engine without a price costs nothing; others get the built-in list's, and
@@ -38,7 +38,7 @@ def replicas_of(model: ModelConfig) -> tuple[ModelConfig, ...]:
     >>> [r.id for r in replicas_of(ModelConfig(name="m", endpoint="http://a:1", replicas=("http://b:1",)))]
     ['m@http://a:1', 'm@http://b:1']
     """
-    priced = attrs.evolve(with_known_prices(model), replicas=())
+    priced = attrs.evolve(with_known_prices(model), replicas=(), data_parallel_ranks=1)
     endpoints = model.all_endpoints() or (DEFAULT_ENDPOINTS.get(model.provider) or f"{model.provider}://{model.name}",)
     return tuple(attrs.evolve(priced, endpoint=endpoint) for endpoint in endpoints)
 

@@ -15,6 +15,7 @@ from kvfleet.cache.kv_drain import EventDrain
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import CacheState
 from kvfleet.config.caching import address_of
+from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError
 from kvfleet.telemetry.kv_stream import EventReader, zmq_context
 from kvfleet.telemetry.load import FleetLoad
@@ -88,13 +89,13 @@ class CacheWatch:
         known = self._readers.get(id(state))
         if known is not None:
             return known
-        settings = source.settings
-        above = at + (source.place * settings.data_parallel_ranks if settings.bind else 0)
+        settings, rank = source.settings, at + (rank_of(source.endpoint) or 0)
+        above = at + source.place * settings.data_parallel_ranks if settings.bind else rank
         self._readers[id(state)] = reader = EventReader(
             state=state,
             context=self._context,
             endpoint=address_of(settings.endpoint, source.endpoint, above),
-            replay=address_of(settings.replay, source.endpoint, at) if settings.replay else "",
+            replay=address_of(settings.replay, source.endpoint, rank) if settings.replay else "",
             topic=settings.topic,
             binds=settings.bind,
         )

@@ -21,7 +21,12 @@ def sample(name: str) -> bytes:
     return (SAMPLES / name).read_bytes()
 
 
-def paged(kind: type[A], pages: Mapping[str, bytes | int], clock: FrozenClock | None = None) -> tuple[A, list[str]]:
+def paged(
+    kind: type[A],
+    pages: Mapping[str, bytes | int],
+    clock: FrozenClock | None = None,
+    endpoint: str = "http://gpu-1:8000/v1",
+) -> tuple[A, list[str]]:
     """An adapter whose engine answers each path with bytes or a status (404 where nothing is said), and the paths asked."""
     asked: list[str] = []
 
@@ -32,4 +37,4 @@ def paged(kind: type[A], pages: Mapping[str, bytes | int], clock: FrozenClock | 
         return httpx.Response(page, content=b"{}") if isinstance(page, int) else httpx.Response(200, content=page)
 
     connections = Connections(transport=httpx.MockTransport(handler), clock=clock or FrozenClock())
-    return kind(endpoint="http://gpu-1:8000/v1", model_id="m", connections=connections), asked
+    return kind(endpoint=endpoint, model_id="m", connections=connections), asked

@@ -48,6 +48,18 @@ async def test_ranks() -> None:
     )
 
 
+async def test_one_rank() -> None:
+    """Has its own figures, on the page and without it."""
+    adapter, _ = paged(SGLangAdapter, {"/metrics": RANKS}, endpoint="http://gpu-1:8000#1")
+    one = await adapter.get_load()
+    both = await paged(SGLangAdapter, {"/metrics": RANKS})[0].get_load()
+    other = await paged(SGLangAdapter, {"/metrics": RANKS}, endpoint="http://gpu-1:8000#0")[0].get_load()
+    assert (one.running or 0) + (other.running or 0) == both.running
+    assert one.running != other.running
+    adapter, _ = paged(SGLangAdapter, {"/v1/loads?include=core": LOADS}, endpoint="http://gpu-1:8000#1")
+    assert await adapter.get_load() == EngineLoad(running=3, waiting=0, kv_usage=0.1, tokens_per_second=5.5)
+
+
 LOADS = (
     b'{"loads":[{"dp_rank":0,"num_running_reqs":2,"num_waiting_reqs":1,"token_usage":0.5,"gen_throughput":10.0},'
     b'{"dp_rank":1,"num_running_reqs":3,"num_waiting_reqs":0,"token_usage":0.1,"gen_throughput":5.5}]}'

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import attrs
+import httpx
 import pytest
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
+from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.vllm import VLLMAdapter
 from kvfleet.clock import FrozenClock
+from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
 from tests.adapters.paged import paged, sample
 
@@ -70,6 +74,38 @@ async def test_several_engines_of_one_process() -> None:
         prefix_hits_tokens=300.0,
     )
     assert load.prefix_hit_rate == 0.75
+
+
+async def test_one_rank_of_an_engine() -> None:
+    """Has figures of its own on the page, and its requests say whose they are."""
+    model = ModelConfig(name="m", endpoint="http://gpu-1:8000/v1#1", provider="vllm", custom_headers={"x-team": "ml"})
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(200, content=TWO_ENGINES)
+
+    adapter = VLLMAdapter.from_config(model, connections=Connections(transport=httpx.MockTransport(handler)))
+    load = await adapter.get_load()
+    assert attrs.evolve(load, tokens_per_second=None) == EngineLoad(
+        running=5,
+        waiting=7,
+        kv_usage=1.0,
+        cache_blocks=900,
+        block_tokens=16,
+        prefix_queries_tokens=300.0,
+        prefix_hits_tokens=250.0,
+    )
+    (asked,) = seen
+    assert str(asked.url) == "http://gpu-1:8000/metrics"
+    assert (asked.headers["x-data-parallel-rank"], asked.headers["x-team"]) == ("1", "ml")
+
+
+async def test_one_rank_of_an_engine_without_metrics() -> None:
+    """What the engine says of all its ranks together is not the load of one."""
+    adapter, asked = paged(VLLMAdapter, {"/load": b'{"server_load": 9}'}, endpoint="http://gpu-1:8000#0")
+    assert await adapter.get_load() == EngineLoad()
+    assert asked == ["/metrics"]
 
 
 async def test_throughput_between_two_readings() -> None:

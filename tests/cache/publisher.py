@@ -28,6 +28,7 @@ class Publisher:
         clock: For the messages' times.
         keep: How many messages are kept for replay.
         life: Which life of the engine this is; hashes and messages differ from one to the next.
+        rank: Which data-parallel rank of its engine it is.
     """
 
     clock: FrozenClock
@@ -36,15 +37,18 @@ class Publisher:
     seq: int = 0
     cache: set[tuple[int, ...]] = attrs.field(factory=set)
     buffer: deque[tuple[int, bytes]] = attrs.field(factory=deque)
+    rank: int = 0
 
     def name(self, prompt: Sequence[int]) -> int:
         """The engine's hash of a block, by all the tokens up to its end."""
         return hash((self.life, tuple(prompt))) & 2**64 - 1
 
-    def publish(self, events: list[Any], rank: int = 0) -> tuple[int, bytes]:
+    def publish(self, events: list[Any], rank: int | None = None) -> tuple[int, bytes]:
         """A message, and its number."""
         self.clock.advance(0.001)
-        payload: bytes = msgspec.msgpack.encode([self.clock.time_ns() / 1e9, events, rank])
+        payload: bytes = msgspec.msgpack.encode(
+            [self.clock.time_ns() / 1e9, events, self.rank if rank is None else rank]
+        )
         message = (self.seq, payload)
         self.seq += 1
         self.buffer.append(message)

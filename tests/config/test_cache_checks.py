@@ -54,6 +54,21 @@ def test_addresses(events: dict[str, Any]) -> None:
     assert found(model) == [("models[0].kv_events.endpoint", "address")]
 
 
+def test_ranks_are_counted_once_and_where_the_engine_takes_them(blocks: dict[str, Any]) -> None:
+    """By us or by the engine; each of them publishes on a port of its own."""
+    installed("zmq", "msgspec", "tokenizers", "jinja2")
+    events = {"endpoint": "tcp://{host}:{port+1}", "replay": "tcp://{host}:{port+9}"}
+    told = {"kv_events": events, "prompt_blocks": blocks, "data_parallel_ranks": 4}
+    assert found(told) == []
+    assert found({**told, "kv_events": {**events, "data_parallel_ranks": 4}})[-1] == (
+        "models[0].data_parallel_ranks",
+        "ranks",
+    )
+    assert found({"data_parallel_ranks": 4, "provider": "tgi"}) == [("models[0].data_parallel_ranks", "ranks")]
+    beside = {**told, "replicas": ["http://gpu-1:8002"]}
+    assert ("models[0].kv_events.endpoint", "duplicate-address") in found(beside)
+
+
 @pytest.mark.parametrize("address", ["gpu-1:5557", "tcp://gpu-1", "http://gpu-1:5557", "tcp://{port}:1"])
 def test_what_is_no_address(address: str) -> None:
     """Is found by its pattern."""

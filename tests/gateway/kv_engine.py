@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import attrs
@@ -19,7 +19,7 @@ from tests.cache.publisher import SIZE, Publisher
 from tests.gateway.upstream import whole
 from tests.telemetry.zmq_engine import ZmqEngine
 
-__all__ = ["KVEngine", "free_ports"]
+__all__ = ["KVEngine", "RankedEngine", "free_ports"]
 
 
 class Ticking(SystemClock):
@@ -63,33 +63,16 @@ class KVEngine:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[KVEngine]:
         """Serve for as long as the block lasts."""
-        writers: list[asyncio.StreamWriter] = []
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writers.append(writer)
-            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-                while True:
-                    head = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
-                    length = next((int(line[15:]) for line in head if line.startswith(b"content-length:")), 0)
-                    body = await reader.readexactly(length)
-                    writer.write(await self._answer(head[0].split(b" ")[1].decode(), body))
-                    await writer.drain()
-            writer.close()
-
         if not self.port:
             self.port = free_ports(3)
         self.wire.port, self.wire.replay_port = self.port + 1, self.port + 2
-        server = await asyncio.start_server(serve, "127.0.0.1", self.port)
-        async with server, self.wire.running():
-            try:
-                yield self
-            finally:
-                for writer in writers:
-                    writer.close()
+        async with serving(self.port, lambda _, path, body: self.answer(path, body)), self.wire.running():
+            yield self
 
-    async def _answer(self, path: str, body: bytes) -> bytes:
+    async def answer(self, path: str, body: bytes) -> bytes:
+        """Answer one request."""
         if path == "/metrics":
-            return whole(self._metrics())
+            return whole(self.metrics())
         if path == "/tokenize":
             ids = self.tokenizer.tokenise(Operation.CHAT, orjson.loads(body))
             tokens = [int.from_bytes(ids[at : at + 4], "little") for at in range(0, len(ids), 4)]
@@ -124,7 +107,8 @@ class KVEngine:
         for _ in range(count):
             await self.wire.send(self.publisher.evict(rng))
 
-    def _metrics(self) -> bytes:
+    def metrics(self, labels: str = 'model_name="m"') -> bytes:
+        """The metrics page."""
         lines = {
             "vllm:num_requests_running": 0,
             "vllm:num_requests_waiting": 0,
@@ -132,7 +116,70 @@ class KVEngine:
             "vllm:prefix_cache_queries_total": self._queried,
             "vllm:prefix_cache_hits_total": self._hits,
         }
-        return "".join(f'{key}{{model_name="m"}} {value}\n' for key, value in lines.items()).encode()
+        return "".join(f"{key}{{{labels}}} {value}\n" for key, value in lines.items()).encode()
+
+
+@attrs.define(eq=False)
+class RankedEngine:
+    """One server in front of data-parallel ranks, each with a cache of its own; a header says which is asked.
+
+    Attributes:
+        ranks: The engines; that of rank r publishes on the port r + 1 above the server's, and replays 10 above that.
+        port: Where the server is.
+        unsaid: Requests that did not say who is asked.
+    """
+
+    ranks: list[KVEngine]
+    port: int = attrs.field(factory=lambda: free_ports(20))
+    unsaid: int = 0
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[RankedEngine]:
+        """Serve for as long as the block lasts."""
+        async with contextlib.AsyncExitStack() as stack:
+            for rank, engine in enumerate(self.ranks):
+                engine.publisher.rank = rank
+                engine.wire.port, engine.wire.replay_port = self.port + 1 + rank, self.port + 11 + rank
+                await stack.enter_async_context(engine.wire.running())
+            await stack.enter_async_context(serving(self.port, self._answer))
+            yield self
+
+    async def _answer(self, head: list[bytes], path: str, body: bytes) -> bytes:
+        if path == "/metrics":
+            pages = (engine.metrics(f'engine="{rank}",model_name="m"') for rank, engine in enumerate(self.ranks))
+            return whole(b"".join(pages))
+        asked = next((line.partition(b":")[2] for line in head if line.startswith(b"x-data-parallel-rank:")), None)
+        self.unsaid += asked is None and path.endswith("/chat/completions")
+        return await self.ranks[int(asked or 0)].answer(path, body)
+
+
+@contextlib.asynccontextmanager
+async def serving(port: int, answer: Callable[[list[bytes], str, bytes], Awaitable[bytes]]) -> AsyncIterator[None]:
+    """Answer HTTP by the head's lines in lower case, the path, and the body."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+                length = next((int(line[15:]) for line in head if line.startswith(b"content-length:")), 0)
+                body = await reader.readexactly(length)
+                writer.write(await answer(head, head[0].split(b" ")[1].decode(), body))
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", port):
+        try:
+            yield
+        finally:
+            for writer in writers:
+                writer.close()
 
 
 def free_ports(count: int) -> int:

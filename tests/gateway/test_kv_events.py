@@ -30,7 +30,7 @@ from kvfleet.runtime import Router
 from kvfleet.trace import names
 from kvfleet.trace.spans import Span, Trace
 from tests.cache.tokenizing import save
-from tests.gateway.kv_engine import KVEngine
+from tests.gateway.kv_engine import KVEngine, RankedEngine
 from tests.telemetry.zmq_engine import until
 
 SYSTEM = "You answer in verse, and you never say more than you must. " * 4
@@ -204,6 +204,51 @@ async def test_a_reload_misses_nothing(tmp_path: Path, caplog: pytest.LogCapture
             await until(lambda: caches.state() == {"m": {"entries": blocks_there, "refused": 0}})
             assert caches.sources[0].states[0].counts.gaps == 0
     assert caplog.text.count("kv events connected") == 1
+
+
+async def test_ranks_of_one_engine_are_known_each(tmp_path: Path) -> None:
+    """A request goes to the rank that holds its beginning, and that rank computes it; both are known exactly."""
+    tokenizer = LocalTokenizer.load(save(tmp_path))
+    async with RankedEngine([KVEngine(tokenizer, "zero"), KVEngine(tokenizer, "one")]).running() as engine:
+        told = KVEventsConfig(endpoint="tcp://{host}:{port+1}", replay="tcp://{host}:{port+11}")
+        blocks = PromptBlocksConfig(mode="tokenizer", block_tokens=4, tokenizer=str(tmp_path), deadline_ms=5000)
+        model = ModelConfig(
+            name="m", endpoint=engine.url, provider="vllm", data_parallel_ranks=2, kv_events=told, prompt_blocks=blocks
+        )
+        telemetry = TelemetryConfig(trace_store=TraceStoreConfig(enabled=False), load_poll_interval_seconds=0.1)
+        router = Router(FleetConfig(models=(model,), telemetry=telemetry))
+        async with running(router.config, router=router) as served:
+            scene = Live(served.url, router, engine.ranks)
+            router.add_sink(scene)
+            questions = [f"{rank} is my question. " * 20 for rank in range(2)]
+            for one, question in zip(engine.ranks, questions, strict=True):
+                messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+                await one.answer("/v1/chat/completions", json.dumps({"model": "m", "messages": messages}).encode())
+            blocks_there = sum(len(one.publisher.cache) for one in engine.ranks)
+            await until(lambda: router.services.caches.state() == {"m": {"entries": blocks_there, "refused": 0}})
+            for rank in (0, 1, 1, 0):
+                await scene.exactly_known()
+                await scene.ask(questions[rank], {"role": "user", "content": "Well?"})
+                value, mode = max(_expected(scene))
+                assert (mode, value) == ("exact", engine.ranks[rank].asked[-1][1])
+                assert value > 100
+            assert [len(one.asked) for one in engine.ranks] == [3, 3]
+            assert engine.unsaid == 0
+            for rank, one in enumerate(engine.ranks):
+                tokens, at = sum(found for found, _ in one.asked), f"{engine.url}#{rank}"
+                await until(lambda at=at, tokens=tokens: _queried(router, at) == tokens)
+
+
+def _expected(scene: Live) -> list[tuple[float, str]]:
+    """What was expected of each replica, and how that was known, in the last trace."""
+    given = scene.stage("affinity.prefix").attributes
+    return list(zip(given[names.SCORE_VALUES], given[names.SCORE_MODES], strict=True))  # type: ignore[arg-type]
+
+
+def _queried(router: Router, endpoint: str) -> float | None:
+    """Prompt tokens that an engine, or a rank of one, says it looked for in its cache."""
+    said = router.services.load.engine(endpoint)
+    return None if said is None else said.prefix_queries_tokens
 
 
 async def test_it_is_seen(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvfleet.adapters.call import Operation
+from kvfleet.config.models import rank_of
 from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.registry.models import ModelRegistry, replicas_of
 
@@ -26,6 +27,16 @@ def test_a_model_becomes_one_candidate_for_each_endpoint() -> None:
         ("m@http://a", "http://a", ()),
         ("m@http://b", "http://b", ()),
     ]
+
+
+def test_a_rank_is_a_replica_where_ranks_are_routed_to() -> None:
+    """Behind each endpoint so many, told apart by their number."""
+    ranked = ModelConfig(name="m", endpoint="http://a", replicas=("http://b/v1",), data_parallel_ranks=2)
+    found = replicas_of(ranked)
+    assert [r.endpoint for r in found] == ["http://a#0", "http://a#1", "http://b/v1#0", "http://b/v1#1"]
+    assert [rank_of(r.endpoint) for r in found] == [0, 1, 0, 1]
+    assert [r.all_endpoints() for r in found[:2]] == [("http://a#0",), ("http://a#1",)]
+    assert rank_of("http://a") is None
 
 
 def test_a_self_hosted_engine_without_a_price_is_free() -> None:
