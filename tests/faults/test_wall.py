@@ -16,7 +16,7 @@ from kvfleet.runtime import Router
 from tests.faults.catalogue import Case, cases
 from tests.faults.judge import Verdict
 from tests.faults.site import Site, site
-from tests.faults.tongues import MESSAGES, MODEL, RESPONSES, Tongue
+from tests.faults.tongues import CHAT, MESSAGES, MODEL, RESPONSES, TONGUES, Tongue
 from tests.faults.wall import Times, a_moment, run
 
 UNIT_S = 0.1
@@ -108,15 +108,21 @@ async def test_the_wall(case: Case) -> None:
     assert found.verdict is expected(case), found.why
 
 
+@pytest.mark.parametrize("is_native", [True, False], ids=["spoken", "translated"])
+@pytest.mark.parametrize("tongue", TONGUES, ids=lambda one: one.name)
 @pytest.mark.parametrize(
     "case", [case for case in cases(UNIT_S) if case.stream and case.engines > 1 and case.fault.name in AMID], ids=str
 )
-async def test_the_wall_with_streams_gone_on_with(case: Case) -> None:
-    """Then whoever is well says the rest of it, byte for byte."""
+async def test_the_wall_with_streams_gone_on_with(case: Case, tongue: Tongue, is_native: bool) -> None:
+    """Then whoever is well says the rest of it, byte for byte, in whichever API it was begun."""
     clock = Clock()
     times = Times(UNIT_S, 10 * UNIT_S + 1.5, clock.hour, clock.minute, recoveries=3)
-    async with site(case.engines) as one, gateway_before(one, clock, continue_streams=True) as url:
-        found = await run(case, url, one, times)
+    spoken = [tongue] if is_native and tongue is not CHAT else []
+    async with (
+        site(case.engines, *spoken) as one,
+        gateway_before(one, clock, tongues=[each.name for each in spoken], continue_streams=True) as url,
+    ):
+        found = await run(case, url, one, times, tongue)
     assert found.verdict is Verdict.PASS, found.why
 
 
