@@ -187,6 +187,7 @@ class Server:
     async def _stand_in(self) -> None:
         while not await _happens(self._stopping, _STAND_IN_S):
             for one in self._others:
+                let_anybody_in(one)  # if only its own worker stops, who comes is let in here
                 await self._accept_at(one, _MOST_FOR_OTHERS)
 
     async def _accept_the_last(self) -> None:

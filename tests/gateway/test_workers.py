@@ -80,6 +80,26 @@ async def test_sigterm_drains_all_workers(tmp_path: Path) -> None:
     assert all(load.refused == 1 for load in loads)
 
 
+async def test_one_that_stops_alone_is_stood_in_for(tmp_path: Path) -> None:
+    """While one of two workers ends what it has, whoever connects is served by the other, on whichever socket."""
+    slow = fleet("a")
+    slow["models"][0]["options"] = {"decode_ms_per_token": 300, "reply": "word " * 12}
+    async with started(tmp_path, slow, "--workers", "2", "--drain-timeout", "60") as one:
+        pids = await listening(one, 2)
+        held = [asyncio.create_task(asked(one, "/v1/chat/completions", method="POST", json=ASK)) for _ in range(12)]
+        while True:
+            health = (await asked(one, "/health")).json()
+            if sum(endpoint.get("in_flight", 0) for endpoint in health["endpoints"].values()) == 12:
+                break
+        os.kill(pids[0], signal.SIGTERM)
+        await one.logged("gateway stopping")
+        for _ in range(30):
+            async with httpx.AsyncClient(base_url=one.url, timeout=httpx.Timeout(20, connect=3)) as client:
+                assert (await client.get("/livez")).status_code == 200
+        assert {answer.status_code for answer in await asyncio.gather(*held)} == {200}
+        assert len(set(await listening(one, 3))) == 3
+
+
 async def test_a_reload_is_for_all_workers(tmp_path: Path) -> None:
     """Asked of one, by HTTP or SIGHUP, it is done by all; a bad file by none, and who is started again reads the file."""
     async with started(tmp_path, fleet("old"), "--workers", "2") as one:
