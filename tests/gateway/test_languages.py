@@ -66,5 +66,5 @@ async def test_a_live_prompt_goes_to_who_is_good_at_its_language() -> None:
     ]
     assert [[drop["rule"] for drop in one["drops"]] for one in told] == [[], ["language"], ["language"], []]
     assert "Hauptstadt" not in str(told)
-    assert refused.status_code == 503
+    assert refused.status_code == 400
     assert "english: is not good at the language de" in refused.json()["error"]["message"]
