@@ -128,7 +128,7 @@ class TestTheWorld:
             - {name: text, request: {prompt: Hi, operation: completion}, expect: {outcome: answered}}
             - name: nobody embeds
               request: {prompt: Hi, operation: embedding}
-              expect: {outcome: no_candidates, error: no_candidates, status: 503}
+              expect: {outcome: no_candidates, error: model_not_found, status: 404}
             - name: a public request may go to the cloud
               request: {prompt: Hi, data_class: public, models: [cloud]}
               expect: {served_by: cloud}
