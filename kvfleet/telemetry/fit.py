@@ -32,11 +32,14 @@ class Fit:
         prior: What the coefficients are before anything was seen.
         keep: The weight of a sight, relative to the next.
         trust: How many sights the prior is worth.
+        is_shaped: True if the prior tells how the coefficients compare with each other: what it does not explain is
+            then put down to what it takes for the most of it, not to all features in equal parts. None may be zero.
     """
 
     prior: tuple[float, ...]
     keep: float = 0.97
     trust: float = 0.25
+    is_shaped: bool = False
     seen: int = attrs.field(init=False, default=0)
     coefficients: tuple[float, ...] = attrs.field(init=False)
     _xx: list[float] = attrs.field(init=False, repr=False)  # of the products of two features, each pair once
@@ -86,9 +89,10 @@ class Fit:
 
     def _solve_for(self, active: Sequence[int], xx: dict[tuple[int, int], float]) -> list[float]:
         """The normal equations of some features, by elimination; the ridge makes them regular."""
-        rows = []
+        rows, worth = [], self.trust / (self._weight * (1 + self.seen / _FADES))
+        whole = sum(self.prior[i] ** 2 * xx[i, i] for i in active) if self.is_shaped else 0.0
         for i in active:
-            ridge = self.trust * xx[i, i] / (self._weight * (1 + self.seen / _FADES)) + 1e-12
+            ridge = worth * (whole / self.prior[i] ** 2 if self.is_shaped else xx[i, i]) + 1e-12
             row = [xx[i, j] + (ridge if i == j else 0.0) for j in active]
             rows.append([*row, self._xy[i] + ridge * self.prior[i]])
         size = len(rows)

@@ -37,7 +37,9 @@ _GRANTED = 2.0
 _SHORT_S = 0.001
 _POWER = 0.5
 _FIXED, _EACH_PROMPT, _THOUSAND_TOKENS = 0.05, 0.01, 0.2
-"""Of a time to begin with, what the first sights of streams are taken to be made of: mostly of tokens."""
+"""Parts of a time to begin with, of which a stream's first byte is taken to be made."""
+_PAIR = 4e-5
+"""What a pair of tokens is taken to need, of what a token needs: as on an A100 or H100 with 8 billion parameters."""
 _ANSWERS = 64
 """Answers over which the usual one is taken: fewer, and replicas of one model seem to answer differently."""
 
@@ -178,7 +180,7 @@ class Pace:
     def __attrs_post_init__(self) -> None:
         prior = self.prior
         self.rates = prior
-        self._stream = Fit(_first_guess(prior))
+        self._stream = Fit(_first_guess(prior), is_shaped=True)
         self._whole = Fit((prior.latency_s + prior.prompt_s, prior.token_s, prior.pair_s, 0.0))
         self._step = Fit((prior.step_s, prior.step_each_s))
 
@@ -283,15 +285,15 @@ class Pace:
 
 
 def _first_guess(prior: Rates) -> tuple[float, float, float, float]:
-    """What a stream's first byte is taken to be made of before any was seen: of what is known, mostly of tokens.
+    """What a stream's first byte is taken to be made of before any was seen.
 
-    With the declared time as a fixed part, first sights that are all alike leave nothing for the tokens: what engines
-    have in their caches then saves nothing, and a replica that is not crowded looks no better than one that is.
+    It matters while all that was seen is alike: a time for prompts of ten tokens is then a fixed one, and a time for
+    prompts of twenty thousand is one of tokens. Were it fixed, too, what engines have in their caches would save
+    nothing until other prompts come.
     """
-    if prior.token_s:
-        return prior.latency_s, prior.prompt_s, prior.token_s, prior.pair_s
-    whole_s = prior.latency_s + prior.prompt_s
-    return _FIXED * whole_s, _EACH_PROMPT * whole_s, _THOUSAND_TOKENS * whole_s / 1000, 0.0
+    whole_s = max(prior.latency_s + prior.prompt_s, _SHORT_S)
+    token_s = prior.token_s or _THOUSAND_TOKENS * whole_s / 1000
+    return _FIXED * whole_s, _EACH_PROMPT * whole_s, token_s, prior.pair_s or _PAIR * token_s
 
 
 def _costs(prompt_tokens: float, cached_tokens: float) -> tuple[float, float]:

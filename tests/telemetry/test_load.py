@@ -410,8 +410,21 @@ def test_a_crowd_that_is_answered_in_one_moment_teaches_what_a_token_takes(load:
             load.finished(one, 1.0, True)
     rates = load.rates(A1.id)
     assert rates is not None
-    assert rates.latency_s + rates.service_s(20_000, 0) == pytest.approx(1.0, rel=0.3)
+    assert rates.latency_s + rates.service_s(20_000, 0) == pytest.approx(0.8, rel=0.3)
     assert rates.latency_s + rates.service_s(20_000, 19_700) < 0.2
+
+
+def test_short_prompts_teach_what_does_not_depend_on_their_length(load: FleetLoad, clock: FrozenClock) -> None:
+    """A far endpoint that takes a second for a few words is not taken to need hours for a book."""
+    for _ in range(30):
+        one = load.started(A1.id, Work(10))
+        clock.advance(1.0)
+        load.first_byte(one, 1.0)
+        load.finished(one, 1.0, True)
+    rates = load.rates(A1.id)
+    assert rates is not None
+    assert rates.latency_s + rates.service_s(1, 0) == pytest.approx(1.0, rel=0.05)
+    assert rates.latency_s + rates.service_s(10_000, 0) < 10
 
 
 def test_a_long_busy_period_teaches_before_it_ends(load: FleetLoad, clock: FrozenClock) -> None:
