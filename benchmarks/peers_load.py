@@ -32,7 +32,7 @@ SCALE = 8
 LONGEST_TOKENS = 32_000
 """Longer prompts of Mooncake's trace are left out: one of them would hold an engine for most of a short run."""
 MOST_ANSWER_TOKENS = 24
-WORKLOADS = ("mooncake", "agents", "bursts")
+WORKLOADS = ("mooncake-1", "mooncake-2", "agents", "bursts")
 MOONCAKE_RATE_PER_S = 6.0
 _PATIENCE_S = 120.0
 _SYLLABLES = [a + b + c + " " for a in "bdfghklmnprstvwz" for b in "aeio" for c in "lnrs"]
@@ -51,22 +51,23 @@ def workload(name: str, seconds: float, seed: int, trace: Path | None) -> Reques
     if name == "bursts":
         return Bursts(requests=max(1, round(7 * seconds)), rate_per_s=3.0, burst=24, every_s=6.0).generate(seed)
     if trace is None:
-        raise SystemExit("the workload mooncake needs --trace FILE")
-    return mooncake(read_trace(trace), seconds, seed)
+        raise SystemExit(f"the workload {name} needs --trace FILE")
+    return mooncake(name, read_trace(trace), seconds, seed)
 
 
-def mooncake(whole: RequestTrace, seconds: float, seed: int) -> RequestTrace:
-    """Some conversations of an hour, each of them whole, and the hour squeezed into so many seconds.
+def mooncake(name: str, whole: RequestTrace, seconds: float, seed: int) -> RequestTrace:
+    """Some conversations that begin in one half of an hour, each of them whole, and squeezed into so many seconds.
 
     Every prompt begins with the same block; the second one tells conversations apart.
     """
     fitting = [one for one in whole.requests if len(one.blocks) > 1 and one.prompt_tokens <= LONGEST_TOKENS]
+    since_s = {one.blocks[1]: one.at_s for one in reversed(fitting)}
+    halfway_s, is_first = fitting[-1].at_s / 2, name.endswith("1")
+    fitting = [one for one in fitting if (since_s[one.blocks[1]] < halfway_s) == is_first]
     stride = max(1, round(len(fitting) / (MOONCAKE_RATE_PER_S * seconds)))
     chosen = [one for one in fitting if one.blocks[1] % stride == seed % stride]
     shrink = seconds / max(chosen[-1].at_s - chosen[0].at_s, 1e-9)
-    return RequestTrace.of(
-        "mooncake", whole.block_tokens, [attrs.evolve(one, at_s=one.at_s * shrink) for one in chosen]
-    )
+    return RequestTrace.of(name, whole.block_tokens, [attrs.evolve(one, at_s=one.at_s * shrink) for one in chosen])
 
 
 def words(seed: int, tokens: int) -> str:
