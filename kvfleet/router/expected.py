@@ -37,7 +37,8 @@ class ExpectedLatencyStrategy:
 
     The total of a replica, in seconds, is the time to its first token (the column `latency`); plus, by weights, the
     seconds of decoding that the request costs there, by which its prompt holds up the answers being written and its own
-    answer is slower among others; plus a barrier that rises as the KV cache fills: `memory_s` times usage / (1 -
+    answer is slower among others; plus, by weight, the seconds for which requests to come wait for its prompt, which
+    are the more the busier the fleet is; plus a barrier that rises as the KV cache fills: `memory_s` times usage / (1 -
     usage), which is the mean queue of an M/M/1 server.
     """
 
@@ -53,6 +54,9 @@ class ExpectedLatencyStrategy:
     )
     delay_weight: float = number(
         1.0, ge=0, doc="What a second counts by which prompts that wait there are answered later, because of its own."
+    )
+    later_weight: float = number(
+        0.6, ge=0, doc="What a second counts by which requests to come wait, because its prompt is computed there."
     )
     memory_s: float = number(
         0.02, ge=0, unit="s", doc="What a half full KV cache counts; nine times that if it is nine tenths full."
@@ -71,14 +75,14 @@ class ExpectedLatencyStrategy:
         if any(pending):
             held_up = list(map(mul, parts["prompt_s"], parts["decoding"]))
             slower = [a * s * n for a, s, n in zip(parts["answer_tokens"], parts["step_each_s"], pending, strict=True)]
-        returns, delayed = parts["returns_s"], parts["delayed_s"]
+        returns, delayed, later = parts["returns_s"], parts["delayed_s"], parts["later_s"]
         if any(usage):
             memory = [self.memory_s * min(u, _FULL) / (1 - min(u, _FULL)) for u in usage]
         harm, batch = self.harm_weight, self.batch_weight
-        delay, invest = self.delay_weight, self.return_weight
+        delay, invest, congest = self.delay_weight, self.return_weight, self.later_weight
         totals = [
-            f - invest * r + delay * d + harm * h + batch * b + m
-            for f, r, d, h, b, m in zip(first, returns, delayed, held_up, slower, memory, strict=True)
+            f - invest * r + congest * w + delay * d + harm * h + batch * b + m
+            for f, r, w, d, h, b, m in zip(first, returns, later, delayed, held_up, slower, memory, strict=True)
         ]
         terms = {
             "first_token_s": first,
@@ -86,6 +90,7 @@ class ExpectedLatencyStrategy:
             "prompt_s": parts["prompt_s"],
             "saved_s": parts["saved_s"],
             "returns_s": returns,
+            "later_s": later,
             "delayed_s": delayed,
             "held_up_s": held_up,
             "slower_s": slower,

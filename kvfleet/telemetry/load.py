@@ -13,6 +13,7 @@ measured and declared times can be compared, and nobody is shunned for a careles
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -22,6 +23,7 @@ import attrs
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
+from kvfleet.telemetry.congestion import Congestion
 from kvfleet.telemetry.pace import Pace, Rates, Ratio
 from kvfleet.telemetry.reservations import NO_WORK, BusyPeriod, ReplicaLoad, Reservation, Work
 from kvfleet.telemetry.waits import NOTHING, Waits, delayed_s_of, own_queue_s, queue_s_of, returned_s
@@ -71,6 +73,7 @@ class _Table:
     steps: list[float]
     each: list[float]
     are_alike: bool
+    sizes: Mapping[str, int]
 
 
 @attrs.define
@@ -93,6 +96,7 @@ class FleetLoad:
     _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
     _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
     _models: dict[str, Pace] = attrs.field(init=False, factory=dict, repr=False)
+    _congestion: dict[str, Congestion] = attrs.field(init=False, factory=dict, repr=False)
     _stretch_seen: float | None = attrs.field(init=False, default=None, repr=False)
     _stretch: float = attrs.field(init=False, default=1.0, repr=False)
     _stretched: int = attrs.field(init=False, default=-1, repr=False)
@@ -108,6 +112,7 @@ class FleetLoad:
         self._know(replicas, before)
         names = {known.model for known in self._replicas.values()}
         self._models = {name: pace for name, pace in self._models.items() if name in names}
+        self._congestion = {name: known for name, known in self._congestion.items() if name in names}
         self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
 
     def also(self, replicas: Iterable[ModelConfig]) -> None:
@@ -152,6 +157,8 @@ class FleetLoad:
         if len(queue) > 1:
             known.behind_s += service_s
         known.free_s = max(known.free_s, now_s + under_way_s) + service_s
+        congestion = self._congestion.get(known.model) or self._congestion.setdefault(known.model, Congestion())
+        congestion.add(service_s, now_s)
         return one
 
     def first_byte(self, one: Reservation, ttfb_s: float) -> None:
@@ -350,7 +357,16 @@ class FleetLoad:
                 usage[i] = one.kv_usage or 0.0
                 pending[i] = one.pending
                 answers[i] = self._usual_answer(one)
-        return Waits(queue_s, alone_s, saved_s, returns_s, steps, each, decoding, delayed_s, usage, pending, answers)
+        later_s = self._later_s(table, alone_s, now_s)
+        return Waits(
+            queue_s, alone_s, saved_s, returns_s, later_s, steps, each, decoding, delayed_s, usage, pending, answers
+        )
+
+    def _later_s(self, table: _Table, prompt_s: Sequence[float], now_s: float) -> list[float]:
+        """What those to come wait for a prompt that takes so long."""
+        found = self._congestion
+        later = {name: found[name].later(count, now_s) for name, count in table.sizes.items() if name in found}
+        return [later.get(one.model, 0.0) * s for one, s in zip(table.known, prompt_s, strict=True)]
 
     def _is_fresh(self, table: _Table, now_s: float) -> bool:
         """False once a replica came or went, or what was learned since has had its moment to settle."""
@@ -364,7 +380,8 @@ class FleetLoad:
         rates = [self._rates(one) for one in known]
         are_alike = bool(rates) and all(one is rates[0] or one == rates[0] for one in rates)
         steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
-        table = _Table(models, self._epoch, self._lessons, now_s, known, rates, steps, each, are_alike)
+        sizes = Counter(one.model for one in known)
+        table = _Table(models, self._epoch, self._lessons, now_s, known, rates, steps, each, are_alike, sizes)
         if len(self._tables) >= _MOST_TABLES:
             self._tables.clear()
         self._tables[id(models)] = table

@@ -27,6 +27,7 @@ class Waits:
         prompt_s: For its own prompt, the way there and back included.
         saved_s: What the cached part of its prompt saves of that.
         returns_s: What later requests will save of that, on average, if it is computed there.
+        later_s: What those to come wait for its prompt, on average; see `kvfleet.telemetry.congestion`.
         step_s: For each token of its answer, decoded together with what is there.
         step_each_s: How much of that is due to each other request.
         decoding: How many requests would have to wait while its prompt is computed.
@@ -41,6 +42,7 @@ class Waits:
     prompt_s: list[float]
     saved_s: list[float]
     returns_s: list[float]
+    later_s: list[float]
     step_s: list[float]
     step_each_s: list[float]
     decoding: list[float]
@@ -57,6 +59,7 @@ class Waits:
             "prompt_s": self.prompt_s,
             "saved_s": self.saved_s,
             "returns_s": self.returns_s,
+            "later_s": self.later_s,
             "step_s": self.step_s,
             "step_each_s": self.step_each_s,
             "decoding": self.decoding,
