@@ -10,10 +10,10 @@ run one at a time and take turns, each fresh and with empty caches for each work
 - ``bursts``: one system prompt for everybody, a trickle of questions, and 24 at once every six seconds.
 
 Lengths are an eighth of the real ones, and engines slow enough (170 ms for 256 tokens of a prompt, 40 ms for a token of
-an answer) that what client and gateway cost does not decide. Read the ratios, in parentheses: each is to the best in the
-same column of those that are not kvfleet and answered everything. Cached shares and requests of each engine are the
-engines' own counts. CPU is that of the gateway's whole tree of processes, which includes what it
-does beside requests while the load lasts.
+an answer) that what client and gateway cost does not decide. Read the ratios, in parentheses: each is to the best in
+the same column of those that are not kvfleet and answered everything. Cached shares and requests of each engine are the
+engines' own counts. CPU is that of the gateway's whole tree of processes, which includes what it does beside requests
+while the load lasts.
 """
 
 from __future__ import annotations

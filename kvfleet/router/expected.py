@@ -56,7 +56,7 @@ class ExpectedLatencyStrategy:
         1.0, ge=0, doc="What a second counts by which prompts that wait there are answered later, because of its own."
     )
     later_weight: float = number(
-        0.6, ge=0, doc="What a second counts by which requests to come wait, because its prompt is computed there."
+        0.7, ge=0, doc="What a second counts by which requests to come wait, because its prompt is computed there."
     )
     memory_s: float = number(
         0.02, ge=0, unit="s", doc="What a half full KV cache counts; nine times that if it is nine tenths full."

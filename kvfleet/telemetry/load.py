@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from operator import sub
 from types import MappingProxyType
 from typing import Protocol
 
@@ -357,13 +358,13 @@ class FleetLoad:
                 usage[i] = one.kv_usage or 0.0
                 pending[i] = one.pending
                 answers[i] = self._usual_answer(one)
-        later_s = self._later_s(table, alone_s, now_s)
+        later_s = self._later_s(table, list(map(sub, alone_s, returns_s)) if returns else alone_s, now_s)
         return Waits(
             queue_s, alone_s, saved_s, returns_s, later_s, steps, each, decoding, delayed_s, usage, pending, answers
         )
 
     def _later_s(self, table: _Table, prompt_s: Sequence[float], now_s: float) -> list[float]:
-        """What those to come wait for a prompt that takes so long."""
+        """What those to come wait for a prompt that takes so long, less what they will find computed."""
         found = self._congestion
         later = {name: found[name].later(count, now_s) for name, count in table.sizes.items() if name in found}
         return [later.get(one.model, 0.0) * s for one, s in zip(table.known, prompt_s, strict=True)]

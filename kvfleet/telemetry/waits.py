@@ -27,7 +27,8 @@ class Waits:
         prompt_s: For its own prompt, the way there and back included.
         saved_s: What the cached part of its prompt saves of that.
         returns_s: What later requests will save of that, on average, if it is computed there.
-        later_s: What those to come wait for its prompt, on average; see `kvfleet.telemetry.congestion`.
+        later_s: What those to come wait for its prompt, on average, less what they will find computed; see
+            `kvfleet.telemetry.congestion`.
         step_s: For each token of its answer, decoded together with what is there.
         step_each_s: How much of that is due to each other request.
         decoding: How many requests would have to wait while its prompt is computed.

@@ -149,8 +149,8 @@ def test_the_terms_say_how_a_time_comes_about() -> None:
     fleet.load.started(A.id, Work(8000))
     column = scorer.score(context((A, B), [user("x" * 32_000)], affinity={B.id: 4000.0}, now_s=fleet.clock.now_s()))
     assert list(column.terms) == [
-        "queue_s", "prompt_s", "saved_s", "returns_s", "step_s", "step_each_s", "decoding", "delayed_s", "usage",
-        "pending", "answer_tokens",
+        "queue_s", "prompt_s", "saved_s", "returns_s", "later_s", "step_s", "step_each_s", "decoding", "delayed_s",
+        "usage", "pending", "answer_tokens",
     ]  # fmt: skip
     assert column.terms["pending"] == [1.0, 0.0]
     assert column.terms["queue_s"] == pytest.approx([1.0, 0.0], rel=0.1)

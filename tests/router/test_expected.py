@@ -31,6 +31,7 @@ class Fleet:
                 self.clock.advance(tokens / 8000)
                 self.load.first_byte(one, tokens / 8000)
                 self.load.finished(one, tokens / 8000, True)
+        self.clock.advance(200)  # so that they count as idle
         self.strategy = ExpectedLatencyStrategy()
 
     def choose(
@@ -107,6 +108,22 @@ def test_who_waits_already_is_not_to_wait_longer() -> None:
     assert fleet.first(0, 0, 0) != "2"
 
 
+def test_the_busier_the_fleet_the_more_a_cache_is_worth_waiting_for() -> None:
+    """A queue of half a second costs more than to compute half a second's prompt again, unless all are busy of late."""
+    fleet = Fleet()
+    fleet.load.started(FLEET[1].id, Work(4300))
+    fleet.clock.advance(0.01)
+    assert fleet.first(0, 4000, 0) != "1"
+    before = fleet.choose(0, 4000, 0).columns["latency"].terms["later_s"]
+    busy = [fleet.load.started(FLEET[i % 3].id, Work(8000)) for i in range(30)]
+    for one in busy:
+        fleet.load.finished(one, 1.0, ok=True)
+    after = fleet.choose(0, 4000, 0).columns["latency"].terms["later_s"]
+    assert max(before) < 0.05
+    assert after[0] == after[2] == pytest.approx(2 * after[1], rel=0.15)
+    assert fleet.first(0, 4000, 0) == "1"
+
+
 def test_the_same_seed_gives_the_same_choice() -> None:
     """Ties are broken by the seed and nothing else."""
     fleet = Fleet()
@@ -147,6 +164,7 @@ def test_the_terms_and_the_other_choices_are_told() -> None:
         "prompt_s",
         "saved_s",
         "returns_s",
+        "later_s",
         "delayed_s",
         "held_up_s",
         "slower_s",
