@@ -36,18 +36,25 @@ class Doors:
         drain_s: Seconds that requests in flight have to end after a stop.
         patience: With clients that stall; as the fleet's file has it, also after a reload, if None.
         has_operators: True if operators have a listener of their own.
+        ends_all: Asked at a stop: whether no other worker goes on.
 
     Attributes:
         gateway: Who stands there now.
     """
 
     def __init__(
-        self, gateway: Gateway, *, drain_s: float, patience: Patience | None = None, has_operators: bool = False
+        self,
+        gateway: Gateway,
+        *,
+        drain_s: float,
+        patience: Patience | None = None,
+        has_operators: bool = False,
+        ends_all: Callable[[], bool] = lambda: True,
     ) -> None:
         self.gateway = gateway
         self._patience = patience
         clients = patience or Patience()
-        self._clients = Server(gateway, drain_s=drain_s, patience=clients)
+        self._clients = Server(gateway, drain_s=drain_s, patience=clients, ends_all=ends_all)
         self._siblings: tuple[Server, SiblingsDoor] | None = None
         self._operators = Server(OperatorsDoor(gateway), drain_s=drain_s, patience=clients) if has_operators else None
         self._set_limits()

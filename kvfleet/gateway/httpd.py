@@ -7,14 +7,14 @@ import contextlib
 import email.utils
 import logging
 import socket
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from kvfleet.gateway.connection import DEFAULT_SIZES, ClientConnection, Sizes
 from kvfleet.gateway.exchange import Exchange
 from kvfleet.gateway.guard import Patience, sweep
 from kvfleet.gateway.http_exchange import HTTPExchange
-from kvfleet.gateway.listening import let_anybody_in, let_nobody_in
+from kvfleet.gateway.listening import let_nobody_in
 
 __all__ = ["Door", "Server"]
 
@@ -51,6 +51,7 @@ class Server:
         sweep_s: Seconds between two looks at them.
         sizes: How large heads may be, and how many connections there may be.
         first_words_s: Seconds that clients without a request have, after a stop, to send one after all.
+        ends_all: Asked at a stop: whether nobody else will accept at its sockets.
 
     Attributes:
         loop: The event loop it runs on.
@@ -70,6 +71,7 @@ class Server:
         sweep_s: float = 1.0,
         sizes: Sizes = DEFAULT_SIZES,
         first_words_s: float = _FIRST_WORDS_S,
+        ends_all: Callable[[], bool] = lambda: True,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.connections: set[ClientConnection] = set()
@@ -81,6 +83,7 @@ class Server:
         self.patience = patience
         self._sweep_s = sweep_s
         self._first_words_s = first_words_s
+        self._ends_all = ends_all
         self._listening: list[asyncio.Server] = []
         self._sockets: list[socket.socket] = []
         self._others: list[socket.socket] = []
@@ -92,7 +95,6 @@ class Server:
     async def start(self, sockets: Sequence[socket.socket]) -> None:
         """Accept connections from now on."""
         for one in sockets:
-            let_anybody_in(one)  # a worker started again has the socket of the one before, as that left it
             self._sockets.append(one.dup())  # outlives the server, for who has connected and was not accepted yet
             make = self.loop.create_unix_server if one.family == socket.AF_UNIX else self.loop.create_server
             self._listening.append(await make(lambda: ClientConnection(self), sock=one))
@@ -187,17 +189,17 @@ class Server:
     async def _stand_in(self) -> None:
         while not await _happens(self._stopping, _STAND_IN_S):
             for one in self._others:
-                let_anybody_in(one)  # if only its own worker stops, who comes is let in here
                 await self._accept_at(one, _MOST_FOR_OTHERS)
 
     async def _accept_the_last(self) -> None:
         """Accept who has connected already: the system would reset them when the last listening socket is closed.
 
         Who connects from now on is refused a moment later: if they were let in while the last are accepted, there would
-        always be some between the last look and the end.
+        always be some between the last look and the end. But if only this worker stops, the others let them in.
         """
-        for one in self._sockets:
-            let_nobody_in(one)
+        if self._ends_all():
+            for one in (*self._sockets, *self._others):
+                let_nobody_in(one)
         await _happens(self._is_hurried, _A_MOMENT_S)  # for those who were let in, but are a round trip away
         for server in self._listening:
             server.close()
@@ -207,8 +209,11 @@ class Server:
 
     async def _accept_at(self, one: socket.socket, most: int) -> None:
         """Accept who waits at a socket."""
+        by_s = self.loop.time() + _LAST_WORDS_S
         with contextlib.suppress(OSError):
             for _ in range(most):
+                if self.loop.time() > by_s:
+                    return  # where others cannot be kept from connecting they must not hold up the end
                 sock, _ = one.accept()
                 sock.setblocking(False)
                 await self.loop.connect_accepted_socket(lambda: ClientConnection(self), sock)

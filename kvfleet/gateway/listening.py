@@ -21,14 +21,13 @@ __all__ = [
     "bind_for",
     "check_exposure",
     "is_loopback",
-    "let_anybody_in",
     "let_nobody_in",
     "listening_at",
     "url_of",
 ]
 
 _BACKLOG = 2048
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_SO_ATTACH_FILTER = 26
 _NO_BEGINNINGS = b"".join(
     struct.pack("HBBI", *step)
     for step in (
@@ -142,13 +141,6 @@ def let_nobody_in(one: socket.socket) -> None:
     told = struct.pack("HP", len(_NO_BEGINNINGS) // 8, ctypes.addressof(program))
     with contextlib.suppress(OSError):
         one.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, told)
-
-
-def let_anybody_in(one: socket.socket) -> None:
-    """Undo `let_nobody_in`; nothing happens where that was not done."""
-    if sys.platform.startswith("linux"):
-        with contextlib.suppress(OSError):
-            one.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 def listening_at(path: Path) -> socket.socket:

@@ -250,7 +250,12 @@ class _House:
             router = await _open_router(config, stack, news, seat)
             gateway = create_gateway_app(router, self.api_key, host=self.host)
             await gateway.start()
-            doors = Doors(gateway, drain_s=self.drain_s, has_operators=bool(sockets.operators))
+            doors = Doors(
+                gateway,
+                drain_s=self.drain_s,
+                has_operators=bool(sockets.operators),
+                ends_all=(lambda: True) if seat is None else seat.is_everybody_stopping,
+            )
             stack.push_async_callback(lambda: doors.gateway.stop())  # noqa: PLW0108 - whoever stands there at the end
             siblings = None if seat is None else Siblings(seat)
             reloader = self._reloader(doors, siblings, stack)

@@ -34,6 +34,8 @@ _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 10.0
 _STEADY_S = 30.0
 """A worker that lived so long is started again at once, whatever happened before."""
+_STOPPING = "stopping"
+"""A file in the workers' folder, there once all are to stop."""
 _NOT_STARTED = 70
 """The exit status of a worker that could not begin to serve, after it has said why."""
 
@@ -70,6 +72,10 @@ class Seat:
     def minute(self, account: str) -> SharedMinute:
         """The last minute of an account, as all workers have it."""
         return self.minutes.of(account, self.number)
+
+    def is_everybody_stopping(self) -> bool:
+        """True once the supervisor stops all workers, and not this one alone was told to."""
+        return (self.folder / _STOPPING).exists()
 
     def path(self, number: int) -> Path:
         """Where a worker is asked by the others."""
@@ -111,6 +117,7 @@ class Supervisor:
     _is_stopping: bool = attrs.field(init=False, default=False)
     _has_failed: bool = attrs.field(init=False, default=False)
     _held: int = attrs.field(init=False, default=-1)
+    _folder: Path | None = attrs.field(init=False, default=None)
 
     def run(self) -> None:
         """Do so. Call it while the process has one thread and no event loop.
@@ -142,7 +149,7 @@ class Supervisor:
             news, tells = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             return Seat(child.number, self.count, folder, news, tells, minutes, leash, child.starts)
 
-        self._held = held
+        self._held, self._folder = held, folder
         try:
             yield seat_of
         finally:
@@ -185,6 +192,8 @@ class Supervisor:
     def _stop(self, what: signal.Signals) -> None:
         if not self._is_stopping:
             self._is_stopping = True
+            if self._folder is not None:
+                (self._folder / _STOPPING).touch()
             for one in self.sockets:
                 one.close()
         for child in self._children:
