@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
+"""Examples are the same in each run, so that a change fails for what it changed, and a busy machine is no failure.
+
+`pytest --hypothesis-profile=search` looks for others.
+"""
 
 
 @pytest.fixture(scope="session")

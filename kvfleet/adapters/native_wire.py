@@ -143,6 +143,8 @@ def _read_response_event(kind: bytes, data: Mapping[str, Any], tally: Tally, err
     if kind == b"response.created":
         tally.response_id, tally.model = str(response.get("id") or ""), str(response.get("model") or "")
         return False
+    if not response:
+        raise ValueError("the last event has the whole response, or is none")
     _learn_response(response, tally)
     return True
 

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.call import Tally
@@ -142,6 +142,7 @@ async def test_what_stands_before_an_error_goes_out_before_it() -> None:
 
 @pytest.mark.parametrize("surface", EVENTS)
 @given(noise=st.binary(max_size=200))
+@example(noise=b"{}")
 @settings(max_examples=100, deadline=None)
 async def test_noise_is_a_backend_error(surface: str, noise: bytes) -> None:
     """Any bytes end in an error of the taxonomy, also behind a type that is looked into."""

@@ -185,7 +185,8 @@ def resident_bytes() -> int:
 async def test_a_reader_that_stops_holds_up_its_backend_and_costs_no_memory() -> None:
     """Twenty streams nobody reads: each backend gets rid of a few megabytes, which the kernel's buffers hold, and stops.
 
-    The gateway grows by less than a megabyte for each; a reader beside them that reads gets all it wants.
+    The process, which is the backend too, grows by a few megabytes for each at most, where everything that is sent would
+    be hundreds; a reader beside them that reads gets all it wants.
     """
     torrent = Torrent()
     server = await asyncio.start_server(torrent.serve, "127.0.0.1", 0)
@@ -201,7 +202,7 @@ async def test_a_reader_that_stops_holds_up_its_backend_and_costs_no_memory() ->
                 writer.write(head + body)
             sent = await stands_still(torrent)
             assert sent / 20 < 16 * 1024 * 1024
-            assert resident_bytes() - before < 20 * 1024 * 1024
+            assert resident_bytes() - before < 60 * 1024 * 1024
             reader, writer = await asyncio.open_connection(*address(serving), limit=1024 * 1024)
             writer.write(head + body)
             read = 0

@@ -138,7 +138,7 @@ async def test_without_replay(scene: Scene) -> None:
     """From the first message on."""
     async with scene.engine().running() as engine, scene.reading(f"tcp://127.0.0.1:{engine.port}"):
         await until(lambda: scene.state.is_connected)
-        await anyio.sleep(0.05)  # the subscription reaches the publisher a little after the handshake
+        await engine.subscribed()
         await engine.send(scene.publisher.store(A))
         await until(lambda: scene.is_right)
     assert engine.requests == []
@@ -149,7 +149,7 @@ async def test_an_engine_that_connects_to_us(scene: Scene) -> None:
     address = f"tcp://127.0.0.1:{free_port()}"
     async with scene.reading(address, binds=True), scene.engine(connects_to=address).running() as engine:
         await until(lambda: scene.state.is_connected)
-        await anyio.sleep(0.05)  # the same
+        await engine.subscribed()
         await engine.send(scene.publisher.store(A))
         await until(lambda: scene.is_right)
 

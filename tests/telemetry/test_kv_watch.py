@@ -161,7 +161,7 @@ async def test_an_engine_that_connects_to_us() -> None:
     second = ZmqEngine(Publisher(scene.clock), connects_to=f"tcp://127.0.0.1:{port + 1}")
     async with scene.watching(), second.running():
         await until(lambda: scene.caches.sources[1].states[0].is_connected)
-        await anyio.sleep(0.05)  # the subscription reaches the publisher a little after the handshake
+        await second.subscribed()
         await second.send(second.publisher.store([1, 2, 3, 4]))
         await until(lambda: scene.modes() == [KVMode.APPROXIMATE, KVMode.EXACT])
 

@@ -50,7 +50,7 @@ class ZmqEngine:
     async def running(self) -> AsyncIterator[ZmqEngine]:
         """Serve for as long as the block lasts."""
         context = self._context = zmq.asyncio.Context()
-        self._pub, router = context.socket(zmq.PUB), context.socket(zmq.ROUTER)
+        self._pub, router = context.socket(zmq.XPUB), context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 0)
         self._pub.setsockopt(zmq.LINGER, 0)
         try:
@@ -88,9 +88,14 @@ class ZmqEngine:
 
     def resume(self) -> None:
         """Open it again."""
-        self._pub = self._context.socket(zmq.PUB)
+        self._pub = self._context.socket(zmq.XPUB)
         self._pub.setsockopt(zmq.LINGER, 0)
         self.port = _bind(self._pub, self.port)
+
+    async def subscribed(self) -> None:
+        """Wait for a subscription, which comes a little after the handshake: what is published before is lost."""
+        with anyio.fail_after(10.0):
+            await self._pub.recv()
 
     async def send(self, message: tuple[int, bytes]) -> None:
         """Publish."""
