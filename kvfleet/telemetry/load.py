@@ -6,9 +6,7 @@ engines report is added where it is news: requests of others, the KV cache in us
 nothing; an engine that says nothing is not full.
 
 How long the queue of a replica lasts is the sum of the prompts in it, each at the replica's learned pace
-(`kvfleet.telemetry.pace`), counted from its last first byte. A replica that was not measured is taken to be like its
-model's others, and a model without any measurement to be as much faster or slower than declared as the fleet is. So
-measured and declared times can be compared, and nobody is shunned for a careless declaration.
+(`kvfleet.telemetry.paces`), counted from its last first byte.
 """
 
 from __future__ import annotations
@@ -25,17 +23,16 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.telemetry.congestion import Congestion
-from kvfleet.telemetry.pace import Pace, Rates, Ratio
+from kvfleet.telemetry.pace import Rates
+from kvfleet.telemetry.paces import MOMENT_S, Paces, mixed
 from kvfleet.telemetry.reservations import NO_WORK, BusyPeriod, ReplicaLoad, Reservation, Work
 from kvfleet.telemetry.waits import NOTHING, Waits, delayed_s_of, own_queue_s, queue_s_of, returned_s
 
 __all__ = ["FleetLoad", "HasLoad"]
 
 _MOST_REPLICAS = 16_384
-_WEIGHT_OF_NEW = 0.2
 _KNEE = 8.0
 """Requests in flight at which half of a replica's capacity counts as used."""
-_USUAL_ANSWER = 256.0
 _MOST_TABLES = 256
 _MOST_TOGETHER = 8
 """Prompts after which a busy period is learned from although it goes on …"""
@@ -43,14 +40,6 @@ _AT_ONCE = 64
 """… or so many, if the answers to all of them seem to begin in one moment."""
 _APART = 0.3
 """Share of a decode step by which first bytes of different steps are apart, at least."""
-_MOMENT_S = 0.02
-"""How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
-_WELL_KNOWN = 64
-"""Answers of a replica from which on one in a moment is learned from."""
-_SAME = 0.05
-"""Share by which a replica must differ from what it was taken to be to be taken for another."""
-_STEP = 0.1
-"""Share by which the fleet's pace must change before all declared times are read anew."""
 
 
 class HasLoad(Protocol):
@@ -96,15 +85,10 @@ class FleetLoad:
     _replicas: dict[str, ReplicaLoad] = attrs.field(init=False, factory=dict, repr=False)
     _engines: dict[str, tuple[EngineLoad, float]] = attrs.field(init=False, factory=dict, repr=False)
     _at: dict[str, list[str]] = attrs.field(init=False, factory=dict, repr=False)
-    _models: dict[str, Pace] = attrs.field(init=False, factory=dict, repr=False)
+    _paces: Paces = attrs.field(init=False, factory=Paces, repr=False)
     _congestion: dict[str, Congestion] = attrs.field(init=False, factory=dict, repr=False)
-    _stretch_seen: float | None = attrs.field(init=False, default=None, repr=False)
-    _stretch: float = attrs.field(init=False, default=1.0, repr=False)
-    _stretched: int = attrs.field(init=False, default=-1, repr=False)
     _swept_s: float = attrs.field(init=False, default=0.0, repr=False)
-    _has_streams: bool = attrs.field(init=False, default=False, repr=False)
     _epoch: int = attrs.field(init=False, default=0, repr=False)
-    _lessons: int = attrs.field(init=False, default=0, repr=False)
     _tables: dict[int, _Table] = attrs.field(init=False, factory=dict, repr=False)
 
     def register(self, replicas: Iterable[ModelConfig]) -> None:
@@ -112,7 +96,7 @@ class FleetLoad:
         before, self._replicas, self._at = self._replicas, {}, {}
         self._know(replicas, before)
         names = {known.model for known in self._replicas.values()}
-        self._models = {name: pace for name, pace in self._models.items() if name in names}
+        self._paces.keep(names)
         self._congestion = {name: known for name, known in self._congestion.items() if name in names}
         self._engines = {endpoint: said for endpoint, said in self._engines.items() if endpoint in self._at}
 
@@ -138,7 +122,7 @@ class FleetLoad:
         known, now_s = self._of(replica_id), self.clock.now_s()
         queue = known.prefilling
         one = Reservation(replica_id, work, now_s, now_s + self.lease_s)
-        rates = self._rates(known)
+        rates = self._paces.rates(known)
         under_way_s = 0.0
         if queue:
             one.was_idle = False
@@ -152,7 +136,7 @@ class FleetLoad:
         known.open[id(one)] = queue[id(one)] = one
         uncached = work.uncached_tokens
         known.queued_tokens += uncached
-        one.held = uncached + self._answer_of(known, work)
+        one.held = uncached + self._paces.answer_of(known, work)
         known.held_tokens += one.held
         service_s = rates.service_s(work.prompt_tokens, work.cached_tokens) + rates.step_each_s * known.decoding
         if len(queue) > 1:
@@ -171,9 +155,10 @@ class FleetLoad:
         one.first_s, one.others = now_s, known.decoding
         before_s, known.last_first_s = known.last_first_s, now_s
         self._prefilled(known, one, now_s)
-        known.ttfb_s = _mix(known.ttfb_s, ttfb_s)
+        known.ttfb_s = mixed(known.ttfb_s, ttfb_s)
         known.measured_s = now_s
-        self._note_stretch(known, ttfb_s if one.was_idle else None)
+        if one.was_idle:
+            self._paces.note_idle(known, ttfb_s)
         service_s = ttfb_s if one.was_idle else min(now_s - max(before_s, one.started_s), ttfb_s)
         known.computed_s += service_s
         one.computed_s = known.computed_s
@@ -189,43 +174,23 @@ class FleetLoad:
         prompts of one step, of which some would seem to have taken the time of all and the others none.
         """
         now_s, count = self.clock.now_s(), busy.prompts.count
-        if count >= _MOST_TOGETHER and (count >= _AT_ONCE or now_s - before_s > _APART * self._rates(known).step_s):
-            self._learn_prompts(known, busy, before_s, before_s - busy.since_s)
+        if count >= _MOST_TOGETHER and (
+            count >= _AT_ONCE or now_s - before_s > _APART * self._paces.rates(known).step_s
+        ):
+            self._paces.learn_prompts(known, busy, before_s, before_s - busy.since_s)
             busy = known.busy = BusyPeriod(before_s, was_idle=False, decoding=known.decoding)
         busy.prompts.add(one.work.prompt_tokens, one.work.cached_tokens, one.others)
         if not known.prefilling:
             known.busy = None
             is_alone = busy.prompts.count == 1 and one.was_idle
-            self._learn_prompts(known, busy, now_s, ttfb_s if is_alone else now_s - busy.since_s)
-
-    def _learn_prompts(self, known: ReplicaLoad, busy: BusyPeriod, now_s: float, took_s: float) -> None:
-        """A replica has computed some prompts, and nothing else in that time but answers."""
-        if not busy.is_clean or not _teaches(known.speed, now_s):
-            return
-        pace, prompts, rates = self._pace(known), busy.prompts, self._rates(known)
-        self._has_streams = True
-        under_way_s = rates.under_way_s(busy.decoding) if busy.was_idle else 0.0
-        seconds = max(took_s - under_way_s - rates.step_each_s * prompts.beside, 0.0)
-        pace.learn_first_bytes(seconds / pace.relative(known.speed), prompts, was_idle=busy.was_idle)
-        if pace.is_known:
-            pace.compare(known.speed, seconds, pace.expected_first_bytes_s(prompts, was_idle=busy.was_idle))
-        self._note_learned(known)
+            self._paces.learn_prompts(known, busy, now_s, ttfb_s if is_alone else now_s - busy.since_s)
 
     def answered(self, one: Reservation, duration_s: float, answer_tokens: int | None = None) -> None:
         """Its answer came in one piece, `duration_s` seconds after the call."""
         known = self._of(one.replica_id)
-        known.whole_s = _mix(known.whole_s, duration_s)
+        known.whole_s = mixed(known.whole_s, duration_s)
         known.measured_s = now_s = self.clock.now_s()
-        if not self._has_streams:
-            self._note_stretch(known, duration_s)
-        if not _teaches(known.speed, now_s):
-            return
-        alone_s = max(duration_s - one.ahead_s, 0.0)
-        tokens, pace = (one.work.prompt_tokens, one.work.cached_tokens, float(answer_tokens or 0)), self._pace(known)
-        pace.learn_whole(alone_s / pace.relative(known.speed), *tokens)
-        if pace.is_known and not pace.streams:
-            pace.compare(known.speed, alone_s, pace.expected_whole_s(*tokens))
-        self._note_learned(known)
+        self._paces.learn_whole(known, one, duration_s, answer_tokens, now_s)
 
     def finished(self, one: Reservation, duration_s: float, ok: bool, completion_tokens: int | None = None) -> None:
         """The call ended, `duration_s` seconds after it began; twice is harmless."""
@@ -236,20 +201,12 @@ class FleetLoad:
         if not ok:
             known.failed += 1
             return
-        known.duration_s = _mix(known.duration_s, duration_s)
-        known.uncached_tokens = _mix(known.uncached_tokens, one.work.uncached_tokens)
+        known.duration_s = mixed(known.duration_s, duration_s)
+        known.uncached_tokens = mixed(known.uncached_tokens, one.work.uncached_tokens)
         if not completion_tokens or duration_s <= 0:
             return
-        self._pace(known).learn_answer(completion_tokens)
-        known.tokens_per_second = _mix(known.tokens_per_second, completion_tokens / duration_s)
-        if one.first_s is not None and completion_tokens > 1 and _teaches(known.step, now_s):
-            # Prompts that were computed meanwhile held it up; that is not the pace of decoding.
-            held_up_s = known.computed_s - one.computed_s
-            step_s = max(now_s - one.first_s - held_up_s, 0.0) / (completion_tokens - 1)
-            together, pace = (one.others + known.decoding) / 2, self._pace(known)
-            pace.learn_steps(step_s / known.step.value, together)
-            known.step.learn(step_s, pace.rates.step_s + pace.rates.step_each_s * together)
-            self._note_learned(known)
+        known.tokens_per_second = mixed(known.tokens_per_second, completion_tokens / duration_s)
+        self._paces.learn_answer(known, one, completion_tokens, now_s)
 
     # The engines' own account
 
@@ -301,7 +258,7 @@ class FleetLoad:
     def rates(self, replica_id: str) -> Rates | None:
         """A replica's pace as it is taken to be now; None for a stranger."""
         known = self._replicas.get(replica_id)
-        return None if known is None else self._rates(known)
+        return None if known is None else self._paces.rates(known)
 
     def waits(
         self,
@@ -357,7 +314,7 @@ class FleetLoad:
                 steps[i] += busy_s
                 usage[i] = one.kv_usage or 0.0
                 pending[i] = one.pending
-                answers[i] = self._usual_answer(one)
+                answers[i] = self._paces.usual_answer(one)
         later_s = self._later_s(table, list(map(sub, alone_s, returns_s)) if returns else alone_s, now_s)
         return Waits(
             queue_s, alone_s, saved_s, returns_s, later_s, steps, each, decoding, delayed_s, usage, pending, answers
@@ -373,16 +330,16 @@ class FleetLoad:
         """False once a replica came or went, or what was learned since has had its moment to settle."""
         if table.epoch != self._epoch:
             return False
-        return table.lessons == self._lessons or 0 <= now_s - table.made_s < _MOMENT_S
+        return table.lessons == self._paces.lessons or 0 <= now_s - table.made_s < MOMENT_S
 
     def _tabulate(self, models: Sequence[ModelConfig], now_s: float) -> _Table:
         """The rates of some replicas, which change much more seldom than they are asked for."""
         known = [self._replicas.get(model.id) or _stranger(model) for model in models]
-        rates = [self._rates(one) for one in known]
+        rates = [self._paces.rates(one) for one in known]
         are_alike = bool(rates) and all(one is rates[0] or one == rates[0] for one in rates)
         steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
         sizes = Counter(one.model for one in known)
-        table = _Table(models, self._epoch, self._lessons, now_s, known, rates, steps, each, are_alike, sizes)
+        table = _Table(models, self._epoch, self._paces.lessons, now_s, known, rates, steps, each, are_alike, sizes)
         if len(self._tables) >= _MOST_TABLES:
             self._tables.clear()
         self._tables[id(models)] = table
@@ -398,7 +355,7 @@ class FleetLoad:
         """By replica: the figures a person may want to see; what is not known is absent."""
         return MappingProxyType(
             {
-                replica_id: _figures(known, self._rates(known), self._speed(known))
+                replica_id: _figures(known, self._paces.rates(known), self._paces.speed(known))
                 for replica_id, known in self._replicas.items()
             }
         )
@@ -414,74 +371,13 @@ class FleetLoad:
             self._epoch += 1
         return known
 
-    def _shape(self, known: ReplicaLoad) -> Rates:
-        """Its model's pace, or what was declared, as far as declarations were right so far."""
-        model = self._models.get(known.model)
-        if model is not None:
-            return model.rates
-        return Rates.declared(known.declared_s * self._stretch)
-
-    def _rates(self, known: ReplicaLoad) -> Rates:
-        """Its own pace, made anew where its model's has changed, or how it compares with it."""
-        pace = self._models.get(known.model)
-        version = self._stretched if pace is None else pace.version
-        if known.version != version:
-            known.version, known.shown = version, self._compared(known)
-            known.rates = self._shape(known).scaled(*known.shown)
-        return known.rates
-
-    def _compared(self, known: ReplicaLoad) -> tuple[float, float]:
-        """How many times as long as its model's replicas on average it takes to read and to write.
-
-        Who is like the others stays so until he is off by a twentieth: less is noise, and equals take turns.
-        """
-        speed, step = known.shown
-        return _unless_off(speed, self._speed(known)), _unless_off(step, known.step.value)
-
-    def _note_learned(self, known: ReplicaLoad) -> None:
-        """Something was learned from one of its answers: what was made from that before is old, if it is another."""
-        if known.version != self._pace(known).version or known.shown != self._compared(known):
-            known.version = 0
-            self._lessons += 1
-
-    def _speed(self, known: ReplicaLoad) -> float:
-        """How many times as long as its model's replicas on average it takes."""
-        pace = self._models.get(known.model)
-        return 1.0 if pace is None else pace.relative(known.speed)
-
-    def _pace(self, known: ReplicaLoad) -> Pace:
-        """What learns from its answers."""
-        pace = self._models.get(known.model)
-        if pace is None:
-            pace = self._models[known.model] = Pace(self._shape(known))
-        return pace
-
-    def _note_stretch(self, known: ReplicaLoad, idle_s: float | None) -> None:
-        """Note how a time without a queue compares with its declaration."""
-        if idle_s is None or not known.model:
-            return
-        self._stretch_seen = _mix(self._stretch_seen, idle_s / known.declared_s)
-        if abs(self._stretch_seen - self._stretch) > _STEP * self._stretch:
-            self._stretch = self._stretch_seen
-            self._stretched -= 1
-            self._lessons += 1
-
-    def _usual_answer(self, known: ReplicaLoad) -> float:
-        """Tokens of a usual answer of its model."""
-        pace = self._models.get(known.model)
-        return pace.answer_tokens if pace is not None and pace.answers else _USUAL_ANSWER
-
-    def _answer_of(self, known: ReplicaLoad, work: Work) -> float:
-        usual = self._usual_answer(known)
-        return min(usual, work.answer_tokens) if work.answer_tokens else usual
-
     def _prefilled(self, known: ReplicaLoad, one: Reservation, now_s: float) -> None:
         """The prompt of a reservation is computed, or will never be."""
         queue = known.prefilling
         if queue.pop(id(one), None) is None:
             return
         known.queued_tokens = max(known.queued_tokens - one.work.uncached_tokens, 0.0)
-        rates, total_s, head_s = self._rates(known), 0.0, 0.0
+        rates, total_s, head_s = self._paces.rates(known), 0.0, 0.0
         beside_s = rates.step_each_s * known.decoding
         for key, other in tuple(queue.items()):
             service_s = rates.service_s(other.work.prompt_tokens, other.work.cached_tokens) + beside_s
@@ -515,9 +411,8 @@ class FleetLoad:
                 known.reported = None
             if not known.open:
                 if known.speed.seen and now_s - known.measured_s > self.remember_s:
-                    self._pace(known).forget(known.speed)
-                    known.speed, known.step, known.ttfb_s, known.whole_s = Ratio(), Ratio(), None, None
-                    known.version, known.shown = 0, (1.0, 1.0)
+                    self._paces.forget(known)
+                    known.ttfb_s = known.whole_s = None
                     self._epoch += 1
                 continue
             while known.open and (oldest := next(iter(known.open.values()))).until_s < now_s:
@@ -534,24 +429,6 @@ def _free(known: ReplicaLoad) -> float:
     free = _KNEE / (_KNEE + known.pending)
     usage = known.kv_usage
     return free if usage is None else min(free, max(1.0 - usage, 0.0))
-
-
-def _unless_off(shown: float, value: float) -> float:
-    same = _SAME if shown == 1 else _SAME / 4
-    return shown if abs(value - shown) <= same * shown else value
-
-
-def _teaches(ratio: Ratio, now_s: float) -> bool:
-    """False for what comes by the thousand a second from a replica that is well known: one in a moment is enough."""
-    if ratio.seen > _WELL_KNOWN and 0 <= now_s - ratio.learned_s < _MOMENT_S:
-        return False
-    ratio.learned_s = now_s
-    return True
-
-
-def _mix(old: float | None, new: float) -> float:
-    """The exponentially weighted mean, which the first value starts."""
-    return new if old is None else old + _WEIGHT_OF_NEW * (new - old)
 
 
 def _figures(known: ReplicaLoad, rates: Rates, speed: float) -> dict[str, float]:
