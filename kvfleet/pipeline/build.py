@@ -54,8 +54,17 @@ def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
     return findings + list(table.lint(config))
 
 
-def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pipeline:
+def build(
+    config: FleetConfig, table: ComponentTable, services: Services, *, computes_all: bool | None = None
+) -> Pipeline:
     """The pipeline.
+
+    Args:
+        config: The fleet.
+        table: The components there are.
+        services: What they are given to work with.
+        computes_all: False to leave out scores that the strategy does not read; by default where no `pipeline:` asks
+            for them.
 
     Raises:
         ConfigError: with every finding.
@@ -87,7 +96,7 @@ def build(config: FleetConfig, table: ComponentTable, services: Services) -> Pip
         listeners=tuple(also),
         markers=tuple(stage for stage in (*watching, *also) if callable(getattr(stage.component, "mark", None))),
         placers=tuple(stage for stage in before if callable(getattr(stage.component, "placed", None))),
-        computes_all=bool(config.pipeline),
+        computes_all=bool(config.pipeline) if computes_all is None else computes_all,
         hash=_hash(config),
     )
     services.execute = execute.run

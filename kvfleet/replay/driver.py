@@ -23,7 +23,8 @@ from kvfleet.config.findings import NOWHERE
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.errors import BackendError, RouteError
-from kvfleet.pipeline.stage import BoundStage
+from kvfleet.pipeline.build import build
+from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.plugin.contract import RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.registry.models import ModelRegistry
@@ -70,10 +71,23 @@ class ReplayResult:
 
 
 class ReplayRouter(Router):
-    """The live router, told the prompts' facts by whoever replays."""
+    """The live router, told the prompts' facts by whoever replays.
+
+    Args:
+        config: The fleet, as it is replayed.
+        computes_all: False if the file has no `pipeline:`, so that only the scores are computed that are read.
+        **options: Those of a `Router`.
+    """
 
     facts: Mapping[str, PromptFacts] = {}  # by request id
     tokens: Callable[[str], PromptTokens] = staticmethod(lambda _: _NO_TOKENS)
+
+    def __init__(self, config: FleetConfig, *, computes_all: bool, **options: Any) -> None:
+        self._computes_all = computes_all
+        super().__init__(config, **options)
+
+    def _build(self, config: FleetConfig) -> Pipeline:
+        return build(config, self.table, self.services, computes_all=self._computes_all)
 
     def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """As live, with what is known of the prompt."""
@@ -137,6 +151,7 @@ class Replay:
         config, self.left_out = for_replay(telling(self.config, self.tells), self.table)
         self.router = ReplayRouter(
             config,
+            computes_all=bool(self.config.pipeline),
             table=told_prompts(self.table),
             clock=self.clock,
             polls=False,

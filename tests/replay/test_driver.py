@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.adapters.base import EngineLoad
+from kvfleet.config.expand import expand
 from kvfleet.config.schema import FallbackConfig, GatewayConfig, StageConfig, TelemetryConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
-from kvfleet.plugin.contract import RouteRequest
+from kvfleet.plugin.contract import Kind, RouteRequest
 from kvfleet.replay.fleet import spec_of
 from kvfleet.replay.traces import RequestTrace, TracedRequest
 from kvfleet.replay.virtual import VirtualLoop
@@ -235,3 +236,16 @@ class _Listening:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.load, name)
+
+
+@pytest.mark.parametrize("asks_for_it", [False, True])
+def test_scores_are_computed_as_they_are_live(*, asks_for_it: bool) -> None:
+    """Those that the strategy reads, or all if the file has a `pipeline:` that asks for them."""
+    config = fleet(strategy="expected_latency")
+    if asks_for_it:
+        config = attrs.evolve(config, pipeline=expand(config))
+    pipeline = replayed(shared_prefix(4), config).router.pipeline
+    planned = pipeline.plan(pipeline.select, dict.fromkeys(Kind, (len, False)))
+    scores = [stage.name for _, stage, _ in planned if stage.kind is Kind.SCORE]
+    assert (scores == ["latency"]) is not asks_for_it
+    assert "latency" in scores
