@@ -11,6 +11,7 @@ import attrs
 
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.facts import answer_tokens, prompt_tokens
+from kvfleet.builtin.room import RoomFilter
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.overload import QueueOptions
 from kvfleet.config.schema import ModelConfig
@@ -383,5 +384,6 @@ class QueueAdmission(QueueOptions):
 
 @hookimpl
 def kvfleet_components() -> Iterable[Component]:
-    """The queue."""
+    """The queue, and what holds each replica to its part of those that were let in."""
     yield Component(Kind.ADMIT, "queue", QueueAdmission)
+    yield Component(Kind.FILTER, "room", RoomFilter)

@@ -56,6 +56,7 @@ def _uses(config: FleetConfig) -> list[str]:
         ("filter.service_level", config.slo.enabled),
         ("filter.rate_limits", True),
         ("filter.overload", _sheds(config)),
+        ("filter.room", bool(config.overload.max_in_flight_per_replica)),
         ("admit.budget", _has_budget(config)),
         ("classify.tokens", affinity and _has_tokens(config)),
         ("affinity.prefix", affinity),
@@ -203,6 +204,11 @@ def _queue(config: FleetConfig) -> Options:
     return {**options, "tenants": {name: unstructure(share) for name, share in section.tenants.items()}}
 
 
+def _room(config: FleetConfig) -> Options:
+    most = config.overload.max_in_flight_per_replica
+    return {"max_in_flight_per_replica": most} if most else {}
+
+
 def _fallback(config: FleetConfig) -> Options:
     fallback = config.fallback
     if not fallback.enabled:
@@ -282,6 +288,7 @@ _SECTIONS: Mapping[str, tuple[Path, Callable[[FleetConfig], Options]]] = {
     "filter.service_level": (("slo",), _service_level),
     "filter.overload": (("slo",), _overload),
     "admit.queue": (("overload",), _queue),
+    "filter.room": (("overload",), _room),
     "filter.shadow_only": (("shadow",), _shadow_only),
     "observe.shadow": (("shadow",), _shadow),
     "execute.fallback": (("fallback",), _fallback),
