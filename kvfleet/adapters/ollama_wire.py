@@ -5,6 +5,7 @@ Source of the native shapes: ``docs/api.md`` and ``api/types.go`` of ollama/olla
 
 from __future__ import annotations
 
+import abc
 import array
 import base64
 import datetime as dt
@@ -77,8 +78,9 @@ class _Generating(Translation):
             out += self.chunks.finish(self._reason(data), _usage(data), **_more(data))
         return out
 
+    @abc.abstractmethod
     def _piece(self, data: Mapping[str, Any]) -> bytes:
-        raise NotImplementedError
+        """What one line of the stream has for the client."""
 
     def _date(self, answer: Mapping[str, Any]) -> None:
         self.chunks.created = created_s(answer, self.chunks.created)
