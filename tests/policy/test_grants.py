@@ -212,68 +212,89 @@ from tests.policy.test_grants import Refusal, ask, end, opened
 
 async def main():
     stage = await opened(Path(sys.argv[1]), monthly_budget_usd=float(sys.argv[4]))
-    chance, served, tries = random.Random(int(sys.argv[2])), 0.0, 0
+    chance, served = random.Random(int(sys.argv[2])), 0.0
     print("ready", flush=True)
 
     async def one():
-        nonlocal served
         got = await ask(stage)
         if isinstance(got, Refusal):
             return False
         await asyncio.sleep(chance.random() / 100)
         cost = round(chance.random(), 3)
         end(got, cost)
-        served += cost
         print(json.dumps(cost), flush=True)
         return True
 
-    while any(await asyncio.gather(*(one() for _ in range(10)))):
-        pass
+    while rounds := await asyncio.to_thread(sys.stdin.readline):
+        for _ in range(int(rounds)):
+            if not any(await asyncio.gather(*(one() for _ in range(10)))):
+                break
     await stage.aclose()
 
 asyncio.run(main())
 """
 
+TO_ITS_END = "1000000\n"
+
 
 def start(path: Path, seed: int, *, dollars: int = 50) -> subprocess.Popen[str]:
-    """A process that spends until there is nothing left."""
+    """A process that spends in rounds of ten requests, as many as it is told to, until there is nothing left."""
     root = str(Path(__file__).parent.parent.parent)
     return subprocess.Popen(  # noqa: S603 - our own program
-        [sys.executable, "-c", WORKER, str(path), str(seed), root, str(dollars)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WORKER, str(path), str(seed), root, str(dollars)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
+
+
+def told(worker: subprocess.Popen[str], text: str) -> None:
+    """Give it the next line."""
+    assert worker.stdin is not None
+    worker.stdin.write(text)
+    worker.stdin.flush()
+
+
+def said(worker: subprocess.Popen[str], lines: int) -> list[str]:
+    """Its next lines; fewer where it ends."""
+    assert worker.stdout is not None
+    return [line for _ in range(lines) if (line := worker.stdout.readline())]
 
 
 def test_four_processes_spend_a_budget_to_its_end_and_not_beyond(tmp_path: Path) -> None:
     """Each serves ten requests at a time until it is refused; what they say they spent is what the file says."""
     path = tmp_path / "b.sqlite"
     workers = [start(path, seed) for seed in range(4)]
-    said = 0.0
+    for worker in workers:
+        told(worker, TO_ITS_END)
+    spent = 0.0
     for worker in workers:
         out, _ = worker.communicate(timeout=60)
-        said += sum(json.loads(line) for line in out.splitlines()[1:])
+        spent += sum(json.loads(line) for line in out.splitlines()[1:])
         assert worker.returncode == 0
-    assert left(path) == pytest.approx(said, abs=1e-6)
-    assert 45 < said <= 50
+    assert left(path) == pytest.approx(spent, abs=1e-6)
+    assert 45 < spent <= 50
 
 
 def test_a_killed_process_takes_nothing_with_it(tmp_path: Path) -> None:
-    """What it had spent a second before is in the file; the others go on, and all stay within the budget."""
+    """What it had spent is soon in the file, unasked; the others go on, and all stay within the budget."""
     path = tmp_path / "b.sqlite"
     victim, other = start(path, 1, dollars=400), start(path, 2, dollars=400)
-    assert victim.stdout is not None
-    victim.stdout.readline()
-    told: list[tuple[float, float]] = []
-    until_s = time.monotonic() + 2.0
-    while time.monotonic() < until_s and (line := victim.stdout.readline()):
-        told.append((time.monotonic(), json.loads(line)))
+    assert said(victim, 1) == ["ready\n"]
+    told(victim, "10\n")
+    kept = sum(json.loads(line) for line in said(victim, 100))
+    until_s = time.monotonic() + 60.0
+    while left(path) < kept - 1e-6 and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert 0 < kept <= left(path) + 1e-6
+    told(victim, TO_ITS_END)
+    told(other, TO_ITS_END)
+    said(victim, 20)
     os.kill(victim.pid, signal.SIGKILL)
-    killed_s = time.monotonic()
     victim.communicate(timeout=10)
-    rest, _ = other.communicate(timeout=120)
-    said = sum(json.loads(line) for line in rest.splitlines()[1:])
-    kept = sum(cost for at_s, cost in told if at_s < killed_s - 1.0)
-    assert kept > 0
-    assert said + kept - 1e-6 <= left(path) <= 400
+    out, _ = other.communicate(timeout=120)
+    spent = sum(json.loads(line) for line in out.splitlines()[1:])
+    assert spent + kept - 1e-6 <= left(path) <= 400
 
 
 @attrs.define
