@@ -28,10 +28,9 @@ def test_it_waits_for_whoever_writes(tmp_path: Path) -> None:
     with connected(path) as writer, connected(path, timeout=5.0) as other:
         writer.execute("BEGIN IMMEDIATE")
         writer.execute("CREATE TABLE a (b)")
-        began = time.monotonic()
         with pytest.raises(sqlite3.OperationalError, match="locked"):
             other.execute("PRAGMA journal_mode = WAL")
-        assert time.monotonic() - began < 4.0
+        began = time.monotonic()
         threading.Timer(0.05, lambda: writer.execute("COMMIT")).start()
         use_wal(other)
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)

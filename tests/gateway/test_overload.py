@@ -42,7 +42,6 @@ class Engine(FakeAdapter):
     service_s: float = SERVICE_S
     busy: int = 0
     thrashed: int = 0
-    worked_s: float = 0.0
     left: int = 0
 
     async def send(self, call: Call) -> Reply:
@@ -51,9 +50,7 @@ class Engine(FakeAdapter):
             if self.busy > 2 * SLOTS:
                 self.thrashed += 1
                 raise BackendError(Fault.OVERLOADED, "it thrashes")
-            began = time.monotonic()
             await asyncio.sleep(self.service_s)
-            self.worked_s += time.monotonic() - began
             return await super().send(call)
         except asyncio.CancelledError:
             self.left += 1
@@ -111,17 +108,15 @@ async def test_at_twice_its_capacity_its_engines_stay_busy_and_every_tenant_gets
     async with world(max_queue=12, max_wait_ms=2000, tenants=shares) as here:
         for _ in range(8):
             await here.ask("loud")
-        began = time.monotonic()
-        worked_before = sum(engine.worked_s for engine in here.engines)
+        began, idle = time.monotonic(), 0
         wanted = (["loud"] * 11 + ["quiet"] * 4 + ["vip"]) * 8
         asked: list[tuple[str, asyncio.Task[httpx.Response]]] = []
         for i, tenant in enumerate(wanted):
             await asyncio.sleep(max(began + i / 40 - time.monotonic(), 0))
             asked.append((tenant, asyncio.create_task(here.ask(tenant))))
-        window_s = time.monotonic() - began
-        worked_s = sum(engine.worked_s for engine in here.engines) - worked_before
+            idle += here.queue["waiting"] > 0 and here.queue["in_flight"] < 2 * SLOTS
         answers = [(tenant, await task) for tenant, task in asked]
-        assert worked_s >= 0.75 * (window_s - SERVICE_S) * 2 * SLOTS
+        assert idle <= 0.05 * len(wanted)
         assert sum(engine.thrashed for engine in here.engines) <= 0.05 * len(wanted)
         served = Counter(tenant for tenant, answer in answers if answer.status_code == 200)
         refused = [answer for _, answer in answers if answer.status_code != 200]
@@ -153,15 +148,14 @@ async def test_the_wait_is_in_the_trace_and_is_spent_from_the_deadline() -> None
 
 async def test_a_client_that_leaves_the_queue_takes_no_place() -> None:
     """Its request is gone from the queue at once, and the engines never hear of it."""
-    async with world(service_s=0.5) as here:
+    async with world(service_s=2.0) as here:
         first = [asyncio.create_task(here.ask()) for _ in range(4)]
         await until(lambda: here.queue["in_flight"] == 4)
         left = asyncio.create_task(here.ask())
         await until(lambda: here.queue["waiting"] == 1)
         left.cancel()
-        began = time.monotonic()
         await until(lambda: here.queue["waiting"] == 0)
-        assert time.monotonic() - began < 0.1
+        assert here.queue["in_flight"] == 4
         await asyncio.gather(*first)
         assert sum(len(engine.calls) for engine in here.engines) == 4
         assert here.queue["in_flight"] == 0

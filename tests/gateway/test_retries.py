@@ -101,7 +101,7 @@ async def test_a_refusal_is_waited_out_where_nobody_else_is() -> None:
         began_s = time.monotonic()
         answer = await stage.ask()
         assert answer.status_code == 200
-        assert 0.2 <= time.monotonic() - began_s < 1.0
+        assert time.monotonic() - began_s >= 0.2
         reasons = [one.attributes.get(names.ATTEMPT_REASON) for one in stage.traces[0].stages]
         assert [reason for reason in reasons if reason] == ["first", "rate_limited"]
 

@@ -82,6 +82,17 @@ async def subscriber(tmp_path: Path) -> AsyncIterator[Subscriber]:
     context.destroy(linger=0)
 
 
+async def joined(publisher: KVPublisher, heard: Any) -> None:
+    """Wait until what is published is heard: a subscription takes effect some time after it is made."""
+    socket: Any = publisher._publisher
+    async with asyncio.timeout(30):
+        while not await heard.poll(10):
+            socket.send(b"anybody?")
+        socket.send(b"good")
+        while await heard.recv_multipart() != [b"good"]:
+            pass
+
+
 def chat(text: str) -> dict[str, Any]:
     """A chat with this content."""
     return {**HELLO, "messages": [{"role": "user", "content": text}]}
@@ -91,7 +102,7 @@ class TestOnTheWire:
     async def test_a_batch_has_vllms_frames_and_fields(self, subscriber: Subscriber) -> None:
         """Topic, number, and a payload with the fields that a real engine's has, of the same types."""
         async with served(publisher=subscriber.publisher) as server:
-            await asyncio.sleep(0.3)  # ZMQ connects in a thread of its own
+            await joined(subscriber.publisher, subscriber.heard)
             await ask(server, body={**chat("x" * 640), "cache_salt": "tenant"})
             async with asyncio.timeout(10):
                 topic, number, payload = await subscriber.heard.recv_multipart()
@@ -109,7 +120,7 @@ class TestOnTheWire:
     async def test_the_tokens_are_those_of_tokenize(self, subscriber: Subscriber) -> None:
         """What a router learns from the events is what it gets when it asks for a prompt's tokens."""
         async with served(publisher=subscriber.publisher) as server:
-            await asyncio.sleep(0.3)
+            await joined(subscriber.publisher, subscriber.heard)
             await ask(server, body=chat("y" * 640))
             _, _, batch = await subscriber.next()
             tokens = (await ask(server, "/tokenize", chat("y" * 640))).json["tokens"]
@@ -121,7 +132,7 @@ class TestOnTheWire:
     async def test_what_was_missed_can_be_asked_for(self, subscriber: Subscriber) -> None:
         """From a number on, and the end is marked."""
         async with served(publisher=subscriber.publisher) as server:
-            await asyncio.sleep(0.3)
+            await joined(subscriber.publisher, subscriber.heard)
             for letter in "abc":
                 await ask(server, body=chat(letter * 640))
             assert [(await subscriber.next())[1] for _ in range(3)] == [0, 1, 2]
@@ -135,13 +146,12 @@ class TestOnTheWire:
         heard = context.socket(zmq.SUB)
         heard.subscribe(b"")
         heard.bind(endpoint)
-        reading = asyncio.ensure_future(heard.recv_multipart())
         publisher = KVPublisher(context=context, endpoint=endpoint, binds=False, topic="kv@1", time_s=lambda: 0.0)
         async with served(publisher=publisher) as server:
-            await asyncio.sleep(0.3)
+            await joined(publisher, heard)
             await ask(server, body=chat("x" * 640))
             async with asyncio.timeout(10):
-                assert (await reading)[0] == b"kv@1"
+                assert (await heard.recv_multipart())[0] == b"kv@1"
         context.destroy(linger=0)
 
     async def test_following_the_events_is_knowing_the_cache(self, subscriber: Subscriber) -> None:
@@ -149,7 +159,7 @@ class TestOnTheWire:
         known: set[int] = set()
         chance = random.Random(7)
         async with served(publisher=subscriber.publisher, cache_tokens=1600, answer_tokens=40) as server:
-            await asyncio.sleep(0.3)
+            await joined(subscriber.publisher, subscriber.heard)
             expected = 0
             for _ in range(60):
                 prompt = chance.choice("abcdef") * 4 * chance.choice([64, 100, 200])

@@ -191,9 +191,9 @@ def test_shares_and_thresholds_agree(share: float) -> None:
 @pytest.mark.parametrize("text", ["python " * 10_000, "9" * 64_000, "= " * 32_000, "é" * 64_000])
 def test_a_long_text_takes_no_longer(text: str) -> None:
     """Only its beginning and its end are read."""
-    begun = time.perf_counter()
+    begun = time.thread_time()
     shipped_sufficiency().chance(text)
-    assert time.perf_counter() - begun < 0.25
+    assert time.thread_time() - begun < 0.25
 
 
 def test_what_comes_with_kvfleet_is_what_was_measured() -> None:

@@ -122,9 +122,9 @@ def test_there_are_eight_domains_and_general() -> None:
 def test_a_long_text_takes_no_longer(text: str) -> None:
     """64 KB of anything are read in bounded time: only the beginning and the end count."""
     describe_prompt(text)
-    begun = time.perf_counter()
+    begun = time.thread_time()
     describe_prompt(text)
-    assert time.perf_counter() - begun < 0.1  # 3 ms on a quiet machine
+    assert time.thread_time() - begun < 0.1  # 3 ms on a quiet machine
 
 
 def test_complexity_grows_with_what_is_asked() -> None:
