@@ -142,7 +142,7 @@ class FleetLoad:
         if len(queue) > 1:
             known.behind_s += service_s
         known.free_s = max(known.free_s, now_s + under_way_s) + service_s
-        congestion = self._congestion.get(known.model) or self._congestion.setdefault(known.model, Congestion())
+        congestion = self._congestion.get(known.model) or self._congestion.setdefault(known.model, Congestion(now_s))
         congestion.add(service_s, now_s)
         return one
 
