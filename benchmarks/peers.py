@@ -2,7 +2,8 @@
 
 Run ``python benchmarks/peers.py --peers-dir DIR --install --trace mooncake_conversation.jsonl``. One process of
 ``kvfleet mock-engine`` is eight engines; the client (``peers_load.py``) is another; gateways (``peers_gateways.py``)
-run one at a time and take turns, each fresh and with empty caches for each workload. Four workloads:
+run one at a time and take turns, each fresh and with empty caches for each workload; ``--warm-up`` first lets it serve
+requests of the same kind that share nothing with those that count. Four workloads:
 
 - ``mooncake-1``, ``mooncake-2``: whole conversations out of Mooncake's trace, those that begin in the first half of its
   hour and those that begin in the second, each squeezed into the run; sent at their times;
@@ -205,6 +206,11 @@ def run_one(row: Row, place: Place, load: Sequence[str]) -> None:
         wait_until(lambda: post(url, body(words(_UNLIKE, 64), 2)), process)
         for number in range(_WARM_UP):
             post(url, body(words(_UNLIKE + number, 64), 2))
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        sender.stdin.write("warm up\n")
+        sender.stdin.flush()
+        sender.stdout.readline()
         for engine in place.engines:
             post(f"{engine}/reset_prefix_cache", b"")
         before, cpu_s = counts(place.engines), tree_cpu_s(process.pid)
@@ -258,7 +264,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
 def load_command(options: argparse.Namespace, name: str, round_: int) -> list[str]:
     """The client's command; each round has its own seed."""
     command = [*pinned(0), sys.executable, str(Path(__file__).parent / "peers_load.py"), "--workload", name]
-    command += ["--seconds", str(options.seconds), "--seed", str(options.seed + round_)]
+    command += ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up)]
+    command += ["--seed", str(options.seed + round_)]
     return [*command, "--trace", str(options.trace)] if options.trace else command
 
 
@@ -324,6 +331,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="", help="of " + ", ".join(WORKLOADS) + "; all if not given")
     parser.add_argument("--only", default="", help="gateways whose name has one of these words, by commas")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--warm-up", type=float, default=0.0, help="seconds of other requests before each run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")

@@ -1,7 +1,8 @@
 """The load of ``peers.py``: workloads made of traces, and a client that sends them and times the answers.
 
-A process of its own (``python benchmarks/peers_load.py --url … --workload …``), so that its CPU is nobody else's. It
-begins when a line comes on its standard input, and prints one JSON object.
+A process of its own (``python benchmarks/peers_load.py --url … --workload …``), so that its CPU is nobody else's. A line
+on its standard input lets it warm the gateway up, with requests of the same kind that share nothing with those that
+count, and it answers with a line; the next one lets it begin, and it prints one JSON object.
 
 Prompts are texts: each block of a trace becomes the same words wherever it stands, so what is shared in the trace is
 shared in the text. A token is four bytes, as the mock engines count. All lengths are divided by `SCALE`, which keeps
@@ -35,6 +36,8 @@ MOST_ANSWER_TOKENS = 24
 WORKLOADS = ("mooncake-1", "mooncake-2", "agents", "bursts")
 MOONCAKE_RATE_PER_S = 6.0
 _PATIENCE_S = 120.0
+_UNLIKE = 1 << 48
+"""Added to a block's number, makes it one that no workload has."""
 _SYLLABLES = [a + b + c + " " for a in "bdfghklmnprstvwz" for b in "aeio" for c in "lnrs"]
 
 
@@ -70,6 +73,13 @@ def mooncake(name: str, whole: RequestTrace, seconds: float, seed: int) -> Reque
     return RequestTrace.of(name, whole.block_tokens, [attrs.evolve(one, at_s=one.at_s * shrink) for one in chosen])
 
 
+def unlike(trace: RequestTrace, seconds: float) -> RequestTrace:
+    """Its first requests, as many as come in so many seconds, with other words."""
+    chosen = [one for one in trace.requests if one.at_s < seconds]
+    other = [attrs.evolve(one, blocks=tuple(block + _UNLIKE for block in one.blocks)) for one in chosen]
+    return RequestTrace.of(trace.name, trace.block_tokens, other)
+
+
 def words(seed: int, tokens: int) -> str:
     """So many tokens of text, the same for the same seed."""
     digests = (xxhash.xxh3_128_digest(part.to_bytes(4, "little"), seed=seed) for part in range(-(-tokens // 16)))
@@ -93,6 +103,16 @@ def body(text: str, answer_tokens: int) -> bytes:
         "stream_options": {"include_usage": True},
     }
     return json.dumps(request).encode()
+
+
+def bodies_of(trace: RequestTrace) -> list[bytes]:
+    """All of a trace's requests."""
+    return [body(prompt(trace, number), answer_tokens(one)) for number, one in enumerate(trace.requests)]
+
+
+def answer_tokens(one: TracedRequest) -> int:
+    """How long its answer is to be."""
+    return min(MOST_ANSWER_TOKENS, max(2, one.output_tokens // SCALE))
 
 
 # The client ----------------------------------------------------------------------------------------------------------
@@ -200,25 +220,25 @@ async def send_all(url: str, trace: RequestTrace, bodies: Sequence[bytes], secon
     return answers
 
 
-def answer_tokens(one: TracedRequest) -> int:
-    """How long its answer is to be."""
-    return min(MOST_ANSWER_TOKENS, max(2, one.output_tokens // SCALE))
-
-
 def main() -> None:
     """Send a workload, and print what came back."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True, help="of chat completions")
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--warm-up", type=float, default=0.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", type=Path, help="Mooncake's conversation trace")
     options = parser.parse_args()
     trace = workload(options.workload, options.seconds, options.seed, options.trace)
-    bodies = [body(prompt(trace, number), answer_tokens(one)) for number, one in enumerate(trace.requests)]
+    before = unlike(workload(options.workload, options.seconds, options.seed + 1, options.trace), options.warm_up)
+    ready, warming = bodies_of(trace), bodies_of(before)
+    sys.stdin.readline()
+    asyncio.run(send_all(options.url, before, warming, options.warm_up))
+    print(len(warming), flush=True)
     sys.stdin.readline()
     used_s = time.process_time()
-    answers = asyncio.run(send_all(options.url, trace, bodies, options.seconds))
+    answers = asyncio.run(send_all(options.url, trace, ready, options.seconds))
     told: Mapping[str, Any] = {"answers": [attrs.asdict(one) for one in answers], "cpu_s": time.process_time() - used_s}
     print(json.dumps(told))
 
