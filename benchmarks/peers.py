@@ -92,6 +92,14 @@ def client(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+def warm_up(sender: subprocess.Popen[str]) -> None:
+    """Let the client warm the gateway up, and wait for that."""
+    if sender.stdin and sender.stdout:
+        sender.stdin.write("warm up\n")
+        sender.stdin.flush()
+        sender.stdout.readline()
+
+
 def tree_cpu_s(root: int) -> float:
     """CPU seconds of a process and of all below it, those that have ended included."""
     children: dict[int, list[int]] = {}
@@ -206,11 +214,7 @@ def run_one(row: Row, place: Place, load: Sequence[str]) -> None:
         wait_until(lambda: post(url, body(words(_UNLIKE, 64), 2)), process)
         for number in range(_WARM_UP):
             post(url, body(words(_UNLIKE + number, 64), 2))
-        assert sender.stdin is not None
-        assert sender.stdout is not None
-        sender.stdin.write("warm up\n")
-        sender.stdin.flush()
-        sender.stdout.readline()
+        warm_up(sender)
         for engine in place.engines:
             post(f"{engine}/reset_prefix_cache", b"")
         before, cpu_s = counts(place.engines), tree_cpu_s(process.pid)

@@ -1,8 +1,8 @@
 """The load of ``peers.py``: workloads made of traces, and a client that sends them and times the answers.
 
-A process of its own (``python benchmarks/peers_load.py --url … --workload …``), so that its CPU is nobody else's. A line
-on its standard input lets it warm the gateway up, with requests of the same kind that share nothing with those that
-count, and it answers with a line; the next one lets it begin, and it prints one JSON object.
+A process of its own (``python benchmarks/peers_load.py --url … --workload …``), so that its CPU is nobody else's. A
+line on its standard input lets it warm the gateway up, with requests of the same kind that share nothing with those
+that count, and it answers with a line; the next one lets it begin, and it prints one JSON object.
 
 Prompts are texts: each block of a trace becomes the same words wherever it stands, so what is shared in the trace is
 shared in the text. A token is four bytes, as the mock engines count. All lengths are divided by `SCALE`, which keeps
