@@ -1,11 +1,12 @@
-"""An engine's cache in our own words: from the events of one cache to claims on a prefix index.
+"""Layers that are alike, in our own words: from the events of their blocks to claims on a prefix index.
 
 Engines name blocks by hashes whose algorithm, seed and version are their own affair. Here the engine's hash is only a
 key to remember a block by. What a block *is* comes from its token ids: `token_hashes` chains 64-bit hashes over them,
 the same way for a prompt and for an event, so nothing has to match between an engine's settings and ours.
 
 An engine may keep a block twice (vLLM does not merge equal blocks), in several tiers, and once for each group of a
-hybrid model's layers. `EngineBlocks` counts, and claims a block in a tier only while every group has it there.
+hybrid model's layers. A `BlockChain` counts, and claims a block in a tier only while every group has it there. Layers
+that differ in what they keep have chains of their own: `kvfleet.cache.engine_blocks` puts them together.
 """
 
 from __future__ import annotations
@@ -18,12 +19,10 @@ import xxhash
 
 from kvfleet.cache.kv_events import ANYWHERE, BlockRemoved, BlockStored
 
-__all__ = ["BlockCounts", "BlockIndex", "EngineBlocks", "holder_of", "token_hashes"]
+__all__ = ["BlockChain", "BlockCounts", "BlockIndex", "holder_of", "token_hashes"]
 
 _hash = xxhash.xxh3_64_intdigest
 _WORD = 4
-_FULL = frozenset({"", "full_attention", "mla_attention", "sink_full_attention", "sink_full"})
-"""Kinds of attention whose blocks are kept for a whole prompt; of the others an engine keeps only the latest."""
 
 
 def token_hashes(tokens: bytes, block_tokens: int, salt: str = "") -> list[int]:
@@ -53,16 +52,13 @@ def holder_of(replica: str, rank: int) -> str:
 
 
 class BlockIndex(Protocol):
-    """What is told of claims; `kvfleet.cache.prefix_index.PrefixIndex` is one."""
+    """What is told of claims in the tiers of a cache."""
 
     def store(self, replica: str, hashes: Iterable[int], tier: str = "gpu") -> None:
         """The replica holds these blocks."""
 
     def remove(self, replica: str, hashes: Iterable[int], tier: str = "gpu") -> None:
         """The replica no longer holds these blocks."""
-
-    def clear(self, replica: str) -> None:
-        """Nothing is known of the replica any more."""
 
 
 @attrs.define
@@ -91,7 +87,7 @@ class BlockCounts:
     Attributes:
         stored, removed: Taken in, and taken out.
         orphans: Not taken in, because the block before them is not known.
-        foreign: Not taken in, because they are of another adapter or of a group that keeps only the latest blocks.
+        foreign: Not taken in, because they are of another adapter or of layers that are not counted.
         sparse: Not taken in, because their tokens are not all there, their size does not fit ours, or they follow such.
         refused: Not taken in, because there were too many.
         strangers: Removed by the engine and not known before.
@@ -107,20 +103,20 @@ class BlockCounts:
 
 
 @attrs.define(eq=False)
-class EngineBlocks:
-    """The blocks of one cache: one replica, one data-parallel rank, one model or adapter.
+class BlockChain:
+    """The blocks of one cache for layers that are alike.
 
     Args:
         index: Told of claims.
         holder: The name under which it is told.
         block_tokens: Tokens in a block of ours.
-        lora: Only blocks computed with this adapter count; empty for those computed without one.
         max_blocks: Most blocks of the engine's that are remembered, at about 300 bytes each with the index's part.
+        ends_only: True if only the end of each of the engine's blocks is claimed, not all of ours in it.
+        others: Those of other layers, which may know blocks that are not known here.
 
     Attributes:
         copies: Blocks the engine keeps on its device, each as often as it keeps it.
         engine_block_tokens: Tokens in a block of the engine's; 0 before the first.
-        is_hybrid: True if some of its layers keep only the latest blocks, so that it may have to compute more.
         is_torn: True if a block of ours lost a part amid it, and claims can no longer be trusted.
         is_cut: True if there were too many blocks to remember them all.
     """
@@ -128,12 +124,12 @@ class EngineBlocks:
     index: BlockIndex
     holder: str
     block_tokens: int
-    lora: str = ""
     max_blocks: int = 1_000_000
+    ends_only: bool = False
+    others: BlockChain | None = None
     copies: int = attrs.field(init=False, default=0)
     counts: BlockCounts = attrs.field(init=False, factory=BlockCounts)
     engine_block_tokens: int = attrs.field(init=False, default=0)
-    is_hybrid: bool = attrs.field(init=False, default=False)
     is_torn: bool = attrs.field(init=False, default=False)
     is_cut: bool = attrs.field(init=False, default=False)
     _skipped: set[int] = attrs.field(init=False, factory=set, repr=False)
@@ -145,27 +141,36 @@ class EngineBlocks:
         return len(self._blocks)
 
     def clear(self) -> None:
-        """Nothing is known any more, or nothing is there."""
+        """Nothing is known any more, or nothing is there; whoever calls clears the index."""
         self._blocks.clear()
         self._slots.clear()
         self._shared.clear()
         self._skipped.clear()
         self.copies = 0
         self.is_torn = self.is_cut = False
-        self.index.clear(self.holder)
+
+    def key_of(self, block: int) -> int | None:
+        """Our hash of all before the end of one of the engine's blocks; None if that is not known."""
+        known = self._blocks.get(block)
+        if isinstance(known, _Block):
+            return None if known.tail else known.key
+        if known is None and self.others is not None:
+            return self.others.key_of(block)
+        return known
+
+    def has_skipped(self, block: int) -> bool:
+        """True for a block that could not be taken in, or may be one of those."""
+        return block in self._skipped or self.is_cut or (self.others is not None and self.others.has_skipped(block))
 
     def stored(self, event: BlockStored) -> None:
         """Take in blocks that the engine keeps from now on."""
-        if event.kind not in _FULL:
-            self.is_hybrid = True
-        if event.kind not in _FULL or event.lora != self.lora:
-            self.counts.foreign += len(event.hashes)
-        elif not event.is_dense or not self._fits(event.block_tokens):
+        parent = event.parent
+        if not event.is_dense or not self._fits(event.block_tokens):
             self._take_again(event)
-        elif event.parent is None or event.parent in self._blocks:
+        elif parent is None or parent in self._blocks or self.key_of(parent) is not None:
             self.engine_block_tokens = max(self.engine_block_tokens, event.block_tokens)
             self._take_in(event)
-        elif event.parent in self._skipped or self.is_cut:
+        elif self.has_skipped(parent):
             self._skip(event.hashes)
         else:
             self.counts.orphans += len(event.hashes)
@@ -207,7 +212,7 @@ class EngineBlocks:
         slot = self._slot(event.tier, event.group)
         size, tokens, claimed = event.block_tokens * _WORD, event.tokens, list[int]()
         parent, extras = event.parent, event.extras
-        last = self._blocks[parent] if parent is not None else _seed(event.salt)
+        last = self._last(parent, event.salt)
         for at, block in enumerate(event.hashes):
             known = self._blocks.get(block)
             if known is None:
@@ -227,8 +232,22 @@ class EngineBlocks:
         if claimed:
             self.index.store(self.holder, claimed, event.tier)
 
+    def _last(self, parent: int | None, salt: str) -> int | _Block:
+        """The block before an event's first, which is known."""
+        if parent is None:
+            return _seed(salt)
+        last: int | _Block | None = self._blocks.get(parent)
+        if last is None:
+            last = self.key_of(parent)
+        assert last is not None  # noqa: S101 - the contract
+        return last
+
     def _take_again(self, event: BlockStored) -> None:
-        """Blocks without their tokens, as vLLM announces those it has copied to another tier: known ones are enough."""
+        """Blocks without their tokens: known ones are enough.
+
+        So vLLM announces what it has copied to another tier, and what it keeps of a state's blocks with gaps.
+        """
+        self._learn(event.hashes)
         known = [block for block in event.hashes if block in self._blocks]
         self._skip([block for block in event.hashes if block not in self._blocks])
         slot = self._slot(event.tier, event.group) if known else {}
@@ -241,6 +260,15 @@ class EngineBlocks:
                 claimed.extend(self._taken(block, event.tier))
         if claimed:
             self.index.store(self.holder, claimed, event.tier)
+
+    def _learn(self, hashes: Sequence[int]) -> None:
+        """Know of blocks what other layers know of them."""
+        if self.others is None:
+            return
+        for block in hashes:
+            key = self.key_of(block)
+            if key is not None and len(self._blocks) < self.max_blocks:
+                self._blocks.setdefault(block, key)
 
     def _skip(self, hashes: Sequence[int]) -> None:
         """Blocks that cannot be taken in; those that follow them are no orphans."""
@@ -289,7 +317,9 @@ class EngineBlocks:
 
     def _keys(self, block: int) -> tuple[int, ...]:
         known = self._blocks[block]
-        return (known,) if isinstance(known, int) else known.keys
+        if isinstance(known, int):
+            return (known,)
+        return known.keys[-1:] if self.ends_only else known.keys
 
     def _taken(self, block: int, tier: str) -> tuple[int, ...] | list[int]:
         """Our blocks that are claimed with this one. Those that begin one of the engine's may begin others too."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import attrs
 
-from kvfleet.cache.block_chain import EngineBlocks, holder_of
+from kvfleet.cache.block_chain import holder_of
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_drain import EventDrain
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import CacheState, KVMode
@@ -223,7 +224,8 @@ class CacheKnowledge:
         index, found = self._indexes.get(model), dict[str, Held]()
         if index is None:
             return found
-        readable, matched = self._judge(now_s).get(model, ()), index.match(chain.hashes)
+        readable = self._judge(now_s).get(model, ())
+        matched = index.match(chain.hashes, max(chain.tokens - 1, 0) // chain.block_tokens)
         for one in readable:
             if len(one.holders) > 1:
                 found[one.replica] = _mean_held(chain, one, matched)

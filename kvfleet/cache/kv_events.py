@@ -65,6 +65,8 @@ class BlockStored:
         tier: Where they are: ``gpu``, ``cpu``, or the engine's own word in lower case.
         group: Which of a hybrid model's groups of layers they belong to.
         kind: The attention of that group, such as ``full_attention``; empty if the engine does not say.
+        window: How many tokens it looks back, the present one among them, if it has a sliding window; 0 if it has none,
+            or the engine does not say.
         lora: The LoRA adapter they were computed with; empty for none.
         salt: What keeps this prompt apart from others with the same tokens; empty for nothing.
         extras: For each block what else went into it, such as a picture's hash; empty if nothing did.
@@ -77,6 +79,7 @@ class BlockStored:
     tier: str = "gpu"
     group: int = 0
     kind: str = ""
+    window: int = 0
     lora: str = ""
     salt: str = attrs.field(default="", repr=False)
     extras: tuple[bytes, ...] = attrs.field(default=(), repr=False)
@@ -231,6 +234,7 @@ def _stored(fields: Mapping[str, Any]) -> BlockStored:
         tier=_tier(fields),
         group=_group(fields),
         kind=kind if isinstance(kind, str) else "",
+        window=_whole(fields.get("kv_cache_spec_sliding_window")),
         lora=lora,
         salt=salt if isinstance(salt, str) and is_first else "",
         extras=tuple(repr(extra).encode("utf-8", "backslashreplace") if extra else b"" for extra in extras)
@@ -324,5 +328,8 @@ def tier_of(medium: Any) -> str:
 
 
 def _group(fields: Mapping[str, Any]) -> int:
-    group = fields.get("group_idx")
-    return group if isinstance(group, int) and not isinstance(group, bool) and group >= 0 else 0
+    return _whole(fields.get("group_idx"))
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import attrs
 
 from kvfleet.adapters.base import EngineLoad
-from kvfleet.cache.block_chain import EngineBlocks
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_events import BlockRemoved, BlockStored, Event
 from kvfleet.clock import Clock, SystemClock
 
@@ -140,10 +140,10 @@ class CacheState:
         if len(self._ranks) > 1:
             return f"{len(self._ranks)} data-parallel ranks, of which the engine chooses one"
         for blocks in self.blocks():
-            if blocks.is_hybrid:
-                return "some layers keep only the latest blocks"
             if blocks.is_cut:
                 return "it holds more blocks than are remembered"
+            if blocks.flaw:
+                return blocks.flaw
             if blocks.counts.sparse and not blocks.counts.stored:
                 return "its blocks do not fit ours in size"
         return ""
@@ -176,6 +176,8 @@ class CacheState:
                     blocks.removed(event)
                 else:
                     self._emptied(blocks)
+        for blocks in of_rank:
+            blocks.settle()
         if any(blocks.is_torn for blocks in of_rank):
             self.doubt("a block was removed amid others that follow it")
         elif self.is_whole and sum(blocks.counts.orphans for blocks in of_rank) > orphans:

@@ -4,6 +4,7 @@ For each block there is one integer whose bits are the replicas that hold it. Wa
 in step are one such integer too, and a replica drops out at the first block it has not: so a match costs one dictionary
 lookup and one AND a block, whatever the number of replicas, and what it gives is contiguous from the first block. A
 hole in what a replica holds ends its match, as it does in the engine. (`benchmarks/index.py` measures time and memory.)
+Of replicas whose engines can go on with a prompt at some places only, `kvfleet.cache.resuming` then finds the last one.
 
 `PrefixIndex` holds what is said to be so, and forgets only when told. `RoutedIndex` holds what was routed, and forgets
 as an engine does.
@@ -14,10 +15,13 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
 from itertools import accumulate, filterfalse, repeat
 from operator import and_, or_
 
 import attrs
+
+from kvfleet.cache.resuming import Resuming, Window, resumable
 
 __all__ = ["GPU", "Matched", "PrefixIndex", "RoutedIndex", "Visit"]
 
@@ -27,7 +31,7 @@ GPU = "gpu"
 
 @attrs.frozen
 class Matched:
-    """How many blocks from the prompt's first on a replica holds, without a hole.
+    """How many blocks from the prompt's first on a replica holds, without a hole, and can go on from.
 
     Attributes:
         blocks: In any tier.
@@ -49,11 +53,12 @@ class PrefixIndex:
     max_entries: int = 10_000_000
     entries: int = attrs.field(init=False, default=0)
     refused: int = attrs.field(init=False, default=0)
-    _tiers: dict[str, dict[int, int]] = attrs.field(init=False, factory=lambda: {GPU: {}}, repr=False)
+    _tiers: dict[str | Window, dict[int, int]] = attrs.field(init=False, factory=lambda: {GPU: {}}, repr=False)
     _device: dict[int, int] = attrs.field(init=False, repr=False)
     _bits: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _names: list[str] = attrs.field(init=False, factory=list, repr=False)
     _counts: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
+    _resuming: dict[Resuming, int] = attrs.field(init=False, factory=dict, repr=False)
 
     @_device.default
     def _make_device(self) -> dict[int, int]:
@@ -66,8 +71,8 @@ class PrefixIndex:
         """Blocks known of a replica, in all tiers."""
         return self._counts.get(replica, 0)
 
-    def store(self, replica: str, hashes: Iterable[int], tier: str = GPU) -> None:
-        """The replica holds these blocks."""
+    def store(self, replica: str, hashes: Iterable[int], tier: str | Window = GPU) -> None:
+        """The replica holds these blocks, in a tier or for the layers with a window."""
         bit = self._bits.get(replica) or self._add(replica)
         held = self._tiers.setdefault(tier, {})
         new = dict.fromkeys(hashes, bit)  # the shared object, not a new one: a block on one replica costs no integer
@@ -85,7 +90,7 @@ class PrefixIndex:
         if self.entries > self.max_entries:
             self._refuse(replica, held, new)
 
-    def remove(self, replica: str, hashes: Iterable[int], tier: str = GPU) -> None:
+    def remove(self, replica: str, hashes: Iterable[int], tier: str | Window = GPU) -> None:
         """The replica no longer holds these blocks; those it did not hold are passed over."""
         bit, held = self._bits.get(replica), self._tiers.get(tier)
         if bit is None or held is None:
@@ -101,6 +106,13 @@ class PrefixIndex:
                     held[block] = mask ^ bit
         self._grow(replica, -removed)
 
+    def limit(self, replica: str, resuming: Resuming | None) -> None:
+        """The replica can go on with a prompt at these places only, and from its device only; or again anywhere."""
+        bit = self._bits.get(replica) or self._add(replica)
+        self._resuming = {key: bits & ~bit for key, bits in self._resuming.items() if bits & ~bit}
+        if resuming is not None:
+            self._resuming[resuming] = self._resuming.get(resuming, 0) | bit
+
     def clear(self, replica: str) -> None:
         """Nothing is known of the replica any more. Takes a pass over the whole index."""
         bit = self._bits.get(replica)
@@ -114,28 +126,54 @@ class PrefixIndex:
         for replica in replicas:
             if replica in self._bits:
                 self.clear(replica)
+                self.limit(replica, None)
                 bit = self._bits.pop(replica)
                 self._names[bit.bit_length() - 1] = ""
                 del self._counts[replica]
 
-    def match(self, hashes: Sequence[int]) -> dict[str, Matched]:
-        """By replica: how much of a prompt it holds; those that hold nothing are absent."""
+    def match(self, hashes: Sequence[int], most: int | None = None) -> dict[str, Matched]:
+        """By replica: how much of a prompt it holds; those that hold nothing are absent.
+
+        Args:
+            hashes: The prompt's blocks.
+            most: From how many of them an engine may go on, where it can do so at some places only; all if None.
+        """
         names = self._names
-        if len(self._tiers) == 1 or not any(held for tier, held in self._tiers.items() if tier != GPU):
-            return {names[i]: Matched(n, n) for i, n in _walk(hashes, self._device, ())}
-        others = [held for tier, held in self._tiers.items() if tier != GPU and held]
-        on_device = dict(_walk(hashes, self._device, ()))
+        others = () if len(self._tiers) == 1 else [held for tier, held in self._tiers.items() if _is_other(tier, held)]
+        walk = _walk(hashes, self._device, ())
+        if self._resuming:
+            return self._match_limited(hashes[:most], walk, _walk(hashes, self._device, others) if others else walk)
+        if not others:
+            return {names[i]: Matched(n, n) for i, n in walk}
+        on_device = dict(walk)
         return {names[i]: Matched(n, on_device.get(i, 0)) for i, n in _walk(hashes, self._device, others)}
+
+    def _match_limited(
+        self, hashes: Sequence[int], device: Sequence[tuple[int, int]], anywhere: Sequence[tuple[int, int]]
+    ) -> dict[str, Matched]:
+        """The same, where some replicas can go on at some places only."""
+        names, on_device, most = self._names, dict(device), len(hashes)
+        limited = reduce(or_, self._resuming.values())
+        found = {names[i]: Matched(n, on_device.get(i, 0)) for i, n in anywhere if not limited >> i & 1}
+        for resuming, bits in self._resuming.items():
+            if resuming.needs_all:
+                depths = [(i, min(n, most)) for i, n in device if bits >> i & 1]
+            else:
+                depths = []
+                _places(bits, most, depths)
+            places = resumable(hashes, depths, resuming, lambda window: self._tiers.get(window, _NOBODY))
+            found.update({names[i]: Matched(n, n) for i, n in places})
+        return found
 
     def depths(self, hashes: Sequence[int]) -> dict[str, int]:
         """The same, of all tiers together, as plain numbers."""
         tiers, names = self._tiers, self._names
-        others = () if len(tiers) == 1 else [held for tier, held in tiers.items() if tier != GPU and held]
+        others = () if len(tiers) == 1 else [held for tier, held in tiers.items() if _is_other(tier, held)]
         if not others and (not hashes or hashes[0] not in self._device):
             return {}
         return {names[i]: n for i, n in _walk(hashes, self._device, others)}
 
-    def holds(self, replica: str, block: int, tier: str = GPU) -> bool:
+    def holds(self, replica: str, block: int, tier: str | Window = GPU) -> bool:
         """True if the replica is known to hold the block."""
         return bool(self._tiers.get(tier, {}).get(block, 0) & self._bits.get(replica, 0))
 
@@ -174,6 +212,14 @@ class PrefixIndex:
             if blocks is held:
                 self.remove(replica, last, tier)
         self.refused += len(last)
+
+
+_NOBODY: Mapping[int, int] = {}
+
+
+def _is_other(tier: str | Window, held: Mapping[int, int]) -> bool:
+    """True for what is elsewhere than on the device."""
+    return bool(held) and tier != GPU and isinstance(tier, str)
 
 
 def _walk(

@@ -9,6 +9,7 @@ import attrs
 
 from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.kv_events import BlockRemoved, BlockStored
+from kvfleet.cache.resuming import Resuming, Window
 
 __all__ = ["Noted", "held", "removed", "stored", "words"]
 
@@ -17,17 +18,20 @@ __all__ = ["Noted", "held", "removed", "stored", "words"]
 class Noted:
     """An index that refuses what makes no sense: to forget what it was not told."""
 
-    claims: dict[tuple[str, str], set[int]] = attrs.field(factory=dict)
+    claims: dict[tuple[str, str | Window], set[int]] = attrs.field(factory=dict)
 
-    def store(self, replica: str, hashes: Iterable[int], tier: str = "gpu") -> None:
+    def store(self, replica: str, hashes: Iterable[int], tier: str | Window = "gpu") -> None:
         """Note it."""
         self.claims.setdefault((replica, tier), set()).update(hashes)
 
-    def remove(self, replica: str, hashes: Iterable[int], tier: str = "gpu") -> None:
+    def remove(self, replica: str, hashes: Iterable[int], tier: str | Window = "gpu") -> None:
         """Note it."""
         gone = set(hashes)
         assert gone <= self.claims.get((replica, tier), set()), "told to forget what nobody claimed"
         self.claims[replica, tier] -= gone
+
+    def limit(self, replica: str, resuming: Resuming | None) -> None:
+        """Only layers that need all blocks are noted here."""
 
     def clear(self, replica: str) -> None:
         """Note it."""

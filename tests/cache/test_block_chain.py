@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfleet.cache.block_chain import BlockCounts, EngineBlocks, token_hashes
+from kvfleet.cache.block_chain import BlockCounts, token_hashes
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_events import BlockStored
 from tests.cache.made import Noted, held, removed, stored, words
 
@@ -139,14 +140,6 @@ class TestTiersAndGroups:
         blocks.stored(stored([1, 2], PROMPT[:8]))
         blocks.stored(stored([1, 2, 9], (), tier="cpu"))
         assert (held(index, PROMPT, tier="cpu"), blocks.counts.sparse) == (8, 1)
-
-    def test_other_attention_is_passed_over(self, blocks: EngineBlocks, index: Noted) -> None:
-        """Of a sliding window an engine keeps only the last blocks, which say nothing of the beginning."""
-        blocks.stored(stored([1], PROMPT[:4], group=1, kind="sliding_window"))
-        assert (blocks.counts.foreign, blocks.is_hybrid, index.claims) == (1, True, {})
-        blocks.stored(stored([1], PROMPT[:4], group=0, kind="full_attention"))
-        blocks.removed(removed(1, group=1))
-        assert held(index, PROMPT) == 4
 
     def test_every_group_must_have_it(self, blocks: EngineBlocks, index: Noted) -> None:
         """A block that one group of layers has lost must be computed again."""

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.cache.block_chain import EngineBlocks
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_drain import EventDrain, decode_drain
 from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import FrozenClock

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 pytest.importorskip("msgspec")
 
 from kvfleet.adapters.base import EngineLoad
-from kvfleet.cache.block_chain import EngineBlocks
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import FrozenClock

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
-from kvfleet.cache.block_chain import EngineBlocks
+from kvfleet.cache.engine_blocks import EngineBlocks
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.cache.kv_state import KVMode
 from kvfleet.clock import FrozenClock
