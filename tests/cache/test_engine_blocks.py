@@ -73,7 +73,7 @@ def life(engine: HybridEngine, seed: int, steps: int) -> list[list[Event]]:
     return batches
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(models(), models(), st.integers(0, 2**32), st.integers(1, 40))
 def test_the_index_claims_what_the_engine_finds(one: list[Layers], two: list[Layers], seed: int, steps: int) -> None:
     """No token more and none less, whatever its layers are, and whatever another engine in the index does.
