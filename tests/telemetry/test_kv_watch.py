@@ -264,7 +264,7 @@ async def test_engines_own_figures_are_held_against_it() -> None:
     async with scene.watching():
         await until(lambda: scene.modes() == [KVMode.EXACT])
     blocks = next(scene.caches.sources[0].blocks())
-    blocks.copies = 100
+    blocks._whole.copies = 100
     scene.load.report(scene.models[0].endpoint, EngineLoad(cache_blocks=9), scene.clock.now_s())
     scene.clock.advance(60)
     scene.watch.compare()
