@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import zlib
 from pathlib import Path
+from typing import Any
 
 import attrs
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.engine_blocks import EngineBlocks
-from kvfleet.cache.kv_events import BlockStored, Event
+from kvfleet.cache.kv_events import BlockStored, Event, decode
 from kvfleet.cache.prefix_index import PrefixIndex
 from tests.cache.hybrid_engine import HybridEngine, Layers
 from tests.cache.made import removed, stored, words
@@ -118,6 +121,31 @@ def test_a_replay_tells_the_same(groups: list[Layers], seed: int, steps: int, is
     assert (len(again), len(others), others.copies) == (len(live), len(blocks), blocks.copies)
     for prompt in [prompt for kept in engine.kept for prompt in kept]:
         assert claimed(again, prompt) == claimed(live, prompt)
+
+
+def recorded(name: str) -> list[list[Any]]:
+    """A real engine's messages (``"m"``, number, payload) and answers (``"a"``, prompt, cached tokens), in their order."""
+    found: list[list[Any]] = msgspec.msgpack.decode(zlib.decompress((SAMPLES / f"{name}.zlib").read_bytes()))
+    return found
+
+
+@pytest.mark.parametrize("block_tokens", [16, 32])
+def test_a_real_engine_finds_what_is_claimed(block_tokens: int) -> None:
+    """A Gemma 3 in vLLM with a small cache: for each prompt just the tokens that its answer said were cached."""
+    index = PrefixIndex()
+    blocks = EngineBlocks(index, "a", block_tokens)
+    told: list[tuple[int, int]] = []
+    for what, one, two in recorded("vllm_0.32_windows"):
+        if what == "m":
+            apply(blocks, list(decode(two).events))
+            continue
+        hashes = token_hashes(words(one), block_tokens)
+        found = index.match(hashes, (len(one) - 1) // block_tokens).get("a")
+        told.append((found.blocks * block_tokens if found else 0, two))
+    assert len(told) == 140
+    assert sum(cached > 0 for _, cached in told) > 60
+    assert [claim for claim, _ in told] == [cached for _, cached in told]
+    assert (blocks.flaw, blocks.counts.orphans, blocks.counts.sparse) == ("", 0, 0)
 
 
 class TestWindows:
