@@ -87,6 +87,14 @@ def _rules(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option(
     "-n", "--engines", type=click.IntRange(1, 256), default=1, show_default=True, help="So many, on ports one by one."
 )
+@click.option(
+    "--data-parallel-size",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Data-parallel ranks of each engine: behind its port, with a cache, a queue and KV events (at the ports that "
+    "follow) of their own.",
+)
 @click.option("-m", "--model", default="mock", show_default=True, help="Name of the model they serve.")
 @click.option(
     "-k",
@@ -121,6 +129,7 @@ def mock_engine(
     allow_unauthenticated: bool,
     log_level: str,
     engines: int,
+    data_parallel_size: int,
     rules: tuple[FaultRule, ...],
     **given: Any,
 ) -> None:
@@ -138,8 +147,10 @@ def mock_engine(
     model = given.pop("model")
     made = []
     for index in range(engines):
-        adapter = MockAdapter(endpoint=f"mock://{index}", model_id=model, **given)
-        made.append(MockEngine(adapter, publishing.publisher(index)))
+        places = range(index * data_parallel_size, (index + 1) * data_parallel_size)
+        adapters = [MockAdapter(endpoint=f"mock://{place}", model_id=model, **given) for place in places]
+        first, *others = zip(adapters, map(publishing.publisher, places), strict=True)
+        made.append(MockEngine(*first, others=[MockEngine(*rank) for rank in others]))
         for rule in rules:
             made[-1].faults.add(rule)
     run = serve_engines(made, host=host, port=port, keys=keys, on_ready=lambda urls: _welcome(urls, model))

@@ -15,7 +15,7 @@ from kvfleet.errors import AuthenticationError, BackendError, BadRequestError, F
 from kvfleet.gateway.auth import Keys
 from kvfleet.gateway.exchange import ClientLeftError, Pairs
 from kvfleet.gateway.http_exchange import HTTPExchange
-from kvfleet.mock.engine import MockEngine
+from kvfleet.mock.engine import RANK_HEADER, MockEngine
 from kvfleet.mock.faults import FaultKind, FaultRule, parse_fault
 from kvfleet.mock.inference import infer, read_body
 from kvfleet.mock.metrics import CONTENT_TYPE
@@ -99,7 +99,7 @@ class MockApp:
         if rule is not None and await self._misbehaves(exchange, rule):
             return
         if operation is not None:
-            await infer(self.engine, operation, exchange, rule)
+            await infer(self.engine.chosen(exchange.headers.get(RANK_HEADER)), operation, exchange, rule)
         elif page is not None:
             await page(exchange)
         else:
@@ -137,7 +137,7 @@ class MockApp:
         await exchange.json(200, {"server_load": self.engine.in_flight - 1})
 
     async def _metrics(self, exchange: HTTPExchange) -> None:
-        await exchange.whole(200, self.engine.metrics.page(), [(b"content-type", CONTENT_TYPE)])
+        await exchange.whole(200, self.engine.page(), [(b"content-type", CONTENT_TYPE)])
 
     async def _reset_prefix_cache(self, exchange: HTTPExchange) -> None:
         if self.engine.clear_cache():

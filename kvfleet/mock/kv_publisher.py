@@ -88,6 +88,7 @@ class KVPublisher:
         binds: True to listen on the endpoint, False to connect to a subscriber that listens.
         time_s: Unix seconds.
         batches: How many are kept for those who missed some.
+        rank: The data-parallel rank whose cache it tells of.
     """
 
     context: Any = attrs.field(repr=False)
@@ -97,6 +98,7 @@ class KVPublisher:
     binds: bool = True
     time_s: Callable[[], float]
     batches: int = _BATCHES
+    rank: int = 0
     _publisher: Any = attrs.field(init=False, default=None, repr=False)
     _router: Any = attrs.field(init=False, default=None, repr=False)
     _pack: Callable[[Any], bytes] = attrs.field(init=False, repr=False)
@@ -126,10 +128,15 @@ class KVPublisher:
             with _named(self.replay, zmq.ZMQError):
                 self._router.bind(self.replay)
 
+    @property
+    def sent(self) -> int:
+        """How many batches it sent since it started."""
+        return self._number
+
     def publish(self, events: list[dict[str, Any]]) -> None:
         """Send a batch, and keep it."""
         number = self._number.to_bytes(8, "big")
-        payload = self._pack([self.time_s(), events, 0])
+        payload = self._pack([self.time_s(), events, self.rank])
         self._number += 1
         self._kept.append((number, payload))
         self._publisher.send_multipart((self.topic.encode(), number, payload))

@@ -15,7 +15,7 @@ from kvfleet.adapters.mock_answer import MockText
 from kvfleet.sim.events import Decoded, Event, Finished, FirstToken, Job, Preempted, Started
 from kvfleet.sim.spec import EngineSpec
 
-__all__ = ["CONTENT_TYPE", "EngineMetrics", "Histogram"]
+__all__ = ["CONTENT_TYPE", "EngineMetrics", "Histogram", "MetricsPage"]
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -93,11 +93,13 @@ class EngineMetrics(Collector):
         model: The name of its model.
         spec: Its size.
         load: Its load by now.
+        rank: Its data-parallel rank, the label ``engine`` of all that is on the page.
     """
 
     model: str
     spec: EngineSpec
     load: Callable[[], EngineLoad]
+    rank: int = 0
     ttft: Histogram = attrs.field(
         init=False,
         factory=lambda: Histogram(
@@ -155,14 +157,6 @@ class EngineMetrics(Collector):
     _started_s: dict[Job, float] = attrs.field(init=False, factory=dict, repr=False)
     _first_s: dict[Job, float] = attrs.field(init=False, factory=dict, repr=False)
     _last_s: float = attrs.field(init=False, default=0.0)
-    _registry: CollectorRegistry = attrs.field(init=False, factory=lambda: CollectorRegistry(auto_describe=False))
-
-    def __attrs_post_init__(self) -> None:
-        self._registry.register(self)
-
-    def page(self) -> bytes:
-        """The page."""
-        return generate_latest(self._registry)
 
     def follow(self, events: Sequence[Event]) -> None:
         """Take in what happened."""
@@ -220,7 +214,7 @@ class EngineMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Everything on the page."""
         load = self.load()
-        labels, values = ["model_name", "engine"], [self.model, "0"]
+        labels, values = ["model_name", "engine"], [self.model, str(self.rank)]
         for name, doc, value in _gauges(load):
             gauge = GaugeMetricFamily(name, doc, labels=labels)
             gauge.add_metric(values, value)
@@ -254,7 +248,7 @@ class EngineMetrics(Collector):
             labels=["model_name", "engine", "reason"],
         )
         for reason, value in (("capacity", load.waiting or 0), ("deferred", 0)):
-            gauge.add_metric([self.model, "0", reason], value)
+            gauge.add_metric([self.model, str(self.rank), reason], value)
         return gauge
 
     def _config(self) -> Metric:
@@ -264,7 +258,7 @@ class EngineMetrics(Collector):
             "kv_cache_size_tokens": str(self.spec.cache_blocks * self.spec.block_tokens),
             "enable_prefix_caching": "True",
             "cache_dtype": "auto",
-            "engine": "0",
+            "engine": str(self.rank),
         }
         gauge = GaugeMetricFamily(
             "vllm:cache_config_info", "Information of the LLMEngine CacheConfig", labels=list(labels)
@@ -279,8 +273,28 @@ class EngineMetrics(Collector):
             labels=["model_name", "engine", "finished_reason"],
         )
         for reason, count in self.ended.items():
-            counter.add_metric([self.model, "0", reason], count)
+            counter.add_metric([self.model, str(self.rank), reason], count)
         return counter
+
+
+@attrs.frozen(eq=False)
+class MetricsPage(Collector):
+    """The page of an engine: of all its data-parallel ranks."""
+
+    ranks: Sequence[EngineMetrics]
+
+    def read(self) -> bytes:
+        """The page."""
+        registry = CollectorRegistry(auto_describe=False)
+        registry.register(self)
+        return generate_latest(registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Each metric once, with the samples of all ranks."""
+        for family, *others in zip(*(rank.collect() for rank in self.ranks), strict=True):
+            for other in others:
+                family.samples.extend(other.samples)
+            yield family
 
 
 def _gauges(load: EngineLoad) -> Iterator[tuple[str, str, float]]:

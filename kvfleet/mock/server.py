@@ -163,7 +163,8 @@ async def serving(
         OSError: if a port, or an endpoint of KV events, cannot be had.
     """
     servers = [MockServer(engine, host, port and port + index, keys=keys) for index, engine in enumerate(engines)]
-    publishers = [engine.publisher for engine in engines if engine.publisher is not None]
+    ranks = [rank for engine in engines for rank in engine.ranks]
+    publishers = [rank.publisher for rank in ranks if rank.publisher is not None]
     tasks: list[asyncio.Task[None]] = []
     try:
         for publisher in publishers:

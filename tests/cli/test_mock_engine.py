@@ -59,6 +59,18 @@ def test_engines_serve_and_stop() -> None:
         assert (process.returncode, errors) == (0, "")
 
 
+def test_an_engine_has_ranks() -> None:
+    """Behind one port, with metrics for each, and the one that is named computes."""
+    with engines("-m", "demo", "--speed", "1000", "--data-parallel-size", "3") as (urls, _):
+        assert len(urls) == 1
+        with httpx.Client(base_url=urls[0], trust_env=False, timeout=10) as client:
+            assert client.post("/v1/chat/completions", json=HELLO, headers={"X-Data-Parallel-Rank": "2"}).is_success
+            page = client.get("/metrics").text
+    lines = [line for line in page.splitlines() if line.startswith("vllm:prompt_tokens_total")]
+    assert [line.split()[-1] != "0.0" for line in lines] == [False, False, True]
+    assert all(f'engine="{rank}"' in line for rank, line in enumerate(lines))
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
