@@ -13,13 +13,15 @@ import attrs
 import orjson
 
 from kvfleet.adapters.call import Operation
+from kvfleet.cache.kv_events import BlockRemoved, BlockStored, Event
 from kvfleet.cache.tokens import LocalTokenizer
 from kvfleet.clock import SystemClock
+from tests.cache.hybrid_engine import HybridEngine, Layers
 from tests.cache.publisher import SIZE, Publisher
 from tests.gateway.upstream import whole
 from tests.telemetry.zmq_engine import ZmqEngine
 
-__all__ = ["KVEngine", "RankedEngine", "free_ports"]
+__all__ = ["HybridKVEngine", "KVEngine", "RankedEngine", "free_ports"]
 
 
 class Ticking(SystemClock):
@@ -84,23 +86,32 @@ class KVEngine:
     async def _chat(self, body: Any) -> Any:
         ids = self.tokenizer.tokenise(Operation.CHAT, body)
         tokens = [int.from_bytes(ids[at : at + 4], "little") for at in range(0, len(ids), 4)]
-        cache, blocks = self.publisher.cache, 0
-        while (end := (blocks + 1) * SIZE) < len(tokens) and tuple(tokens[:end]) in cache:
-            blocks += 1
-        self.asked.append((len(tokens), blocks * SIZE))
+        cached = self.hit(tokens)
+        self.asked.append((len(tokens), cached))
         self._queried += len(tokens)
-        self._hits += blocks * SIZE
-        message = self.publisher.store(tokens)
+        self._hits += cached
+        message = self.store(tokens)
         if not self.is_silent:
             await self.wire.send(message)
         usage = {
             "prompt_tokens": len(tokens),
             "completion_tokens": 1,
             "total_tokens": len(tokens) + 1,
-            "prompt_tokens_details": {"cached_tokens": blocks * SIZE},
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
         choice = {"index": 0, "message": {"role": "assistant", "content": self.name}, "finish_reason": "stop"}
         return {"id": "1", "object": "chat.completion", "model": "m", "choices": [choice], "usage": usage}
+
+    def hit(self, tokens: list[int]) -> int:
+        """How many tokens of a prompt it has, in whole blocks, short of all."""
+        cache, blocks = self.publisher.cache, 0
+        while (end := (blocks + 1) * SIZE) < len(tokens) and tuple(tokens[:end]) in cache:
+            blocks += 1
+        return blocks * SIZE
+
+    def store(self, tokens: list[int]) -> tuple[int, bytes]:
+        """Keep a prompt's blocks: the message that tells of it."""
+        return self.publisher.store(tokens)
 
     async def evict(self, count: int, rng: random.Random) -> None:
         """Forget some blocks, from the ends of prompts."""
@@ -117,6 +128,51 @@ class KVEngine:
             "vllm:prefix_cache_hits_total": self._hits,
         }
         return "".join(f"{key}{{{labels}}} {value}\n" for key, value in lines.items()).encode()
+
+
+@attrs.define(eq=False)
+class HybridKVEngine(KVEngine):
+    """One whose model has a group of layers with full attention, and one with a sliding window of nine tokens.
+
+    It tells of them as vLLM 0.32 does, and finds what `HybridEngine` finds.
+    """
+
+    layers: HybridEngine = attrs.field(
+        factory=lambda: HybridEngine([Layers("full_attention", SIZE), Layers("sliding_window", SIZE, 9)])
+    )
+
+    def hit(self, tokens: list[int]) -> int:
+        """See `KVEngine`."""
+        return self.layers.hit(tuple(tokens))
+
+    def store(self, tokens: list[int]) -> tuple[int, bytes]:
+        """See `KVEngine`."""
+        return self.publisher.publish(list(map(_told, self.layers.compute(tuple(tokens)))))
+
+    async def evict(self, count: int, rng: random.Random) -> None:
+        """Forget some blocks, whichever."""
+        events = [event for _ in range(count) for event in self.layers.lose(rng)]
+        await self.wire.send(self.publisher.publish(list(map(_told, events))))
+
+
+def _told(event: Event) -> dict[str, Any]:
+    """An event in vLLM's words."""
+    if isinstance(event, BlockRemoved):
+        return {"type": "BlockRemoved", "block_hashes": event.hashes, "medium": "GPU", "group_idx": event.group}
+    assert isinstance(event, BlockStored)
+    return {
+        "type": "BlockStored",
+        "block_hashes": event.hashes,
+        "parent_block_hash": event.parent,
+        "token_ids": [int.from_bytes(event.tokens[at : at + 4], "little") for at in range(0, len(event.tokens), 4)],
+        "block_size": event.block_tokens,
+        "lora_id": None,
+        "medium": "GPU",
+        "lora_name": None,
+        "group_idx": event.group,
+        "kv_cache_spec_kind": event.kind,
+        **({"kv_cache_spec_sliding_window": event.window} if event.window else {}),
+    }
 
 
 @attrs.define(eq=False)

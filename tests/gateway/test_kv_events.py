@@ -30,7 +30,7 @@ from kvfleet.runtime import Router
 from kvfleet.trace import names
 from kvfleet.trace.spans import Span, Trace
 from tests.cache.tokenizing import save
-from tests.gateway.kv_engine import KVEngine, RankedEngine
+from tests.gateway.kv_engine import HybridKVEngine, KVEngine, RankedEngine
 from tests.telemetry.zmq_engine import until
 
 SYSTEM = "You answer in verse, and you never say more than you must. " * 4
@@ -86,11 +86,16 @@ class Live:
 
 @contextlib.asynccontextmanager
 async def live(
-    folder: Path, *, mode: str = "tokenizer", deadline_ms: float = 5000, **events: Any
+    folder: Path,
+    *,
+    mode: str = "tokenizer",
+    deadline_ms: float = 5000,
+    kind: type[KVEngine] = KVEngine,
+    **events: Any,
 ) -> AsyncIterator[Live]:
     """Two engines, and a gateway in front of them."""
     tokenizer = LocalTokenizer.load(save(folder))
-    async with KVEngine(tokenizer, "one").running() as one, KVEngine(tokenizer, "two").running() as two:
+    async with kind(tokenizer, "one").running() as one, kind(tokenizer, "two").running() as two:
         told = KVEventsConfig(endpoint="tcp://{host}:{port+1}", replay="tcp://{host}:{port+2}", topic="kv", **events)
         blocks = PromptBlocksConfig(mode=mode, block_tokens=4, tokenizer=str(folder), deadline_ms=deadline_ms)
         replicas = {"endpoint": one.url, "replicas": (two.url,), "provider": "vllm"}
@@ -121,6 +126,29 @@ async def test_what_engines_hold_is_known_exactly(tmp_path: Path) -> None:
         assert [len(found) for found in asked.values()] in ([3, 0], [0, 3])
         fact = scene.stage("classify.tokens").attributes["kvfleet.fact.tokens"]
         assert fact == (f"m: {asked[served][-1][0]} tokens",)
+
+
+async def test_what_a_hybrid_model_holds_is_known_exactly(tmp_path: Path) -> None:
+    """To the token, wherever in a prompt its layers have lost blocks."""
+    async with live(tmp_path, kind=HybridKVEngine) as scene:
+        rng, questions, told = random.Random(7), [f"{number} is my question. " * 12 for number in range(3)], []
+        for number in range(16):
+            before = {engine.name: len(engine.asked) for engine in scene.engines}
+            await scene.ask(questions[number % 3])
+            (served,) = [engine for engine in scene.engines if len(engine.asked) > before[engine.name]]
+            told.append((*scene.expected()[served.name], served.asked[-1][1]))
+            await served.evict(4, rng)
+            await until(lambda: _told(scene) == [engine.publisher.seq for engine in scene.engines])
+        repeated = [(expected, cached) for expected, mode, cached in told if expected > 1 and mode == "exact"]
+        assert len(repeated) > 6
+        assert all(expected == cached for expected, cached in repeated)
+        assert len({cached for _, cached in repeated}) > 2
+        assert scene.modes() == ["exact", "exact"]
+
+
+def _told(scene: Live) -> list[int]:
+    """By engine: the messages that the gateway has taken in."""
+    return [source.states[0].counts.batches for source in scene.router.services.caches.sources]
 
 
 async def test_what_an_engine_forgot_is_known(tmp_path: Path) -> None:
