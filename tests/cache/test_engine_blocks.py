@@ -129,13 +129,14 @@ def recorded(name: str) -> list[list[Any]]:
     return found
 
 
+@pytest.mark.parametrize("name", ["vllm_0.32_windows", "vllm_0.32_states"])
 @pytest.mark.parametrize("block_tokens", [16, 32])
-def test_a_real_engine_finds_what_is_claimed(block_tokens: int) -> None:
-    """A Gemma 3 in vLLM with a small cache: for each prompt just the tokens that its answer said were cached."""
+def test_a_real_engine_finds_what_is_claimed(name: str, block_tokens: int) -> None:
+    """A vLLM with a small cache: for each prompt just the tokens that its answer said were cached."""
     index = PrefixIndex()
     blocks = EngineBlocks(index, "a", block_tokens)
     told: list[tuple[int, int]] = []
-    for what, one, two in recorded("vllm_0.32_windows"):
+    for what, one, two in recorded(name):
         if what == "m":
             apply(blocks, list(decode(two).events))
             continue
