@@ -7,9 +7,11 @@ else, so it is not done with tools, log probabilities, several choices, or a for
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import anyio
 import attrs
 import orjson
 
@@ -36,6 +38,8 @@ _FORMATS = ("response_format", "guided_json", "guided_regex", "guided_grammar", 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 _TEXT = frozenset({"role", "content"})  # of a chat's delta; anything else cannot be said again
 _MOST_TEXT = 1024 * 1024
+_COUNT_S = 1.0
+"""Longest wait for the engine that goes on to count the tokens of what was said."""
 
 
 def obstacle(request: RouteRequest) -> str:
@@ -97,7 +101,7 @@ class Continued(AsyncIterator[bytes]):
     _size: int = attrs.field(init=False, default=0)
     _is_finished: bool = attrs.field(init=False, default=False)
     _is_continuing: bool = attrs.field(init=False, default=False)
-    _before: int = attrs.field(init=False, default=0)
+    _said_tokens: int = attrs.field(init=False, default=0)
 
     @_reply.default
     def _of_first(self) -> Reply:
@@ -144,13 +148,14 @@ class Continued(AsyncIterator[bytes]):
             self.others.remove(chosen)
             if why_not := self.may_call(chosen):
                 break
+            self._said_tokens = await self._count(self.adapters[chosen.id])
             rewrite = _Beginning(self._body())
             try:
                 answer = await self.attempt(chosen, timeout_s=self.timeout_s, reason=CONTINUATION, rewrite=rewrite)
             except BackendError as failed:
                 why_not = failed.kind.value if failed.kind in _FINAL else ""
                 continue
-            self._reply, self._is_continuing, self._before = answer.reply, True, len(self._text)
+            self._reply, self._is_continuing = answer.reply, True
             self.told("continued")
             return OWN_COMMENT + b"gone on with by another replica, attempt %d, after %b\n\n" % (
                 answer.attempt,
@@ -173,6 +178,19 @@ class Continued(AsyncIterator[bytes]):
         """True if its engine can go on with a text; anybody can begin one of which nothing was said."""
         return not self._text or self.request.operation in self.adapters[model.id].continues
 
+    async def _count(self, adapter: InferenceAdapter) -> int:
+        """How many tokens were said: as the engine that goes on counts them, or else as many as there were events.
+
+        An engine that is busy puts several tokens into one event.
+        """
+        text = "".join(self._text)
+        tokens = None
+        if text:
+            asked = {"prompt": text, "add_special_tokens": False}
+            with contextlib.suppress(BackendError), anyio.move_on_after(_COUNT_S):
+                tokens = await adapter.prompt_tokens(Operation.COMPLETION, asked)
+        return len(tokens) if tokens else len(self._text)
+
     def _body(self) -> Mapping[str, Any]:
         body = dict(self.request.body)
         if not self._text:
@@ -185,7 +203,7 @@ class Continued(AsyncIterator[bytes]):
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         for key in _LIMITS:
             if isinstance(limit := body.get(key), int):
-                body[key] = max(limit - len(self._text), 1)
+                body[key] = max(limit - self._said_tokens, 1)
         return body
 
     # Reading what passes
@@ -223,7 +241,7 @@ class Continued(AsyncIterator[bytes]):
     def _recounted(self, chunk: dict[str, Any]) -> bytes:
         """The usage as if one had written it all: what was said before was a part of the prompt only to the other."""
         usage = dict(chunk["usage"])
-        before = min(self._before, int(usage.get("prompt_tokens") or 0))
+        before = min(self._said_tokens, int(usage.get("prompt_tokens") or 0))
         usage["prompt_tokens"] = int(usage.get("prompt_tokens") or 0) - before
         usage["completion_tokens"] = int(usage.get("completion_tokens") or 0) + before
         return b"data: " + orjson.dumps({**chunk, "usage": usage}) + b"\n\n"

@@ -189,6 +189,10 @@ class Engine:
     ) -> None:
         method, path, *_ = line
         tongue = next((one for one in TONGUES if path == one.path), None)
+        if path == "/tokenize" and self.site.tokenizes is not None:
+            writer.write(whole(json.dumps({"tokens": self.site.tokenizes(json.loads(body)["prompt"])}).encode()))
+            await writer.drain()
+            return
         if method != "POST" or tongue is None or tongue not in self.site.tongues:
             writer.write(_page(path) if tongue is None else refusal("404 Not Found"))
             await writer.drain()
@@ -223,6 +227,7 @@ class Site:
         behaviour: Of who is at fault.
         culprit: Who that is, once it is known.
         tongues: The APIs they speak.
+        tokenizes: What they say at ``/tokenize``; nothing of use if None.
     """
 
     engines: list[Engine] = attrs.field(factory=list)
@@ -230,6 +235,7 @@ class Site:
     culprit: Engine | None = None
     is_everybody: bool = False
     tongues: Sequence[Tongue] = (CHAT,)
+    tokenizes: Callable[[str], Sequence[int]] | None = None
 
     def behaviour_of(self, engine: Engine) -> Behaviour:
         """How an engine that is asked now behaves: whoever is asked first is at fault."""

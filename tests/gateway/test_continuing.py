@@ -200,14 +200,19 @@ async def test_it_is_paid_from_the_retry_budget() -> None:
         assert stage.engines.chats == 1
 
 
-async def test_limits_and_usage_are_those_of_one_answer() -> None:
-    """What was said counts for `max_tokens`, and is no part of the prompt that the client is told of."""
+@pytest.mark.parametrize("can_count", [True, False])
+async def test_limits_and_usage_are_those_of_one_answer(can_count: bool) -> None:
+    """What was said counts for `max_tokens`, and is no part of the prompt that the client is told of.
+
+    A busy engine puts several tokens into one event, so who goes on is asked how many there are; if it can be.
+    """
     asked: list[dict[str, Any]] = []
 
     async def counts(ask: Ask) -> None:
         asked.append(ask.body)
         if len(asked) == 1:
-            await ask.begin(4)
+            pieces = ["".join(TOKENS[:3]), TOKENS[3]] if can_count else TOKENS[:4]
+            await ask.say(SSE_HEAD, chunk(event(delta())), *(chunk(event(delta(one))) for one in pieces))
             raise LeaveError
         rest = delta("".join(TOKENS[4:]))
         usage = {"choices": [], "usage": {"prompt_tokens": 24, "completion_tokens": 6, "total_tokens": 30}}
@@ -216,6 +221,8 @@ async def test_limits_and_usage_are_those_of_one_answer() -> None:
 
     async with staged(counts) as stage:
         stage.engines.is_everybody = True
+        if can_count:
+            stage.engines.tokenizes = lambda text: list(range(len(text) // 6))
         said = await stage.ask(max_tokens=50, stream_options={"include_usage": True})
     assert text_of(said) == TEXT
     usage = json.loads([line for line in said.splitlines() if '"usage":{' in line][-1][5:])["usage"]
