@@ -20,9 +20,10 @@ from kvfleet.adapters.base import (
     EndpointHealth,
     InferenceAdapter,
 )
+from kvfleet.adapters.call import LARGE_BYTES
 from kvfleet.adapters.connections import Connections
 from kvfleet.adapters.native import portable
-from kvfleet.builtin.facts import prompt_tokens
+from kvfleet.builtin.facts import PROMPT, prompt_tokens
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
@@ -283,6 +284,8 @@ class Router:
         if self._background is None:
             await self.open()
         ctx, select = self.prepare(request)
+        if len(request.raw) > LARGE_BYTES:
+            await self._lay_out(ctx)
         route = Route(
             pipeline=self.pipeline,
             ctx=ctx,
@@ -480,6 +483,12 @@ class Router:
             dry_run=dry_run,
         )
         return ctx, self._names.strategy(request.strategy)
+
+    async def _lay_out(self, ctx: RoutingContext) -> None:
+        """Have a large prompt made ready for those stages that would take long over it, before it is their turn."""
+        for stage in self.pipeline.stages:
+            if callable(lay_out := getattr(stage.component, "lay_out", None)):
+                ctx.facts[PROMPT] = await lay_out(ctx)  # type: ignore[index]  # a fresh mapping, which grows in place
 
     def _closed(self, outcome: Outcome) -> None:
         for sink in self.sinks:

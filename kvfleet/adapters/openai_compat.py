@@ -11,12 +11,12 @@ import orjson
 
 from kvfleet.adapters import faults, sse
 from kvfleet.adapters.base import EndpointHealth
-from kvfleet.adapters.call import Call, Native, Operation, Reply, Tally, Usage
+from kvfleet.adapters.call import LARGE_BYTES, Call, Native, Operation, Reply, Tally, Usage
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming, parsed
 from kvfleet.adapters.native import send_native
 from kvfleet.adapters.native_wire import WIRES
-from kvfleet.adapters.patching import body_for, hides_usage
+from kvfleet.adapters.patching import body_for, body_in_turns, hides_usage
 from kvfleet.config.fields import listing, text
 from kvfleet.errors import BackendError, Fault
 
@@ -78,7 +78,7 @@ class OpenAICompatAdapter(HTTPAdapter):
         incoming = await self.exchange(
             "POST",
             self._paths[call.operation],
-            body_for(call, self.model_id),
+            body_for(call, self.model_id) if len(call.raw) <= LARGE_BYTES else await body_in_turns(call, self.model_id),
             headers=call.headers,
             limits=call.limits,
         )

@@ -15,6 +15,7 @@ __all__ = ["PlainEvents"]
 # The text in runs, for one letter after the other takes 150 ms for a megabyte (`benchmarks/loop_lag.py`).
 _TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content|arguments)": ?"([^"\\]*(?:\\.[^"\\]*)*)"')
 MOST_LESSONS = 32
+_LONGEST_LESSON = 64 * 1024
 
 
 @attrs.define
@@ -50,7 +51,7 @@ class PlainEvents:
 
     def learn(self, event: bytes) -> None:
         """Take the frame of an event that said nothing but its text. Where the frame keeps changing this gives up."""
-        if self._lessons >= MOST_LESSONS:
+        if self._lessons >= MOST_LESSONS or len(event) > _LONGEST_LESSON:
             return
         self._lessons += 1
         found = _TEXT.search(event)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import AsyncIterator
 
 from kvfleet.adapters.call import Tally
 from kvfleet.adapters.incoming import Incoming
-from kvfleet.adapters.splitters import EventSplitter
+from kvfleet.adapters.splitters import EventSplitter, split_events
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["RelayedEvents", "cut_off"]
-
-_END = re.compile(rb"\n\r?\n")
 
 
 class RelayedEvents(abc.ABC):
@@ -92,7 +89,7 @@ class RelayedEvents(abc.ABC):
         """A piece event by event. What stands before an error is passed on before that is raised."""
         kept: list[bytes] = []
         try:
-            for event in _events(piece):
+            for event in split_events(piece):
                 kept.append(self._read_event(event))
                 if self._is_over:
                     self._incoming.finish()  # the connection may be used again once the body's end is there
@@ -107,11 +104,3 @@ class RelayedEvents(abc.ABC):
 def cut_off() -> BackendError:
     """The error for a body that ended before its answer did."""
     return BackendError(Fault.DISCONNECTED, "the backend's stream ended before its answer did", received=True)
-
-
-def _events(piece: bytes) -> list[bytes]:
-    """Single events, each with its end; together they are the piece, byte by byte."""
-    if b"\r" not in piece:
-        return [event + b"\n\n" for event in piece.split(b"\n\n")[:-1]]
-    ends = [match.end() for match in _END.finditer(piece)]
-    return [piece[begin:end] for begin, end in zip([0, *ends], [*ends, len(piece)], strict=True) if begin < end]

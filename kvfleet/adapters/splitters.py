@@ -10,7 +10,7 @@ import attrs
 
 from kvfleet.errors import BackendError, Fault
 
-__all__ = ["MAX_EVENT_BYTES", "EventSplitter", "LineSplitter", "data_of"]
+__all__ = ["MAX_EVENT_BYTES", "EventSplitter", "LineSplitter", "data_of", "split_events"]
 
 MAX_EVENT_BYTES = 8 * 1024 * 1024
 """Longest event unless said otherwise: the last one of a response holds all of it once more, pictures included."""
@@ -106,11 +106,35 @@ class LineSplitter(_Splitter):
         return [stripped for line in lines if (stripped := line.removesuffix(b"\r"))]
 
 
+def split_events(piece: bytes) -> list[bytes]:
+    r"""Single events, each with its end; together they are the piece, byte by byte.
+
+    >>> split_events(b"data: a\n\ndata: b\r\n\r\ndata")
+    [b'data: a\n\n', b'data: b\r\n\r\n', b'data']
+    """
+    found: list[bytes] = []
+    find, start = piece.find, 0
+    at = find(b"\n")
+    while at >= 0:  # from line to line; a pattern for an event's end takes 7 ms for a line of a megabyte
+        end = at + 1
+        if piece.startswith(b"\n", end) or piece.startswith(b"\r\n", end):
+            end = find(b"\n", end) + 1
+            found.append(piece[start:end])
+            start = end
+        at = find(b"\n", end)
+    if start < len(piece):
+        found.append(piece[start:])
+    return found
+
+
 def data_of(event: bytes) -> bytes:
     r"""The data of one event; empty if it has none (a comment, say).
 
-    >>> data_of(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n")
-    b'a\nb'
+    >>> data_of(b"event: x\r\ndata: a\r\ndata: b\r\n\r\n"), data_of(b"data: one\n\n")
+    (b'a\nb', b'one')
     """
+    end = event.find(b"\n")
+    if event.startswith(b"data:") and end == len(event) - 2 and event.endswith(b"\n"):  # as most are
+        return event[5:end].removesuffix(b"\r").removeprefix(b" ")
     lines = (line.removesuffix(b"\r") for line in event.split(b"\n"))
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))

@@ -21,6 +21,8 @@ from kvfleet.errors import BackendError, Fault
 __all__ = ["DONE", "EventRelay"]
 
 DONE = b"data: [DONE]\n\n"
+_LARGE_BYTES = 64 * 1024
+"""A larger event is parsed at once: that takes 1 ms for a megabyte, and to see that this is not needed 3 ms."""
 _FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 
 ErrorMaker = Callable[[bytes], BackendError]
@@ -93,6 +95,8 @@ class EventRelay(RelayedEvents):
         if self._plain.fits(piece):
             tally.events += 1
             return piece
+        if len(piece) > _LARGE_BYTES and piece.startswith(b"data: {") and piece.find(b"\n") == len(piece) - 2:
+            return self._read_data(piece, piece[6:-2])
         count = piece.count(b"\n\n")
         if (
             tally.events
@@ -115,6 +119,9 @@ class EventRelay(RelayedEvents):
         if not data:
             self._check_bare(event)
             return event
+        return self._read_data(event, data)
+
+    def _read_data(self, event: bytes, data: bytes) -> bytes:
         self.tally.events += 1
         if data == b"[DONE]":
             self._end()

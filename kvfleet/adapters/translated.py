@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import re
 from collections.abc import AsyncIterator, Iterator
 
 import attrs
@@ -13,14 +12,12 @@ from kvfleet.adapters.call import Call, Operation, Reply
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.refusals import refuse
-from kvfleet.adapters.splitters import MAX_EVENT_BYTES, EventSplitter, LineSplitter, data_of
+from kvfleet.adapters.splitters import MAX_EVENT_BYTES, EventSplitter, LineSplitter, data_of, split_events
 from kvfleet.adapters.translation import Chunks, Framing, Translation
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.errors import BackendError
 
 __all__ = ["TranslatedAdapter", "events_of"]
-
-_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 
 
 @attrs.define(kw_only=True)
@@ -119,4 +116,4 @@ async def events_of(
 def _single(found: bytes | list[bytes]) -> Iterator[bytes]:
     if isinstance(found, list):
         return (line for line in found if line.strip())
-    return (data for event in _BLANK_LINE.split(found) if (data := data_of(event)))
+    return (data for event in split_events(found) if (data := data_of(event)))

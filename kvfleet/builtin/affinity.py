@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from bisect import bisect_left
 from collections import OrderedDict
@@ -158,6 +159,14 @@ class PrefixAffinity:
         """What the index was made with, and what its blocks mean."""
         return self.block_bytes, self.cache_tokens, self.max_entries, self.isolate_tenants
 
+    async def lay_out(self, ctx: RoutingContext) -> PromptFacts:
+        """Hash a large prompt before its stages run, in turns of the event loop of its own; the facts that know it."""
+        await asyncio.sleep(0)
+        prompt = prompt_of(ctx)
+        await prompt.blocks_in_turns(self._seed(ctx), self.block_bytes)
+        await asyncio.sleep(0)
+        return prompt
+
     def affinity(self, ctx: RoutingContext) -> Affinity:
         """The expectations."""
         looked = self._look(ctx)
@@ -311,10 +320,13 @@ class PrefixAffinity:
     # Expecting
 
     def _blocks(self, ctx: RoutingContext, prompt: PromptFacts) -> PromptBlocks:
+        return prompt.blocks(self._seed(ctx), self.block_bytes)
+
+    def _seed(self, ctx: RoutingContext) -> int:
+        """What keeps apart the prompts that share no cache."""
         salt = ctx.request.body.get("cache_salt")
         tenant = ctx.tenant if self.isolate_tenants else ""
-        seed = salt_of(tenant, salt if isinstance(salt, str) else "") if salt or tenant else 0
-        return prompt.blocks(seed, self.block_bytes)
+        return salt_of(tenant, salt if isinstance(salt, str) else "") if salt or tenant else 0
 
     def _held(self, blocks: PromptBlocks, now_s: float) -> dict[str, float]:
         """By replica: the tokens of the prompt it holds, the answers it wrote included."""

@@ -17,7 +17,6 @@ from kvfleet.builtin.facts import (
     MODALITY,
     PII,
     PROMPT,
-    PromptFacts,
     messages_of,
     prompt_of,
     prompt_texts,
@@ -53,7 +52,7 @@ class PromptClassifier:
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `PROMPT`."""
-        return {PROMPT: PromptFacts.of(ctx.request)}
+        return {PROMPT: prompt_of(ctx)}
 
 
 @attrs.frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -137,12 +138,22 @@ class PromptFacts:
         """
         if self._blocks is None or (self._blocks_key is not None and self._blocks_key != (seed, block_bytes)):
             self._blocks_key = (seed, block_bytes)
-            if self.operation is Operation.CHAT:
-                laid = render_messages(messages_of(self._body), self._body.get("tools"))
-            else:
-                laid = Laid(self.text.encode("utf-8", "surrogatepass"))
-            self._blocks = byte_blocks(laid, seed, block_bytes)
+            self._blocks = byte_blocks(self._laid_out(), seed, block_bytes)
         return self._blocks
+
+    async def blocks_in_turns(self, seed: int, block_bytes: int) -> PromptBlocks:
+        """The same for a large prompt: others have their turn before it is laid out, and before it is hashed."""
+        await asyncio.sleep(0)
+        laid = self._laid_out()
+        await asyncio.sleep(0)
+        self._blocks_key = (seed, block_bytes)
+        self._blocks = byte_blocks(laid, seed, block_bytes)
+        return self._blocks
+
+    def _laid_out(self) -> Laid:
+        if self.operation is Operation.CHAT:
+            return render_messages(messages_of(self._body), self._body.get("tools"))
+        return Laid(self.text.encode("utf-8", "surrogatepass"))
 
     @property
     def text(self) -> str:

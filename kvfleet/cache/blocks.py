@@ -20,12 +20,25 @@ import attrs
 import orjson
 import xxhash
 
-__all__ = ["BLOCK_BYTES", "BYTES_PER_TOKEN", "Laid", "PromptBlocks", "byte_blocks", "render_messages", "salt_of"]
+__all__ = [
+    "BLOCK_BYTES",
+    "BYTES_PER_TOKEN",
+    "MOST_BLOCKS",
+    "Laid",
+    "PromptBlocks",
+    "byte_blocks",
+    "render_messages",
+    "salt_of",
+]
 
 BLOCK_BYTES = 256
 """Bytes of a block: about 64 tokens, so that a prompt of 32 KB has 128 blocks."""
 BYTES_PER_TOKEN = 4
 """Close to what tokenizers of today give for English; what it is wrong by, it is wrong by for all replicas alike."""
+
+MOST_BLOCKS = 4096
+"""Of a prompt's beginning: what lies beyond the first megabyte, some 260,000 tokens, is known by its marks alone. So no
+prompt takes the event loop for long, however long it is itself (`benchmarks/loop_lag.py`)."""
 
 _hash = xxhash.xxh3_64_intdigest
 _WHOLE_PART = 131_072
@@ -39,7 +52,7 @@ class PromptBlocks:
     """A prompt's chain.
 
     Attributes:
-        hashes: Of its whole blocks, in order, each an unsigned 64-bit number.
+        hashes: Of its whole blocks, in order, each an unsigned 64-bit number; of a very long prompt the first ones.
         block_tokens: Tokens in a block; an estimate for blocks of bytes.
         tokens: Tokens in the prompt, the last part of a block included.
         is_exact: True for blocks of the engine's own tokens.
@@ -87,11 +100,11 @@ def byte_blocks(laid: Laid, seed: int = 0, block_bytes: int = BLOCK_BYTES) -> Pr
     digest, last, text = _hash, seed, laid.text
     hashes = [
         last := digest(text[start : start + block_bytes], last)
-        for start in range(0, len(text) - block_bytes + 1, block_bytes)
+        for start in range(0, min(len(text) - block_bytes + 1, MOST_BLOCKS * block_bytes), block_bytes)
     ]
 
     def mark(place: int) -> int:
-        whole = place // block_bytes
+        whole = min(place // block_bytes, MOST_BLOCKS)
         # Another seed than a block's, so that a mark where a block ends is not that block.
         return digest(text[whole * block_bytes : place], (hashes[whole - 1] if whole else seed) ^ _MARK)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import attrs
 import orjson
 
-from kvfleet.adapters.splitters import data_of
+from kvfleet.adapters.splitters import data_of, split_events
 
 __all__ = ["AnswerId"]
 
-_END = re.compile(rb"\n\r?\n")
+_LARGE_BYTES = 64 * 1024
+"""A larger piece is taken apart from line to line, for to search it takes 0.5 ms for a megabyte, each time."""
 
 
 @attrs.define
@@ -54,16 +54,20 @@ class AnswerId:
     def in_events(self, piece: bytes) -> bytes:
         """A piece of whole server-sent events with it."""
         old, start = self._old, self._start
-        if old and piece.startswith(start) and piece.count(b"\n") == 2:  # one event, as most are; 0.6 µs
+        if old and piece.startswith(start) and piece.find(b"\n") == len(piece) - 2:  # one event, as most are; 0.6 µs
             return b"data: {" + self._new + piece[len(start) :]
-        if old and piece.count(old) == piece.count(b"\n\n"):
+        if old and len(piece) < _LARGE_BYTES and piece.count(old) == piece.count(b"\n\n"):
             return piece.replace(old, self._new)
-        ends = [match.end() for match in _END.finditer(piece)]
-        return b"".join([self._in_event(piece[a:b]) for a, b in zip([0, *ends], ends, strict=False)])
+        return b"".join(map(self._in_event, split_events(piece)))
 
     def _in_event(self, event: bytes) -> bytes:
+        if self._old and event.startswith(self._start):
+            return b"data: {" + self._new + event[len(self._start) :]
         data = data_of(event).strip()
-        return event.replace(data, self._read(data)) if data.startswith(b"{") else event
+        at = event.find(b"{", event.find(b"data:"))
+        if not data.startswith(b"{") or not event.startswith(data, at):  # no object, or one over several lines
+            return event
+        return event[:at] + self._read(data) + event[at + len(data) :]
 
     def _read(self, body: bytes) -> bytes:
         """The same for one object whose `id` is not known yet."""

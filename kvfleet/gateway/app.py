@@ -319,9 +319,14 @@ class Gateway:
     # Inference -------------------------------------------------------------------------------------------------------
 
     async def _infer(self, operation: Operation, exchange: Exchange) -> None:
-        raw = await self._body_of(exchange)
+        raw = await exchange.body(self._max_body_bytes)
         caller = exchange.caller
-        asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id, key=caller.name)
+        if len(raw) <= LARGE_BYTES:
+            asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id, key=caller.name)
+        else:
+            asked = await self._reader.read_in_turns(
+                operation, raw, exchange.headers, exchange.request_id, key=caller.name
+            )
         request = bind(asked, caller)
         exchange.watch()
         try:

@@ -30,6 +30,7 @@ __all__ = ["DEFAULT_SIZES", "ClientConnection", "Host", "Sizes"]
 
 
 _FULL = (503, "too_many_connections")
+_LARGE_READ_BYTES = 128 * 1024
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -138,6 +139,8 @@ class ClientConnection(asyncio.Protocol):
         if self.closing_since is not None:
             return
         self._read_bytes = len(data)
+        if len(data) >= _LARGE_READ_BYTES and not self.is_read_paused:
+            self._let_others_read()
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -334,6 +337,15 @@ class ClientConnection(asyncio.Protocol):
         if not self.is_read_paused:
             self.is_read_paused = True
             self._transport.pause_reading()
+
+    def _let_others_read(self) -> None:
+        """Read on in the next turn of the event loop: libuv would take up to 32 such pieces at once, 8 MB."""
+        self._transport.pause_reading()
+        self.loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self.is_read_paused and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def _resume_reading(self) -> None:
         if self.is_read_paused:

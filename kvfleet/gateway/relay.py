@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 import attrs
 
-from kvfleet.adapters.call import Reply
+from kvfleet.adapters.call import LARGE_BYTES, Reply
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.gateway.answer_id import AnswerId
 from kvfleet.gateway.errors import error_event, shutting_down
@@ -64,6 +64,8 @@ class Passing(abc.ABC):
             offer(lambda piece: exchange.push(renamed(piece)))
         try:
             while piece is not None:
+                if len(piece) > LARGE_BYTES:  # it was just read; others may have their turn before it is sent
+                    await asyncio.sleep(0)
                 piece = renamed(piece)
                 if piece.endswith(_DONE):
                     break

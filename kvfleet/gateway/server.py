@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import os
 import socket
@@ -26,6 +25,7 @@ from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.hosts import Hosts
 from kvfleet.gateway.listening import bind, bind_for, check_exposure, is_loopback, url_of
 from kvfleet.gateway.logs import set_up_logging
+from kvfleet.gateway.memory import calm_memory
 from kvfleet.gateway.news import News
 from kvfleet.gateway.reload import FleetFile, Reloader
 from kvfleet.gateway.siblings import Siblings
@@ -268,7 +268,7 @@ class _House:
             number = 0 if seat is None else seat.number
             await doors.open(sockets.clients[number], sockets.operators, sockets.others(number))
             task = asyncio.create_task(doors.run(), name="kvfleet-gateway")
-            _calm_garbage_collector()
+            calm_memory()
             with Stop(self.unready_s).on_signals(doors, None if reloader is None else reloader.soon, seat):
                 admin_url = url_of(sockets.operators[0]) if sockets.operators else ""
                 serving = Serving(url_of(sockets.clients[number][0]), doors, admin_url)
@@ -352,18 +352,6 @@ def _announce(
     admin = f" admin_url={serving.admin_url}" if serving.admin_url else ""
     worker = "" if seat is None else f" worker={seat.number} pid={os.getpid()}"
     _log.info("gateway listening url=%s fleet=%s%s%s", serving.url, config.fleet_name, admin, worker)
-
-
-def _calm_garbage_collector() -> None:
-    """Look for cycles less often, and not among what lives as long as the process.
-
-    Requests leave no cycles behind, and Python's default looks for them after every 700 new objects, which traces on
-    their way to the store are soon enough: then it is one pass of 3 ms in some thousands of requests. With 1,000 it
-    was eighty times as often, and as long.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
 
 
 async def _open_router(

@@ -228,8 +228,11 @@ class _One:
         self.started_s = made.clock.now_s()
         if not made.services.health.begin(candidate.endpoint):
             raise BackendError(Fault.CIRCUIT_OPEN, "its circuit breaker is half-open, and another call is its probe")
+        is_large = len(made.request.raw) > LARGE_BYTES
+        if is_large:
+            await asyncio.sleep(0)
         self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
-        if len(made.request.raw) > LARGE_BYTES:
+        if is_large:
             await asyncio.sleep(0)
         call = made.call_for(candidate, self.begun[1], self.named, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.call import Reply
-from kvfleet.adapters.splitters import data_of
+from kvfleet.adapters.splitters import data_of, split_events
 from kvfleet.errors import BackendError, Fault, RouteError
 from kvfleet.gateway.errors import event_object
 from kvfleet.gateway.exchange import Pairs
@@ -19,7 +18,6 @@ from kvfleet.gateway.surfaces.surface import Asked, Surface, Writer
 
 __all__ = ["SurfaceAnswer"]
 
-_END = re.compile(rb"\r?\n\r?\n")
 _DONE = b"[DONE]"
 
 
@@ -106,7 +104,7 @@ def _fed(writer: Writer, chunk: dict[str, Any]) -> bytes:
 def _chunks(piece: bytes) -> list[dict[str, Any] | None]:
     """The chunks in a piece of whole events; None for the end."""
     found: list[dict[str, Any] | None] = []
-    for one in _END.split(piece):
+    for one in split_events(piece):
         data = data_of(one).strip()
         if data:
             found.append(None if data == _DONE else _parsed(data))
