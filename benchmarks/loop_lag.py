@@ -17,6 +17,7 @@ import asyncio
 import base64
 import contextlib
 import gc
+import http.client
 import json
 import random
 import socket
@@ -31,14 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import httpx
 import orjson
 import yaml
 
 from kvfleet.config.loader import load_config
 from kvfleet.gateway.memory import calm_memory
 from kvfleet.gateway.reload import FleetFile
-from kvfleet.gateway.server import Serving, loop_factory, running
+from kvfleet.gateway.server import loop_factory, running
 from kvfleet.runtime import Router
 from kvfleet.trace.store import TraceStore
 
@@ -203,21 +203,30 @@ def _streamed(body: Mapping[str, Any]) -> bytes:
 class Place:
     """A gateway to be asked, and its fleet file."""
 
-    client: httpx.Client
+    connection: http.client.HTTPConnection
     file: Path
 
     def ask(self, messages: Sequence[Mapping[str, Any]], *, times: int = 1, **more: Any) -> None:
         """Ask some times."""
         body = orjson.dumps({"model": "auto", "messages": messages, **more})
         for _ in range(times):
-            answer = self.client.post(PATH, content=body, headers={"content-type": "application/json"})
-            if answer.status_code != 200:
-                raise RuntimeError(answer.text[:500])
+            self._exchange("POST", PATH, body)
 
-    def get(self, path: str, *, times: int = 1) -> None:
-        """Look some times."""
-        for _ in range(times):
-            self.client.get(path).raise_for_status()
+    def get(self, path: str) -> None:
+        """Look."""
+        self._exchange("GET", path)
+
+    def post(self, path: str) -> None:
+        """Have something done."""
+        self._exchange("POST", path)
+
+    def _exchange(self, method: str, path: str, body: bytes | None = None) -> None:
+        headers = {"content-type": "application/json", "x-tenant": "tenant-1"}
+        self.connection.request(method, path, body, headers)
+        answer = self.connection.getresponse()
+        said = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(said[:500])
 
 
 def words(size: int, *, seed: str = "the quick brown fox said: over the lazy dog, ") -> str:
@@ -249,7 +258,7 @@ def talk(count: int, size: int) -> list[dict[str, Any]]:
 def reload_it(place: Place) -> None:
     """Reload twice, with clients that go on meanwhile."""
     for _ in range(2):
-        place.client.post("/-/reload").raise_for_status()
+        place.post("/-/reload")
         place.ask(says("Hello"), times=20)
 
 
@@ -314,22 +323,22 @@ async def measure(wanted: Callable[[str], bool], folder: Path, *, rounds: int, l
     router = Router(config, polls=False, sinks=[store], state_dir=folder)
     found: dict[str, Found] = {}
     async with running(config, router=router, file=FleetFile(path, lambda: load_config(path))) as serving:
+        # not httpx: what it leaves behind would be a good part of what the garbage collector finds
+        place = Place(http.client.HTTPConnection(serving.url.removeprefix("http://"), timeout=120), path)
         calm_memory()
         for name, case in CASES.items():
             if wanted(name):
-                found[name] = Found([await _measured(serving, path, case, looks=looks) for _ in range(rounds)])
+                found[name] = Found([await _measured(place, case, looks=looks) for _ in range(rounds)])
     await store.aclose()
     sock.close()
     return found
 
 
-async def _measured(serving: Serving, path: Path, case: Callable[[Place], None], *, looks: bool) -> Watch:
-    with httpx.Client(base_url=serving.url, timeout=120, headers={"X-Tenant": "tenant-1"}) as client:
-        place = Place(client, path)
-        await asyncio.to_thread(place.ask, says("Hello"))  # what is done once, is done
-        watch = Watch()
-        await watch.run(lambda: case(place), looks=looks)
-        return watch
+async def _measured(place: Place, case: Callable[[Place], None], *, looks: bool) -> Watch:
+    await asyncio.to_thread(place.ask, says("Hello"))  # what is done once, is done
+    watch = Watch()
+    await watch.run(lambda: case(place), looks=looks)
+    return watch
 
 
 def report(found: Mapping[str, Found]) -> Iterator[str]:

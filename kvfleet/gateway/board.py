@@ -63,6 +63,7 @@ class Board:
         before: Board | None = None,
     ) -> None:
         self.recent: RecentRoutes = RecentRoutes() if before is None else before.recent
+        self.recent.replicas = len(router.models)
         self.watchers = 0
         self.siblings: Siblings | None = None if before is None else before.siblings
         self._router = router

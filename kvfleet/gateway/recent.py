@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,11 @@ __all__ = ["RecentRoutes", "detail_of", "row_of"]
 
 _CONTENT = (names.PROMPT, names.ANSWER)
 _MOST_CONTENT = 8_000
+_FEW_REPLICAS = 40
+_MOST_YOUNG = 4_000
+"""Replicas that decisions were made among, until Python looks at what is new. A decision among 200 has a dozen tuples of
+200 values each, which are looked at once, and then never again: that is 0.15 ms for each such decision, but 25 ms when it
+is left to the garbage collector, which does not know how large a tuple is (`benchmarks/loop_lag.py`)."""
 
 Hide = Callable[[Any], Any]
 
@@ -37,15 +43,18 @@ class RecentRoutes:
     Attributes:
         size: Most traces kept.
         mark: What their numbers begin with, where several workers number theirs.
+        replicas: How many the fleet has.
         modes: By replica: how its cache was known when it was last expected to hold a part of a prompt. From the
             decisions that were looked at.
     """
 
     size: int = 200
     mark: str = ""
+    replicas: int = 0
     modes: dict[str, str] = attrs.field(init=False, factory=dict)
     _kept: deque[_Kept] = attrs.field(init=False, repr=False)
     _count: int = attrs.field(init=False, default=0)
+    _young: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
         self._kept = deque(maxlen=self.size)
@@ -60,6 +69,11 @@ class RecentRoutes:
             self._kept.append(_Kept(self._count, trace))
         else:
             self._kept.append(_Kept(self._count, _shortened(trace)))
+        if self.replicas > _FEW_REPLICAS:
+            self._young += self.replicas
+            if self._young > _MOST_YOUNG:
+                self._young = 0
+                gc.collect(0)
 
     def rows(self, most: int) -> list[dict[str, Any]]:
         """The newest routes, newest first, one line each; addresses are still in them."""
