@@ -45,7 +45,7 @@ from kvfleet.trace.store import TraceStore
 LIMIT_S = 0.005
 LOOK_S = 0.0005
 PATH = "/v1/chat/completions"
-MODELS, TENANTS = 200, 1000
+MODELS, TENANTS = 200, 3000
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
@@ -212,21 +212,22 @@ class Place:
         for _ in range(times):
             self._exchange("POST", PATH, body)
 
-    def get(self, path: str) -> None:
+    def get(self, path: str) -> bytes:
         """Look."""
-        self._exchange("GET", path)
+        return self._exchange("GET", path)
 
     def post(self, path: str) -> None:
         """Have something done."""
         self._exchange("POST", path)
 
-    def _exchange(self, method: str, path: str, body: bytes | None = None) -> None:
+    def _exchange(self, method: str, path: str, body: bytes | None = None) -> bytes:
         headers = {"content-type": "application/json", "x-tenant": "tenant-1"}
         self.connection.request(method, path, body, headers)
         answer = self.connection.getresponse()
         said = answer.read()
         if answer.status != 200:
             raise RuntimeError(said[:500])
+        return said
 
 
 def words(size: int, *, seed: str = "the quick brown fox said: over the lazy dog, ") -> str:
@@ -262,26 +263,40 @@ def reload_it(place: Place) -> None:
         place.ask(says("Hello"), times=20)
 
 
-CASES: Mapping[str, Callable[[Place], None]] = {
-    "a plain request": lambda p: p.ask(says("Hello"), times=20),
-    "32 KB prompt": lambda p: p.ask(says(words(32_000)), times=20),
-    "256 KB prompt": lambda p: p.ask(says(words(256_000))),
-    "1 MB prompt in one message": lambda p: p.ask(says(words(1_000_000))),
-    "4 MB prompt in one message": lambda p: p.ask(says(words(4_000_000))),
-    "4 MB prompt of Chinese": lambda p: p.ask(says(words(1_300_000, seed="快速的棕色狐狸跳过了懒狗"))),
-    "4 MB prompt in 2000 messages": lambda p: p.ask(talk(2000, 2000)),
-    "4 MB picture": lambda p: p.ask(shows(4_000_000)),
-    "2 MB prompt in one message": lambda p: p.ask(says(words(2_000_000))),
-    "2 MB prompt in 1000 messages": lambda p: p.ask(talk(1000, 2000)),
-    "1 MB prompt full of personal data": lambda p: p.ask(says(words(1_000_000, seed="write to ada@example.com or "))),
-    "1 MB prompt of digits": lambda p: p.ask(says(words(1_000_000, seed="4111 1111 1111 1112 "))),
+def look(place: Place) -> None:
+    """Look at the dashboard, a second after anybody else has."""
+    time.sleep(1.0)
+    place.get("/dashboard/api/state")
+
+
+def look_into(place: Place) -> None:
+    """Look at a decision, with all its candidates."""
+    place.ask(says("Hello"))
+    rows = orjson.loads(place.get("/dashboard/api/state"))["recent_routes"]
+    place.get(f"/dashboard/api/route/{rows[0]['id']}")
+
+
+CASES: Mapping[str, Callable[[Place], object]] = {
+    "100 plain requests and their traces": lambda p: p.ask(says("Hello"), times=100),
+    "prompt of 32 KB": lambda p: p.ask(says(words(32_000)), times=20),
+    "of 256 KB": lambda p: p.ask(says(words(256_000))),
+    "of 1 MB in one message": lambda p: p.ask(says(words(1_000_000))),
+    "of 1 MB in 500 messages": lambda p: p.ask(talk(500, 2000)),
+    "of 1 MB full of personal data": lambda p: p.ask(says(words(1_000_000, seed="write to ada@example.com or "))),
+    "of 1 MB of digits": lambda p: p.ask(says(words(1_000_000, seed="4111 1111 1111 1112 "))),
+    "of 4 MB in one message": lambda p: p.ask(says(words(4_000_000))),
+    "of 4 MB of Chinese": lambda p: p.ask(says(words(1_300_000, seed="快速的棕色狐狸跳过了懒狗"))),
+    "of 4 MB in 2000 messages": lambda p: p.ask(talk(2000, 2000)),
+    "of a picture of 4 MB": lambda p: p.ask(shows(4_000_000)),
     "stream with events of 1 KB": lambda p: p.ask(says("Hello"), stream=True, seed=1000),
     "stream with events of 1 MB": lambda p: p.ask(says("Hello"), stream=True, seed=1_000_000),
-    f"metrics of {MODELS} models": lambda p: p.get("/metrics"),
-    f"dashboard of {MODELS} models": lambda p: p.get("/dashboard/api/state"),
-    f"health of {MODELS} models": lambda p: p.get("/health"),
-    f"budgets of {TENANTS} tenants": lambda p: p.get("/v1/tenants"),
-    f"reload of {MODELS} models": reload_it,
+    "/v1/models": lambda p: p.get("/v1/models"),
+    "/metrics": lambda p: p.get("/metrics"),
+    "/health": lambda p: p.get("/health"),
+    "/v1/tenants, by an operator": lambda p: p.get("/v1/tenants"),
+    "dashboard": look,
+    "dashboard, a decision": look_into,
+    "reload": reload_it,
 }
 
 
@@ -334,7 +349,7 @@ async def measure(wanted: Callable[[str], bool], folder: Path, *, rounds: int, l
     return found
 
 
-async def _measured(place: Place, case: Callable[[Place], None], *, looks: bool) -> Watch:
+async def _measured(place: Place, case: Callable[[Place], object], *, looks: bool) -> Watch:
     await asyncio.to_thread(place.ask, says("Hello"))  # what is done once, is done
     watch = Watch()
     await watch.run(lambda: case(place), looks=looks)

@@ -31,7 +31,7 @@ from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build, build_adapters
 from kvfleet.pipeline.dispatched import Dispatch, RouteStream
 from kvfleet.pipeline.engine import Decision
-from kvfleet.pipeline.fleet_state import cache_mode, fleet_state, replica_states
+from kvfleet.pipeline.fleet_state import cache_mode, fleet_state_steps, replica_steps
 from kvfleet.pipeline.observing import Observing
 from kvfleet.pipeline.provision import services_of
 from kvfleet.pipeline.rating import Ratings
@@ -51,6 +51,7 @@ from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
 from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+from kvfleet.turns import Steps, at_once
 
 __all__ = ["Dispatch", "RouteStream", "Router"]
 
@@ -438,11 +439,19 @@ class Router:
 
     def replica_states(self) -> dict[str, Any]:
         """What of that is known of the replicas, which is soon said."""
-        return replica_states(self.config, self.models, self.pipeline, self.services)
+        return at_once(self.replica_steps())
+
+    def replica_steps(self) -> Steps[dict[str, Any]]:
+        """The same in steps."""
+        return replica_steps(self.config, self.models, self.pipeline, self.services)
 
     def state(self) -> dict[str, Any]:
         """What is known of the fleet and the components, without asking anybody; holds no secret."""
-        state = fleet_state(self.config, self.models, self.pipeline, self.services)
+        return at_once(self.state_steps())
+
+    def state_steps(self, most: int | None = None) -> Steps[dict[str, Any]]:
+        """The same in steps; with `most`, only the first so many of long lists, such as the accounts of tenants."""
+        state = yield from fleet_state_steps(self.config, self.models, self.pipeline, self.services, most=most)
         return {**state, "observers_dropped": self._observing.dropped}
 
     # Watching --------------------------------------------------------------------------------------------------------

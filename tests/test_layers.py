@@ -15,6 +15,7 @@ FLOORS = (
         "kvfleet.clock",
         "kvfleet.money",
         "kvfleet.sqlite",
+        "kvfleet.turns",
         "kvfleet.config.findings",
         "kvfleet.trace.spans",
         "kvfleet.trace.names",

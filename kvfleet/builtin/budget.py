@@ -194,11 +194,10 @@ class BudgetAdmission:
 
     def inherit(self, before: BudgetAdmission) -> None:
         """Go on with the accounts that stood before a reload: what they spent, and what they hold for requests."""
-        known = {account.name: account for account in before._every()}
-        limits = {account.name: account.config for account in self._every()}
-        minutes = {account.name: account.shared for account in self._every()}
-        for name in known.keys() & limits:
-            known[name].config, known[name].shared = limits[name], minutes[name]
+        known = {account.name: account for account in before._each()}
+        own = {account.name: account for account in self._each()}
+        for name in known.keys() & own.keys():
+            known[name].config, known[name].shared = own[name].config, own[name].shared
 
         def kept(account: Account) -> Account:
             return known.get(account.name, account)
@@ -213,7 +212,7 @@ class BudgetAdmission:
         """Use the ledger that the accounts' grants are held by, and let go of the one that was opened beside it."""
         if self._ledger is not None and self._ledger.path == ledger.path:
             ledger.users += 1
-            self._ledger.close()
+            self._ledger.abandon()
             self._ledger, self._grants = ledger, Grants(ledger, self._every())
 
     async def aclose(self) -> None:
@@ -282,7 +281,11 @@ class BudgetAdmission:
 
     def statements(self) -> list[dict[str, object]]:
         """What each account came to this month: the fleet's, then the tenants' and the keys' by name."""
-        return [account.statement() for account in self._every()]
+        return list(self.each_statement())
+
+    def each_statement(self) -> Iterator[dict[str, object]]:
+        """The same, one by one."""
+        return (account.statement() for account in self._every())
 
     def statements_of(self, spent: Mapping[str, Spending]) -> list[dict[str, object]]:
         """The same for a month's spending that a ledger tells, without any reservation."""
@@ -293,6 +296,19 @@ class BudgetAdmission:
         """The statements, and whether they can be written."""
         failed = 0 if self._ledger is None else self._ledger.failed
         return {"accounts": self.statements(), "ledger_failures": failed}
+
+    def brief_state(self, most: int) -> Mapping[str, Any]:
+        """The same with so many of the statements, and how many more there are."""
+        every = self._every()
+        failed = 0 if self._ledger is None else self._ledger.failed
+        shown = [account.statement() for account in every[:most]]
+        return {"accounts": shown, "accounts_more": max(len(every) - most, 0), "ledger_failures": failed}
+
+    def _each(self) -> Iterator[Account]:
+        """The accounts, in no order."""
+        yield from self._shared
+        yield from (accounts[-1] for accounts in self._accounts.values())
+        yield from self._of_keys.values()
 
     def _every(self) -> list[Account]:
         tenants = [self._accounts[name][-1] for name in sorted(self._accounts)]

@@ -23,12 +23,11 @@ from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.cors import Cors
 from kvfleet.gateway.decision_headers import decision_headers
 from kvfleet.gateway.errors import error_headers, error_object, shutting_down
-from kvfleet.gateway.exchange import ClientLeftError, Exchange
+from kvfleet.gateway.exchange import JSON, ClientLeftError, Exchange
 from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
 from kvfleet.gateway.hosts import Hosts
-from kvfleet.gateway.merging import MergedMetrics
 from kvfleet.gateway.meters import Meters
 from kvfleet.gateway.openapi import openapi
 from kvfleet.gateway.relay import Relay
@@ -42,6 +41,7 @@ from kvfleet.gateway.tenants import bind, statements
 from kvfleet.gateway.wire import RequestReader
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.trace.spans import SpanKind
+from kvfleet.turns import in_turns
 
 if TYPE_CHECKING:
     from kvfleet.gateway.siblings import Siblings
@@ -437,13 +437,14 @@ class Gateway:
         await exchange.json(200, found)
 
     async def _tenants(self, exchange: Exchange) -> None:
-        await exchange.json(200, statements(self.router.state(), exchange.caller))
+        body = await in_turns(statements(self.router, exchange.caller))
+        await exchange.whole(200, body, [JSON])
 
     async def _health(self, exchange: Exchange) -> None:
-        state: Mapping[str, Any] = self.router.replica_states()
+        state: Mapping[str, Any] = await in_turns(self.router.replica_steps())
         if self.siblings is not None:
             state = with_others(state, await self.siblings.snapshots())
-        status, report = fleet_report(state, self.replicas, self.phase)
+        status, report = await in_turns(fleet_report(state, self.replicas, self.phase))
         await exchange.json(status, report)
 
     async def _livez(self, exchange: Exchange) -> None:
@@ -468,10 +469,11 @@ class Gateway:
         metrics = self.router.services.metrics
         if not metrics.enabled:
             raise RouteError("metrics are switched off; see telemetry.prometheus_enabled", status=404, code="disabled")
+        await in_turns(metrics.read_ahead())
         if self.siblings is None:
-            body = await asyncio.to_thread(MergedMetrics(tuple(metrics.registry.collect())).render)
+            body = await asyncio.to_thread(metrics.render)
         else:
-            body = await self.siblings.rendered(metrics.registry)
+            body = await asyncio.to_thread(self.siblings.rendered, metrics.registry)
         await exchange.whole(200, body, [(b"content-type", metrics.content_type.encode())])
 
 

@@ -19,6 +19,8 @@ from kvfleet.gateway.page import load_page
 from kvfleet.gateway.recent import RecentRoutes, detail_of
 from kvfleet.gateway.replicas import ReplicaNames
 from kvfleet.gateway.tallies import Tallies
+from kvfleet.trace.spans import Trace
+from kvfleet.turns import Steps, in_turns
 
 if TYPE_CHECKING:
     from kvfleet.gateway.siblings import Siblings
@@ -101,7 +103,7 @@ class Board:
             RouteError: 404 if it is not kept.
         """
         name = exchange.path.removeprefix(f"{PATH}/api/route/")
-        body = self._own_route(name)
+        body = await self._own_route(name)
         if body is None and self.siblings is not None:
             body = next(iter(await self.siblings.bodies(f"/-/worker/route/{quote(name)}")), None)
         if body is None:
@@ -112,13 +114,17 @@ class Board:
             )
         await exchange.whole(200, body, _NO_STORE)
 
-    def _own_route(self, name: str) -> bytes | None:
+    async def _own_route(self, name: str) -> bytes | None:
+        """A route as JSON, made in a thread: with hundreds of candidates that takes long."""
         trace = self.recent.find(name)
-        return None if trace is None else orjson.dumps(detail_of(trace, self._names.hide_in), option=_ANY_KEYS)
+        return None if trace is None else await asyncio.to_thread(self._told, trace)
+
+    def _told(self, trace: Trace) -> bytes:
+        return orjson.dumps(detail_of(trace, self._names.hide_in), option=_ANY_KEYS)
 
     async def own_route(self, exchange: Exchange, name: str) -> None:
         """The same for another worker, of what this one decided."""
-        body = self._own_route(name)
+        body = await self._own_route(name)
         await exchange.whole(404 if body is None else 200, body or b"", _NO_STORE)
 
     async def events(self, exchange: Exchange) -> None:
@@ -159,29 +165,36 @@ class Board:
         """The state as JSON, at most `every_s` old."""
         now_s = self._clock.now_s()
         if now_s - self._gathered[0] >= 0.9 * self._every_s:  # timers may be early
-            shown = self.snapshot() if self.siblings is None else await self._of_all(self.siblings)
+            shown = await (in_turns(self.snapshot()) if self.siblings is None else self._of_all(self.siblings))
             self._gathered = (now_s, orjson.dumps(shown, option=_ANY_KEYS))
         return self._gathered[1]
 
     async def _of_all(self, siblings: Siblings) -> dict[str, Any]:
         """The fleet as all workers have it: their counts and requests added, their decisions by time."""
-        own = dumped(self._router.services.metrics.registry)
-        merged = await asyncio.to_thread(siblings.metrics, own)
-        return self.snapshot(merged, await siblings.snapshots())
+        metrics = self._router.services.metrics
+        await in_turns(metrics.read_ahead())
+        merged = await asyncio.to_thread(lambda: siblings.metrics(dumped(metrics.registry)))
+        return await in_turns(self.snapshot(merged, await siblings.snapshots()))
 
-    def snapshot(self, merged: MergedMetrics | None = None, others: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    def snapshot(
+        self, merged: MergedMetrics | None = None, others: Sequence[Mapping[str, Any]] = ()
+    ) -> Steps[dict[str, Any]]:
         """The fleet, its counters and its last decisions, without addresses.
 
         Args:
             merged: The metrics of all workers; this one's if None.
             others: What the other workers have in flight, and decided.
         """
-        router, names = self._router, self._names
-        state, metrics = with_others(router.state(), others), router.services.metrics
-        tallies = Tallies.read(merged or metrics.registry) if metrics.enabled else None
-        rows = [*self.recent.rows(_MOST_ROWS), *(row for other in others for row in other["rows"])]
+        router, metrics = self._router, self._router.services.metrics
+        state = with_others((yield from router.state_steps(_MOST_ROWS)), others)
+        tallies = (yield from Tallies.read_steps(merged or metrics.registry)) if metrics.enabled else None
+        rows = [*(yield from self.recent.row_steps(_MOST_ROWS)), *(row for other in others for row in other["rows"])]
         if others:
             rows = sorted(rows, key=lambda row: str(row["timestamp"]), reverse=True)[:_MOST_ROWS]
+        replicas = []
+        for replica in state["replicas"]:
+            replicas.append(self._replica(replica))
+            yield
         return {
             "fleet": {
                 "name": state["fleet"],
@@ -195,17 +208,26 @@ class Board:
             "counters": None if tallies is None else tallies.counters(),
             "series": None if tallies is None else tallies.series(),
             "model_stats": {} if tallies is None else tallies.by_model(),
-            "replicas": [self._replica(replica) for replica in state["replicas"]],
-            "rate_limits": names.hide_in(state.get("rate_limits", {})),
-            "stages": names.hide_in(state["stages"]),
-            "recent_routes": [{**row, "served_by": names.by_id.get(row["served_by"], "")} for row in rows],
+            "replicas": replicas,
+            "rate_limits": (yield from self._hidden(state.get("rate_limits", {}))),
+            "stages": (yield from self._hidden(state["stages"])),
+            "recent_routes": [{**row, "served_by": self._names.by_id.get(row["served_by"], "")} for row in rows],
         }
 
-    def own_snapshot(self) -> dict[str, Any]:
+    def _hidden(self, things: Mapping[str, Any]) -> Steps[dict[str, Any]]:
+        """What is told of each thing, without addresses."""
+        found: dict[str, Any] = {}
+        for name, told in things.items():
+            found |= self._names.hide_in({name: told})
+            yield
+        return found
+
+    def own_snapshot(self) -> Steps[dict[str, Any]]:
         """What another worker needs to show the fleet: what is in flight here, and the last decisions."""
         load = self._router.services.load
         in_flight = {model.id: load.in_flight(model.id) for model in self._router.models}
-        return {"in_flight": in_flight, "rows": self.recent.rows(_MOST_ROWS)}
+        rows = yield from self.recent.row_steps(_MOST_ROWS)
+        return {"in_flight": in_flight, "rows": rows}
 
     def _replica(self, state: dict[str, Any]) -> dict[str, Any]:
         replica = f"{state['model']}@{state['endpoint']}"

@@ -13,11 +13,12 @@ from kvfleet.errors import BadRequestError
 from kvfleet.gateway.auth import ANYBODY, Caller
 from kvfleet.gateway.headers import Headers
 
-__all__ = ["ClientLeftError", "Exchange", "Pairs", "check_announced", "too_large"]
+__all__ = ["JSON", "ClientLeftError", "Exchange", "Pairs", "check_announced", "too_large"]
 
 Pairs = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
+"""The header that says so."""
 
 
 class ClientLeftError(Exception):

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.turns import Steps
 
 __all__ = ["Phase", "fleet_report", "is_usable", "is_usable_fleet", "with_others"]
 
@@ -48,7 +49,7 @@ def is_usable_fleet(state: Mapping[str, Any]) -> bool:
     return any(is_usable(replica) for replica in state["replicas"])
 
 
-def fleet_report(state: Mapping[str, Any], names: ReplicaNames, phase: Phase) -> tuple[int, dict[str, Any]]:
+def fleet_report(state: Mapping[str, Any], names: ReplicaNames, phase: Phase) -> Steps[tuple[int, dict[str, Any]]]:
     """The HTTP status and the body of ``/health``.
 
     Args:
@@ -66,17 +67,18 @@ def fleet_report(state: Mapping[str, Any], names: ReplicaNames, phase: Phase) ->
         counted["replicas"] += 1
         counted["usable"] += is_usable(replica)
         name = names.by_id[f"{replica['model']}@{replica['endpoint']}"]
-        endpoints[name] = {key: replica[key] for key in _SHOWN if replica.get(key) not in (None, "")}
-    body = {
+        shown = {key: replica[key] for key in _SHOWN if replica.get(key) not in (None, "")}
+        endpoints[names.hide(name)] = names.hide_in(shown)
+        yield
+    body: dict[str, Any] = {
         "status": status,
         "phase": phase.value,
         "fleet": state["fleet"],
         "strategy": state["strategy"],
         "pipeline": state["pipeline"],
         "models": models,
-        "endpoints": endpoints,
     }
-    return (200 if usable else 503), names.hide_in(body)
+    return (200 if usable else 503), {**names.hide_in(body), "endpoints": endpoints}
 
 
 def with_others(state: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

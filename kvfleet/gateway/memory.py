@@ -10,6 +10,8 @@ __all__ = ["calm_memory"]
 
 _MIB = 1024 * 1024
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_LONGEST_IN_A_THREAD_S = 0.001
+"""For so long a thread may keep the event loop waiting, when both have work to do; Python's default is 5 ms."""
 _FROM_SYSTEM_BYTES, _KEPT_BYTES = 64 * _MIB, 128 * _MIB
 
 
@@ -17,6 +19,7 @@ def calm_memory() -> None:
     """Call this once everything that lives as long as the process is there."""
     _calm_garbage_collector()
     _keep_large_pieces()
+    sys.setswitchinterval(_LONGEST_IN_A_THREAD_S)
 
 
 def _calm_garbage_collector() -> None:

@@ -13,16 +13,17 @@ from kvfleet.trace import names
 from kvfleet.trace.attributes import is_attempt, text
 from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.spans import Trace
+from kvfleet.turns import Steps, at_once
 
 __all__ = ["RecentRoutes", "detail_of", "row_of"]
 
 _CONTENT = (names.PROMPT, names.ANSWER)
 _MOST_CONTENT = 8_000
 _FEW_REPLICAS = 40
-_MOST_YOUNG = 4_000
-"""Replicas that decisions were made among, until Python looks at what is new. A decision among 200 has a dozen tuples of
-200 values each, which are looked at once, and then never again: that is 0.15 ms for each such decision, but 25 ms when it
-is left to the garbage collector, which does not know how large a tuple is (`benchmarks/loop_lag.py`)."""
+_MOST_YOUNG = 2_000
+"""Replicas that decisions were made among, until the garbage collector is sent to look at what is new. A decision among
+200 has a dozen tuples of 200 values each, which it looks at once and then never again. That is 0.15 ms for each such
+decision; left to itself, which does not know how large a tuple is, it takes 25 ms (`benchmarks/loop_lag.py`)."""
 
 Hide = Callable[[Any], Any]
 
@@ -77,8 +78,16 @@ class RecentRoutes:
 
     def rows(self, most: int) -> list[dict[str, Any]]:
         """The newest routes, newest first, one line each; addresses are still in them."""
+        return at_once(self.row_steps(most))
+
+    def row_steps(self, most: int) -> Steps[list[dict[str, Any]]]:
+        """The same, row by row."""
         newest = [kept for kept, _ in zip(reversed(tuple(self._kept)), range(most), strict=False)]
-        return [self._row(kept) for kept in reversed(newest)][::-1]
+        rows = []
+        for kept in reversed(newest):
+            rows.append(self._row(kept))
+            yield
+        return rows[::-1]
 
     def _row(self, kept: _Kept) -> dict[str, Any]:
         if kept.row is None:

@@ -22,6 +22,7 @@ from kvfleet.gateway.feedback import Feedback, read_feedback
 from kvfleet.gateway.merging import MergedMetrics, dumped
 from kvfleet.gateway.table import Access, Route, Table
 from kvfleet.gateway.workers import Seat
+from kvfleet.turns import in_turns
 
 if TYPE_CHECKING:
     from kvfleet.gateway.app import Gateway, Reload
@@ -105,10 +106,9 @@ class Siblings:
             )
         return str(found)
 
-    async def rendered(self, registry: CollectorRegistry) -> bytes:
-        """The metrics of all workers, for Prometheus."""
-        mine = dumped(registry)
-        return await asyncio.to_thread(lambda: self.metrics(mine).render())
+    def rendered(self, registry: CollectorRegistry) -> bytes:
+        """The metrics of all workers, for Prometheus; for a thread."""
+        return self.metrics(dumped(registry)).render()
 
     def metrics(self, own: bytes) -> MergedMetrics:
         """This worker's metrics, dumped, and the others'; for a thread."""
@@ -163,11 +163,13 @@ class SiblingsDoor:
         return self.gateway.handle(exchange, self._table)
 
     async def _metrics(self, exchange: Exchange) -> None:
-        body = dumped(self.gateway.router.services.metrics.registry)
+        metrics = self.gateway.router.services.metrics
+        await in_turns(metrics.read_ahead())
+        body = await asyncio.to_thread(dumped, metrics.registry)
         await exchange.whole(200, body, [(b"content-type", b"application/json")])
 
     async def _snapshot(self, exchange: Exchange) -> None:
-        await exchange.json(200, self.gateway.board.own_snapshot())
+        await exchange.json(200, await in_turns(self.gateway.board.own_snapshot()))
 
     async def _route(self, exchange: Exchange) -> None:
         await self.gateway.board.own_route(exchange, exchange.path.removeprefix("/-/worker/route/"))

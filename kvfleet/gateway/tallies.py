@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from kvfleet.gateway.merging import MergedMetrics
+from kvfleet.turns import Steps, at_once
 
 __all__ = ["READ", "Tallies"]
 
@@ -37,6 +38,7 @@ _SAMPLES = [
     *(name for name in READ if name not in _HISTOGRAMS),
     *(name + end for name in _HISTOGRAMS for end in ("_bucket", "_sum", "_count")),
 ]
+_BY_MODEL = (_SELECTED, _ATTEMPTS, _TTFB + "_count", _TTFB + "_sum", _TOKENS, _COST)
 _FAILED = ("error", "no_candidates")
 
 Sample = tuple[Mapping[str, str], float]
@@ -55,11 +57,17 @@ class Tallies:
     @classmethod
     def read(cls, registry: CollectorRegistry | MergedMetrics) -> Tallies:
         """Read the counters; whatever else the registry has is not asked."""
+        return at_once(cls.read_steps(registry))
+
+    @classmethod
+    def read_steps(cls, registry: CollectorRegistry | MergedMetrics) -> Steps[Tallies]:
+        """The same, family by family."""
         found: dict[str, list[Sample]] = defaultdict(list)
         families: Iterable[Metric] = registry.restricted_registry(_SAMPLES).collect()
         for family in families:
             for sample in family.samples:
                 found[sample.name].append((sample.labels, sample.value))
+            yield
         return cls(found)
 
     def total(self, name: str, **labels: str) -> float:
@@ -112,10 +120,14 @@ class Tallies:
 
     def by_model(self) -> dict[str, dict[str, Any]]:
         """The counters of each model that was chosen or called."""
-        named = [*self.samples.get(_SELECTED, ()), *self.samples.get(_ATTEMPTS, ())]
-        return {model: self._of(model) for model in dict.fromkeys(labels["model"] for labels, _ in named)}
+        samples: dict[str, dict[str, list[Sample]]] = defaultdict(dict)
+        for name in _BY_MODEL:
+            for labels, value in self.samples.get(name, ()):
+                samples[labels["model"]].setdefault(name, []).append((labels, value))
+        return {model: Tallies(own).of(model) for model, own in samples.items() if _SELECTED in own or _ATTEMPTS in own}
 
-    def _of(self, model: str) -> dict[str, Any]:
+    def of(self, model: str) -> dict[str, Any]:
+        """The counters of one model."""
         attempts, first_bytes = self.total(_ATTEMPTS, model=model), self.total(_TTFB + "_count", model=model)
         tokens = {kind: int(self.total(_TOKENS, model=model, type=kind)) for kind in ("prompt", "cached", "completion")}
         return {

@@ -6,14 +6,19 @@ admin's key asks for any tenant and sees all statements.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
+import orjson
 
 from kvfleet.errors import RouteError
 from kvfleet.gateway.auth import Caller
 from kvfleet.plugin.contract import RouteRequest
+from kvfleet.turns import Steps
+
+if TYPE_CHECKING:
+    from kvfleet.runtime import Router
 
 __all__ = ["bind", "statements"]
 
@@ -35,17 +40,26 @@ def bind(request: RouteRequest, caller: Caller) -> RouteRequest:
     raise RouteError(f"this key {whose}", status=403, code="wrong_tenant")
 
 
-def statements(state: Mapping[str, Any], caller: Caller) -> dict[str, Any]:
-    """What each budget came to this month, as far as the caller may see it."""
-    accounts = [
-        account
-        for key, stage in state["stages"].items()
-        if key.startswith("admit.")
-        for account in stage.get("accounts", ())
-    ]
-    if not caller.is_admin:
-        accounts = [account for account in accounts if _is_theirs(account, caller)]
-    return {"object": "list", "fleet": state["fleet"], "data": accounts}
+def statements(router: Router, caller: Caller) -> Steps[bytes]:
+    """What each budget came to this month, as far as the caller may see it, as JSON."""
+    found: list[bytes] = []
+    for stage in router.pipeline.all_stages:
+        if stage.key.startswith("admit."):
+            for account in _accounts_of(stage.component):
+                if caller.is_admin or _is_theirs(account, caller):
+                    found.append(orjson.dumps(account, option=orjson.OPT_NON_STR_KEYS))
+                yield
+    fleet = orjson.dumps(router.config.fleet_name)
+    return b'{"object":"list","fleet":%b,"data":[%b]}' % (fleet, b",".join(found))
+
+
+def _accounts_of(component: Any) -> Iterable[Mapping[str, Any]]:
+    """The accounts that a stage keeps: one by one if it can, else as its state has them."""
+    if callable(each := getattr(component, "each_statement", None)):
+        statements: Iterable[Mapping[str, Any]] = each()
+        return statements
+    read = getattr(component, "state", None)
+    return read().get("accounts", ()) if callable(read) else ()
 
 
 def _is_theirs(account: Mapping[str, Any], caller: Caller) -> bool:

@@ -10,34 +10,50 @@ from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.pipeline.stage import Pipeline
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Kind
+from kvfleet.turns import Steps
 
-__all__ = ["cache_mode", "fleet_state", "replica_states"]
+__all__ = ["cache_mode", "fleet_state_steps", "replica_steps"]
 
 
-def replica_states(
+def replica_steps(
     config: FleetConfig, models: Sequence[ModelConfig], pipeline: Pipeline, services: Services
-) -> dict[str, Any]:
+) -> Steps[dict[str, Any]]:
     """What is known of the replicas alone, without asking anybody; holds no secret."""
+    replicas = []
+    for model in models:
+        replicas.append(_replica_state(model, pipeline, services))
+        yield
     return {
         "fleet": config.fleet_name,
         "pipeline": pipeline.hash,
         "strategy": pipeline.select.name,
-        "replicas": [_replica_state(model, pipeline, services) for model in models],
+        "replicas": replicas,
     }
 
 
-def fleet_state(
-    config: FleetConfig, models: Sequence[ModelConfig], pipeline: Pipeline, services: Services
-) -> dict[str, Any]:
-    """The same with rate limits, and what the components say of themselves: budgets, caches, what was learned."""
+def fleet_state_steps(
+    config: FleetConfig, models: Sequence[ModelConfig], pipeline: Pipeline, services: Services, *, most: int | None
+) -> Steps[dict[str, Any]]:
+    """The same with rate limits, and what the components say of themselves: budgets, caches, what was learned.
+
+    Args:
+        config: The fleet's.
+        models: Its replicas.
+        pipeline: Its pipeline.
+        services: Its services.
+        most: Of long lists, such as the accounts of tenants, only so many; all if None.
+    """
+    found = yield from replica_steps(config, models, pipeline, services)
     stages = {}
     named = [one.strategy for one in config.aliases.values()]
     named += [one.strategy for one in config.tenants.values()]
     others = [pipeline.strategies[name] for name in named if name]
     for stage in (*pipeline.all_stages, *others):
-        if callable(read := getattr(stage.component, "state", None)):
+        if most is not None and callable(brief := getattr(stage.component, "brief_state", None)):
+            stages[stage.key] = dict(brief(most))
+        elif callable(read := getattr(stage.component, "state", None)):
             stages[stage.key] = dict(read())
-    found = replica_states(config, models, pipeline, services)
+        yield
     return {**found, "rate_limits": services.limits.summary(), "stages": stages}
 
 

@@ -171,6 +171,12 @@ class Ledger:
         if thread.is_alive():
             log.warning("ledger_close_timeout path=%s", self.path)
 
+    def abandon(self) -> None:
+        """Stop without waiting for the writer, which has nothing to write: nobody has used this one."""
+        self.users, self._thread = 0, None
+        self._stop.set()
+        self._wake.set()
+
     def _connect(self) -> sqlite3.Connection:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))

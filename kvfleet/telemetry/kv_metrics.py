@@ -59,6 +59,8 @@ def show_caches(
     metrics.read_gauge(
         "kvfleet_kv_mode",
         lambda: {
-            (model.name, model.endpoint, mode): float(mode == mode_of(model)) for model in models for mode in KVMode
+            (model.name, model.endpoint, mode): float(mode == known)
+            for model, known in zip(models, map(mode_of, models), strict=True)
+            for mode in KVMode
         },
     )

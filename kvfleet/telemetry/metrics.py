@@ -21,6 +21,7 @@ from kvfleet.telemetry.fleet_limits import FleetLimits
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
 from kvfleet.telemetry.metric_table import METRICS
+from kvfleet.turns import Steps
 
 __all__ = ["MetricsExporter"]
 
@@ -71,6 +72,10 @@ class MetricsExporter:
     def render(self) -> bytes:
         """Everything, in Prometheus' text format; `content_type` is its type."""
         return generate_latest(self.registry)
+
+    def read_ahead(self) -> Steps[None]:
+        """Read the fleet's state for the next `render`, which may then be in another thread than its owners'."""
+        return self._state.read_ahead()
 
     def succeed(self, before: MetricsExporter) -> None:
         """Show this one's state in the place of the one's before, and what nobody here reads from where it was."""

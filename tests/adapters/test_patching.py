@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfleet.adapters.call import Call, Operation
-from kvfleet.adapters.patching import body_for, hides_usage
+from kvfleet.adapters.patching import body_for, body_in_turns, hides_usage
 
 JSON = st.recursive(
     st.none()
@@ -128,3 +128,29 @@ def test_a_body_without_bytes() -> None:
     """A request that came from Python is encoded."""
     asked = Call(operation=Operation.CHAT, body={"messages": []})
     assert orjson.loads(body_for(asked, "m")) == {"messages": [], "model": "m"}
+
+
+@pytest.mark.parametrize("off", range(-12, 3))
+@pytest.mark.parametrize(
+    ("key", "times"),
+    [
+        (b'"model":"auto",', 1),
+        (b'"model":"auto",', 2),
+        (b'"model":"auto","mod\\u0065l":"x",', 1),
+        (b'"a\\u00e4":1,', 1),
+    ],
+)
+async def test_a_large_body_is_sent_as_a_small_one_would_be(off: int, key: bytes, times: int) -> None:
+    """Wherever its keys stand, also across the seams of the parts in which it is searched."""
+    head = b'{"messages":[{"role":"user","content":"'
+    padding = b"x" * (1024 * 1024 - len(head) - len(b'"}],') + off)
+    raw = head + padding + b'"}],' + key * times + b'"seed":1}'
+    one = call(raw)
+    assert await body_in_turns(one, "served") == body_for(one, "served")
+
+
+async def test_a_large_body_without_bytes() -> None:
+    """It is encoded, as from another API."""
+    body = {"model": "auto", "messages": [{"role": "user", "content": "x" * 300_000}]}
+    one = Call(operation=Operation.CHAT, body=body)
+    assert orjson.loads(await body_in_turns(one, "served")) == {**body, "model": "served"}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.adapters.splitters import EventSplitter, LineSplitter, data_of
+from kvfleet.adapters.splitters import EventSplitter, LineSplitter, data_of, split_events
 from kvfleet.errors import BackendError, Fault
 
 EVENTS = st.lists(
@@ -80,3 +81,13 @@ def test_an_endless_event_is_refused(splitter: EventSplitter | LineSplitter) -> 
 def test_data_of(event: bytes, data: bytes) -> None:
     """The data lines of an event, joined by line feeds, one leading space of each taken off."""
     assert data_of(event) == data
+
+
+@given(st.lists(st.sampled_from([b"\n", b"\r\n", b"data: a", b"\n\n", b"\r\n\r\n", b"\r", b": c"]), max_size=12))
+def test_single_events_are_the_whole(parts: list[bytes]) -> None:
+    """Together they are the piece, and each but the last ends as an event does."""
+    piece = b"".join(parts)
+    events = split_events(piece)
+    assert b"".join(events) == piece
+    assert all(event.endswith((b"\n\n", b"\n\r\n")) for event in events[:-1])
+    assert all(len(re.findall(rb"\n\r?\n", event[:-1])) == 0 for event in events)

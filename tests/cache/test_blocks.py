@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfleet.cache.blocks import Laid, byte_blocks, render_messages, salt_of
+from kvfleet.cache.blocks import MOST_BLOCKS, Laid, byte_blocks, render_messages, salt_of
 
 TALK: list[dict[str, Any]] = [
     {"role": "system", "content": "You answer in verse. " * 30},
@@ -65,3 +65,15 @@ def test_salts_keep_apart() -> None:
     """And no salt is none."""
     assert salt_of() == salt_of("") == 0
     assert len({salt_of("a"), salt_of("b"), salt_of("a", "b"), salt_of("ab")}) == 4
+
+
+def test_of_a_very_long_prompt_the_first_blocks_are_known_and_its_marks() -> None:
+    """So what is done with it takes no longer than with one of a megabyte, and its next turn still finds it."""
+    long = Laid(b"a" * (MOST_BLOCKS * 256 + 1000))
+    one, other = byte_blocks(long), byte_blocks(Laid(long.text[:-1] + b"b"))
+    assert len(one.hashes) == MOST_BLOCKS
+    assert one.hashes == other.hashes
+    assert one.ends != other.ends
+    assert one.tokens == -(-len(long.text) // 4)
+    turn = Laid(long.text + b"an answer" + b"and more", answers=[(len(long.text), len(long.text) + 9)])
+    assert one.ends[-1] in [mark for mark, _ in byte_blocks(turn).marks]

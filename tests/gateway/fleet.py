@@ -16,6 +16,7 @@ from kvfleet.plugin.contract import Answer, RouteRequest
 from kvfleet.trace import names
 from kvfleet.trace.explanation import TraceSink
 from kvfleet.trace.spans import Span, SpanKind, Trace
+from kvfleet.turns import Steps
 
 ENDPOINTS = ("http://gpu-1.internal:8000", "http://gpu-2.internal:8000/v1")
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
@@ -109,6 +110,15 @@ class FakeRouter:
         return Explained(request, self.models[-1].id)
 
     def replica_states(self) -> dict[str, Any]:
+        return self.state()
+
+    def replica_steps(self) -> Steps[dict[str, Any]]:
+        yield
+        return self.state()
+
+    def state_steps(self, most: int | None = None) -> Steps[dict[str, Any]]:
+        assert most is None or most > 0
+        yield
         return self.state()
 
     def state(self) -> dict[str, Any]:

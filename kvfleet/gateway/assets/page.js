@@ -85,12 +85,13 @@ function plain(value, key) {
   if (/_s$/.test(key)) return value < 120 ? duration(value * 1000) : span(value);
   return Number.isInteger(value) ? whole(value) : Number(value.toPrecision(4));
 }
-function things(title, list) {
+function things(title, list, beyond = 0) {
   // What is nothing for everybody is left out where there is much to tell.
   const all = [...new Set(list.flatMap((one) => Object.keys(one)))];
   const keys = all.length > 8 ? all.filter((key) => list.some((one) => one[key])) : all;
   const isNumber = (key) => list.some((one) => typeof one[key] === "number");
-  const more = list.length > MOST_LINES && make("p.soft", {}, `… and ${whole(list.length - MOST_LINES)} more`);
+  const rest = beyond + Math.max(list.length - MOST_LINES, 0);
+  const more = rest > 0 && make("p.soft", {}, `… and ${whole(rest)} more`);
   return [table(title, list.slice(0, MOST_LINES),
     keys.map((key) => [titled(key), (one) => (one[key] === null ? "" : key === "spent_pct" ? spent(one) : plain(one[key], key)), key !== "spent_pct" && isNumber(key)]), "none"), more];
 }
@@ -101,7 +102,7 @@ function alike(nested) {
   return nested.length > 1 && nested.every(([, thing]) => shape(thing) === shape(nested[0][1]) && !Object.values(thing).some(isThing));
 }
 function card(title, state) {
-  const own = Object.entries(state).filter(([, value]) => !isThing(value) && !(Array.isArray(value) && value.some(isThing)));
+  const own = Object.entries(state).filter(([key, value]) => !/_more$/.test(key) && !isThing(value) && !(Array.isArray(value) && value.some(isThing)));
   const nested = Object.entries(state).filter(([, value]) => isThing(value));
   const lists = Object.entries(state).filter(([, value]) => Array.isArray(value) && value.some(isThing));
   let columns = lists.length ? 9 : 0;
@@ -115,7 +116,7 @@ function card(title, state) {
   });
   return make("div.card" + (columns > 6 ? ".wide" : columns ? ".half" : ""), {}, make("h3", {}, title),
     own.length ? pairs(Object.fromEntries(own.map(([key, value]) => [titled(key), plain(value, key)]))) : [],
-    inner, lists.map(([key, value]) => things(titled(key), value.filter(isThing))));
+    inner, lists.map(([key, value]) => things(titled(key), value.filter(isThing), state[key + "_more"])));
 }
 function limits(entries) {
   const left = (kind) => ([, limit]) => {
