@@ -13,7 +13,8 @@ import tracemalloc
 from collections.abc import Callable
 
 from kvfleet.cache.blocks import Laid, byte_blocks
-from kvfleet.cache.prefix_index import RoutedIndex
+from kvfleet.cache.prefix_index import PrefixIndex, RoutedIndex
+from kvfleet.cache.resuming import Resuming, Window
 
 PROMPT_BYTES = 32_768
 ROUNDS = 7
@@ -37,6 +38,18 @@ def filled(replicas: int, draw: random.Random, hashes: list[int]) -> RoutedIndex
     for i in range(replicas):
         index.record(f"replica-{i}", hashes[: draw.randrange(1, len(hashes) + 1)], 0.0, 1e9)
     return index
+
+
+def told(replicas: int, draw: random.Random, window: Window | None) -> tuple[PrefixIndex, list[int]]:
+    """What engines told of a prompt of 8,192 tokens, in blocks of 16; with a window, as those of hybrid models do."""
+    index, hashes = PrefixIndex(), [draw.getrandbits(64) for _ in range(512)]
+    for i in range(replicas):
+        name, depth = f"replica-{i}", draw.randrange(1, len(hashes) + 1)
+        index.store(name, hashes[:depth])
+        if window is not None:
+            index.store(name, hashes[max(0, depth - draw.randrange(1, 2 * window.blocks)) : depth], window)
+            index.limit(name, Resuming.of([window], 1))
+    return index, hashes
 
 
 def bytes_per_entry(entries: int, draw: random.Random) -> float:
@@ -68,6 +81,11 @@ def main() -> None:
         index = filled(replicas, draw, hashes)
         spent = microseconds(lambda index=index: index.depths(hashes, 1.0))  # type: ignore[misc]
         print(f"| match it against {replicas} replicas | {spent:.0f} |")
+    for replicas in (64, 512):
+        for what, window in (("are told of", None), ("have windows of 512 tokens", Window.sliding(512, 16, 1))):
+            known, prompt = told(replicas, draw, window)
+            spent = microseconds(lambda known=known, prompt=prompt: known.match(prompt))  # type: ignore[misc]
+            print(f"| match 512 blocks against {replicas} replicas that {what} | {spent:.0f} |")
     index = filled(8, draw, hashes)
     print(f"| note where it went | {microseconds(lambda: index.record('replica-1', hashes, 1.0, 1e9)):.0f} |")
     each = bytes_per_entry(entries, draw)
