@@ -250,6 +250,8 @@ def main() -> None:
     asking.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     asking.add_argument("--rounds", type=int, default=7)
     asking.add_argument("--block-tokens", type=int, default=16)
+    asking.add_argument("--mixed", type=int, default=36, help="requests of the mixed load")
+    asking.add_argument("--rate", type=float, default=2.0, help="of them, in a second")
     fitting = commands.add_parser("fit")
     fitting.add_argument("run", type=Path)
     for name, default in (("block-tokens", 16), ("token-budget", 2048), ("cache-blocks", 2048), ("max-running", 128)):
@@ -267,6 +269,8 @@ def main() -> None:
                 batches=given.batches,
                 rounds=given.rounds,
                 block_tokens=given.block_tokens,
+                mixed=given.mixed,
+                rate_per_s=given.rate,
             )
         )
         given.out.write_text(json.dumps(found))

@@ -93,7 +93,15 @@ class Prober:
 
 
 async def measure(
-    url: str, model: str, *, lengths: Sequence[int], batches: Sequence[int], rounds: int, block_tokens: int
+    url: str,
+    model: str,
+    *,
+    lengths: Sequence[int],
+    batches: Sequence[int],
+    rounds: int,
+    block_tokens: int,
+    mixed: int = 36,
+    rate_per_s: float = 2.0,
 ) -> Any:
     """Everything `calibration.py` needs to know of an engine, as plain data."""
     async with httpx.AsyncClient(timeout=600, trust_env=False) as client:
@@ -103,7 +111,7 @@ async def measure(
             "model": model,
             "prefill": await _prefill(prober, lengths, rounds),
             "decode": await _decode(prober, batches, rounds),
-            "mixed": await _mixed(prober, max(lengths), Numbering(block_tokens)),
+            "mixed": await _mixed(prober, max(lengths), Numbering(block_tokens), mixed, rate_per_s),
         }
 
 
@@ -135,13 +143,15 @@ async def _decode(prober: Prober, batches: Sequence[int], rounds: int) -> list[d
     return found
 
 
-async def _mixed(prober: Prober, longest: int, numbering: Numbering) -> list[dict[str, Any]]:
+async def _mixed(
+    prober: Prober, longest: int, numbering: Numbering, requests: int, rate_per_s: float
+) -> list[dict[str, Any]]:
     """Conversations that grow, at random moments."""
     chance, started = prober.chance, time.perf_counter()
     sessions = [prober.prompt(chance.randint(64, longest // 4)) for _ in range(6)]
     tasks: list[asyncio.Task[Timed]] = []
-    for _ in range(36):
-        await asyncio.sleep(chance.expovariate(2.0))
+    for _ in range(requests):
+        await asyncio.sleep(chance.expovariate(rate_per_s))
         session = chance.choice(sessions)
         if len(session) < longest // 2:
             session.extend(prober.prompt(chance.randint(16, 160)))
