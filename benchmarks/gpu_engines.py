@@ -216,10 +216,17 @@ class Lab:
             **{key: value for key, value in mode.items() if key != "is_told"},
         }
 
+    @contextmanager
+    def folder(self, name: str) -> Iterator[Path]:
+        """One for a mode's fleet file and traces, in OUT."""
+        path = self.options.out / "modes" / name.replace(" ", "-").replace(",", "")
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+
     def measure(self, name: str, number: int) -> None:
         """One mode, once: some conversations that do not count, then those that do."""
         mode, salt = MODES[name], f"{number} {name}"
-        with tempfile.TemporaryDirectory() as folder, self.gateway(mode, Path(folder)) as one:
+        with self.folder(f"{number}-{name}") as folder, self.gateway(mode, Path(folder)) as one:
             time.sleep(1.5)  # its first look at the engines
             warm = Load(conversations=12, turns=2, over_s=2.0, shared=300, first=900, more=200, answer=16, think_s=0.2)
             asyncio.run(warm.run(one.url, 1000 + number, f"warm {salt}", self.extra))
@@ -446,6 +453,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=56)
     parser.add_argument("--load", type=float, default=0.35, help="of the engines' time, if nothing is computed twice")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
     parser.add_argument("--lose-s", type=float, default=90.0, help="what killing an engine and its return take")
     parser.add_argument("--mock", action="store_true")
     parser.add_argument("--speed", type=float, default=1.0, help="of a mock engine")
@@ -470,7 +478,7 @@ def run(lab: Lab) -> None:
     """All of it: one round of all modes, the engine that dies, further rounds as long as there is time."""
     lab.start()
     lab.probe()
-    modes = [name for name, mode in MODES.items() if lab.options.router or "router" not in mode]
+    modes = [name for name in lab.options.modes if lab.options.router or "router" not in MODES[name]]
     longest_s = 0.0
     for number in range(lab.options.rounds):
         for name in modes:

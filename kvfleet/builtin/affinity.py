@@ -258,7 +258,9 @@ class PrefixAffinity:
             return
         told = looked.told.get(served.id)
         self._count_hit(ctx, looked.prompt, served)
-        if told is None or told.mode is CacheMode.DEGRADED:
+        if outcome.is_continued:
+            pass  # asked later than it was looked at, and for a longer prompt: its answer belies nothing
+        elif told is None or told.mode is CacheMode.DEGRADED:
             self._learn_trust(looked.blocks.tokens, looked.expected.get(served.id, 0.0), served, outcome.usage)
         else:
             self._learn_trust(told.prompt_tokens, told.tokens, served, outcome.usage)

@@ -166,6 +166,8 @@ class TokensClassifier:
         chain = found.chains.get(served.name) if found is not None and served is not None else None
         if served is None or chain is None or usage is None or not usage.prompt_tokens or outcome.error is not None:
             return
+        if outcome.is_continued:  # the engine that went on counted what was said as a part of the prompt
+            return
         maker = self._makers[served.name]
         if usage.prompt_tokens == chain.tokens:
             maker.miscounts = 0

@@ -20,6 +20,7 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import RouteError
 from kvfleet.plugin.context import Affinity, CacheMode, Fact, RouteRequest, RoutingContext
 from kvfleet.router.scoring import Column, ModelScore, Ranking, ScoringContext
+from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue, Trace
 
 __all__ = [
@@ -199,6 +200,11 @@ class Outcome:
     def is_success(self) -> bool:
         """True if the caller got a whole answer."""
         return self.error is None
+
+    @property
+    def is_continued(self) -> bool:
+        """True if another replica went on with the stream: `usage` then speaks of a prompt with what was said in it."""
+        return names.CONTINUED in self.trace.route.attributes
 
 
 @runtime_checkable

@@ -23,6 +23,8 @@ from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, ComponentError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.testing.fakes import FakeAdapter
+from kvfleet.trace import names
+from kvfleet.trace.spans import Span
 from tests.builtin.making import context, outcome, user
 from tests.cache.tokenizing import save
 
@@ -144,6 +146,18 @@ class TestHere:
         assert fleet.count("kvfleet_prompt_tokens_miscounted_total", "m") == 5
         fleet.clock.advance(61)
         assert (await fleet.find()).chains
+
+    async def test_an_answer_that_another_replica_went_on_with(self, folder: str) -> None:
+        """Is not held against the tokenizer: its engine counted what was said before as a part of the prompt."""
+        fleet = Fleet(model("m", mode="tokenizer", tokenizer=folder))
+        await fleet.stage.aopen()
+        right = (await fleet.find()).chains["m"].tokens
+        route = Span("kvfleet.route", 0, attributes={names.CONTINUED: 1})
+        for _ in range(5):
+            ended = outcome(fleet.ctx, fleet.models[0], usage=Usage(right + 21), spans=[route])
+            await fleet.stage.observe(ended)
+        assert (await fleet.find()).chains
+        assert not fleet.count("kvfleet_prompt_tokens_miscounted_total", "m")
 
 
 class TestThere:

@@ -17,6 +17,8 @@ from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import RoutingContext
+from kvfleet.trace import names
+from kvfleet.trace.spans import Span
 from tests.builtin.making import context, outcome, user
 from tests.cache.made import removed, stored
 from tests.cache.publisher import Publisher, pump
@@ -78,13 +80,14 @@ class Fleet:
             for model, count, mode in zip(FLEET, found.tokens, found.modes, strict=True)
         }
 
-    async def answer(self, served: ModelConfig | None, cached: int | None = None) -> None:
-        """A request that was answered by a replica."""
+    async def answer(self, served: ModelConfig | None, cached: int | None = None, *, continued: int = 0) -> None:
+        """A request that was answered by a replica; `continued` times by another than began it."""
         ctx = self.request()
         self.expect(ctx=ctx)
         self.stage.placed(ctx, served or A)
         usage = Usage(len(PROMPT), 1, cached_tokens=cached) if served is not None else None
-        await self.stage.observe(outcome(ctx, served, usage=usage))
+        route = Span("kvfleet.route", 0, attributes={names.CONTINUED: continued} if continued else {})
+        await self.stage.observe(outcome(ctx, served, usage=usage, spans=[route]))
 
 
 @pytest.fixture
@@ -187,6 +190,14 @@ async def test_an_engine_whose_answers_belie_its_events(fleet: Fleet) -> None:
     for _ in range(16):
         await fleet.answer(A, cached=0)
     assert fleet.state().judge()[0] is KVMode.APPROXIMATE
+
+
+async def test_answers_that_another_replica_went_on_with(fleet: Fleet) -> None:
+    """Belie nothing: it was asked later, and for more."""
+    fleet.store(1, PROMPT[:80])
+    for _ in range(16):
+        await fleet.answer(A, cached=0, continued=1)
+    assert fleet.expect()["a"] == (80, "exact")
 
 
 async def test_a_restart_ends_what_was_routed_too(fleet: Fleet) -> None:
