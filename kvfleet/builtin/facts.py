@@ -100,7 +100,7 @@ class PromptFacts:
     """What is known of a prompt. Its repr shows no text; texts and fingerprints are made when first asked for.
 
     Attributes:
-        token_estimate: About how many tokens it has, without pictures.
+        token_estimate: About how many tokens it has, without pictures; exactly, once they were `counted`.
         session: The conversation's key, if the request names one; else empty.
         operation: What is asked.
     """
@@ -114,6 +114,7 @@ class PromptFacts:
     _made_by: PromptFingerprinter | None = attrs.field(init=False, default=None)
     _blocks: PromptBlocks | None = attrs.field(init=False, default=None)
     _blocks_key: tuple[int, int] | None = attrs.field(init=False, default=None)
+    _counted: int | None = attrs.field(init=False, default=None)
 
     @classmethod
     def of(cls, request: RouteRequest) -> PromptFacts:
@@ -138,7 +139,7 @@ class PromptFacts:
         """
         if self._blocks is None or (self._blocks_key is not None and self._blocks_key != (seed, block_bytes)):
             self._blocks_key = (seed, block_bytes)
-            self._blocks = byte_blocks(self._laid_out(), seed, block_bytes)
+            return self._keep(byte_blocks(self._laid_out(), seed, block_bytes))
         return self._blocks
 
     async def blocks_in_turns(self, seed: int, block_bytes: int) -> PromptBlocks:
@@ -147,8 +148,21 @@ class PromptFacts:
         laid = self._laid_out()
         await asyncio.sleep(0)
         self._blocks_key = (seed, block_bytes)
-        self._blocks = byte_blocks(laid, seed, block_bytes)
-        return self._blocks
+        return self._keep(byte_blocks(laid, seed, block_bytes))
+
+    def counted(self, tokens: int) -> None:
+        """Let it be so many tokens, as its engine counts, in place of what its bytes come to.
+
+        What is cached of it is then in the same unit, whether engines tell it in tokens or it was sent there in bytes.
+        """
+        if tokens > 0 and tokens != self.token_estimate:
+            self.token_estimate = self._counted = tokens
+            if self._blocks is not None:
+                self._blocks = self._blocks.of_tokens(tokens)
+
+    def _keep(self, made: PromptBlocks) -> PromptBlocks:
+        self._blocks = made = made if self._counted is None else made.of_tokens(self._counted)
+        return made
 
     def _laid_out(self) -> Laid:
         if self.operation is Operation.CHAT:

@@ -15,6 +15,7 @@ import xxhash
 
 from kvfleet.adapters.base import InferenceAdapter
 from kvfleet.adapters.call import Operation
+from kvfleet.builtin.facts import PROMPT
 from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.chat_template import UnrenderableError
 from kvfleet.cache.knowledge import TokenChain
@@ -157,6 +158,9 @@ class TokensClassifier:
         missing = {name: one for name in names if isinstance(one := found[name], str)}
         for name in missing:
             self._metrics.count("kvfleet_prompt_tokens_missing_total", name)
+        prompt = ctx.fact_or_none(PROMPT)
+        if prompt is not None and chains:  # of models that count otherwise, the most
+            prompt.counted(max([chain.tokens for chain in chains.values()]))
         return {TOKENS: PromptTokens(chains, missing)}
 
     async def observe(self, outcome: Outcome) -> None:

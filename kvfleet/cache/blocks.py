@@ -69,6 +69,18 @@ class PromptBlocks:
     marks: Sequence[tuple[int, float]] = ()
     ends: Sequence[int] = ()
 
+    def of_tokens(self, tokens: int) -> PromptBlocks:
+        """The same chain of a prompt that has so many tokens, each block and mark its share of them.
+
+        >>> byte_blocks(Laid(b"a" * 512)).of_tokens(64).block_tokens
+        32.0
+        """
+        if tokens == self.tokens or not self.tokens:
+            return self
+        share = tokens / self.tokens
+        marks = [(mark, count * share) for mark, count in self.marks]
+        return attrs.evolve(self, block_tokens=self.block_tokens * share, tokens=tokens, marks=marks)
+
 
 @attrs.frozen
 class Laid:

@@ -22,6 +22,9 @@ TALK = [
 ]
 
 
+ASK = [{"role": "user", "content": "Who are you, and since when?"}]
+
+
 def test_every_text_of_a_chat_is_read() -> None:
     """System, parts, tool calls' arguments and tool results: personal data may be in any of them."""
     found = list(prompt_texts(Operation.CHAT, {"messages": TALK}))
@@ -79,6 +82,21 @@ def test_text_and_fingerprint_are_made_once() -> None:
     assert facts.text is facts.text
     assert facts.fingerprint is facts.fingerprint
     assert list(facts.texts()) == facts.text.split("\n")
+
+
+@pytest.mark.parametrize("looks_first", [False, True])
+def test_a_prompt_that_is_counted(*, looks_first: bool) -> None:
+    """Has the same blocks, each its share of the tokens, whether they were looked at before or not."""
+    request = RouteRequest(body={"messages": [{"role": "system", "content": "You are terse. " * 20}, *ASK]})
+    plain, counted = PromptFacts.of(request), PromptFacts.of(request)
+    if looks_first:
+        counted.blocks(0, 64)
+    counted.counted(2 * plain.blocks(0, 64).tokens)
+    one, other = plain.blocks(0, 64), counted.blocks(0, 64)
+    assert (other.hashes, other.ends) == (one.hashes, one.ends)
+    assert (other.tokens, other.block_tokens) == (2 * one.tokens, 2 * one.block_tokens)
+    assert list(other.marks) == [(mark, 2 * tokens) for mark, tokens in one.marks]
+    assert counted.token_estimate == other.tokens
 
 
 def test_a_stage_can_use_a_fingerprinter_of_its_own() -> None:

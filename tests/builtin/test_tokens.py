@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
 from kvfleet.adapters.call import Operation, Usage
+from kvfleet.builtin.facts import estimate_prompt, prompt_of, prompt_tokens
 from kvfleet.builtin.tokens import TOKENS, PromptTokens, TokensClassifier
 from kvfleet.cache.block_chain import token_hashes
 from kvfleet.cache.tokens import packed
@@ -100,6 +101,15 @@ class TestHere:
         assert TOKENS.describe(found) == (f"m: {chain.tokens} tokens",)
         assert fleet.stage.state() == {"m": {"cut": True, "tokenised_characters": 62}}
         assert fleet.teller.asked == 0
+
+    async def test_the_prompt_has_as_many_tokens_from_then_on(self, folder: str) -> None:
+        """What is cached of it is told in them, so what is not has to be counted in them too."""
+        fleet = Fleet(model("m", mode="tokenizer", tokenizer=folder))
+        await fleet.stage.aopen()
+        chain = (await fleet.find(user("Hello there. " * 40))).chains["m"]
+        prompt, blocks = prompt_of(fleet.ctx), prompt_of(fleet.ctx).blocks(0, 64)
+        assert prompt.token_estimate == blocks.tokens == prompt_tokens(fleet.ctx) == chain.tokens
+        assert chain.tokens != estimate_prompt(Operation.CHAT, fleet.ctx.request.body)
 
     async def test_a_salt_makes_other_blocks(self, folder: str) -> None:
         """As the engine does not share them."""
