@@ -10,9 +10,9 @@ each step of what happens, logs in OUT/logs.
 Each engine should have a GPU of its own; where one GPU serves all, NVIDIA's MPS can part it: start its daemon, and say
 `--percent 25` for a quarter of it for each engine. Without it they take turns, so one engine's load slows the others.
 
-Modes: see `MODES`. `expected_latency` without a cache in mind, with what was routed (approximate), and with what engines
-tell (exact); vllm-router if `--router` says where its Python is. Rounds go on until the time is up. At the end, in
-exact mode, one engine is killed amid long streams and started again, and the load goes on.
+Modes: see `MODES`. `expected_latency` without a cache in mind, with what was routed (approximate), and with what
+engines tell (exact); vllm-router if `--router` says where its Python is. Rounds go on until the time is up. At the end,
+in exact mode, one engine is killed amid long streams and started again, and the load goes on.
 """
 
 from __future__ import annotations
@@ -20,11 +20,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -32,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-import httpx
 
-from benchmarks.gpu_load import MODEL, WORDS, Asked, Load, ask, sentence, summary
+from benchmarks.gpu_load import MODEL, WORDS, Asked, Load, again, ask, rows, sentence, summary
+from benchmarks.gpu_loss import Loss, of_folder
 from kvfleet.errors import TraceError
 from kvfleet.trace import names
 from kvfleet.trace.reader import TraceReader
@@ -54,9 +51,8 @@ MODES: Mapping[str, Mapping[str, Any]] = {
     "expected_latency, load only": {"strategy": "expected_latency", "cache_affinity": {"enabled": False}},
     "least_requests": {"strategy": "least_requests"},
 }
-STREAMS = 12
-AWAY_S = 6.0
-QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false"}
+QUIET = {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+"""The last, because that sampler is compiled when it is first used."""
 
 
 @attrs.define
@@ -237,88 +233,23 @@ class Lab:
                 note_expected(Path(folder) / "traces.sqlite", found)
             self.say("mode", mode=name, round=number, over_s=load.over_s, **summary(found), asked=rows(found))
 
-    # One engine dies -------------------------------------------------------------------------------------------------
-
     def lose_one(self) -> None:
         """Kill an engine amid long streams, start it again, and go on asking all the while."""
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            self.gateway({**MODES["expected_latency, exact"]}, Path(folder)) as one,
-        ):
+        with self.folder("lost") as folder, self.gateway(MODES["expected_latency, exact"], folder) as one:
             time.sleep(1.5)
-            asyncio.run(self._lose_one(one, Path(folder)))
-
-    async def _lose_one(self, one: Engine, folder: Path) -> None:
-        began_s, victim, seen = time.perf_counter(), self.engines[0], list[dict[str, Any]]()
-        until_s, moments = {"load": 300.0}, dict[str, float]()
-
-        def now_s() -> float:
-            return time.perf_counter() - began_s
-
-        async def watch() -> None:
-            async with httpx.AsyncClient(trust_env=False, timeout=3) as client:
-                while now_s() < until_s["load"] + 30:
-                    with suppress(httpx.HTTPError):
-                        said = (await client.get(f"{one.url}/health")).json()["endpoints"]
-                        states = {
-                            key[-6:]: f"{at.get('cache_mode')} {at.get('cache_why', '')}" for key, at in said.items()
-                        }
-                        if not seen or seen[-1]["states"] != states:
-                            seen.append({"at_s": round(now_s(), 2), "states": states})
-                    await asyncio.sleep(0.25)
-
-        async def crash() -> None:
-            await asyncio.sleep(AWAY_S)
-            moments["killed"] = now_s()
-            await asyncio.to_thread(crashed, victim)
-            moments["gone"] = now_s()
-            self.engines[0] = again = attrs.evolve(victim, process=None)
-            await asyncio.to_thread(again.start)
-            moments["back"] = now_s()
-
-        streams = [Asked(0, 0.0) for _ in range(STREAMS)]
-
-        async def stream(number: int) -> None:
-            await asyncio.sleep(AWAY_S - 2.0 + 0.05 * number)
-            message = {"role": "user", "content": f"{number} {sentence(random.Random(number), 300)}"}
-            streams[number].at_s = now_s()
-            await ask(one.url, [message], 600, self.extra, streams[number])
-
-        watching = asyncio.create_task(watch())
-        crashing = asyncio.create_task(crash())
-        streaming = [asyncio.create_task(stream(number)) for number in range(STREAMS)]
-        asked: list[Asked] = []
-        load = attrs.evolve(self.load(), over_s=self.load().over_s * 1.5)
-        for number in range(20):  # one load after the other, until it has been back for a while
-            began = now_s()
-            part = await load.run(one.url, 500 + number, f"lost {number}", self.extra)
-            for one_asked in part:
-                one_asked.at_s += began
-            asked += part
-            if ("back" in moments and now_s() > moments["back"] + 12) or (crashing.done() and crashing.exception()):
-                break
-            if self.left_s() < 15:
-                break
-        until_s["load"] = 0.0
-        await asyncio.gather(*streaming, return_exceptions=True)
-        watching.cancel()
-        crashing.cancel()
-        (trouble,) = await asyncio.gather(crashing, return_exceptions=True)
-        await asyncio.sleep(1.0)
-        note_expected(folder / "traces.sqlite", asked)
-        killed_s, back_s = moments.get("killed", AWAY_S), moments.get("back", 1e9)
-        parts = {
-            "before": [a for a in asked if a.at_s < killed_s - 2],
-            "around": [a for a in asked if killed_s - 2 <= a.at_s < killed_s + 3],
-            "away": [a for a in asked if killed_s + 3 <= a.at_s < back_s],
-            "back": [a for a in asked if a.at_s >= back_s],
-        }
-        for name, part in parts.items():
-            self.say("lost", part=name, continued=sum(a.continued for a in part), **summary(part), asked=rows(part))
-        self.say("lost, streams", moments=moments, trouble=repr(trouble), asked=rows(streams), **summary(streams))
-        self.say("lost, continued", continued=[a.continued for a in streams], tokens=[a.tokens for a in streams],
-                 reasons=[a.reason for a in streams], failed=[a.failed for a in streams])  # fmt: skip
-        self.say("lost, modes", seen=seen)
+            loss = Loss(
+                url=one.url,
+                victim=self.engines[0],
+                load=attrs.evolve(self.load(), over_s=self.load().over_s * 1.5),
+                extra=self.extra,
+                say=self.say,
+                noted=of_folder(note_expected, folder),
+                left_s=self.left_s,
+            )
+            try:
+                asyncio.run(loss.run())
+            finally:
+                self.engines[0] = loss.again or self.engines[0]
 
 
 def vllm(options: argparse.Namespace, port: int) -> list[str]:
@@ -342,43 +273,11 @@ def vllm(options: argparse.Namespace, port: int) -> list[str]:
     return [str(word) for word in words]
 
 
-def crashed(engine: Engine) -> None:
-    """The server is gone at once; what computes for it gets the time to leave the GPU in order."""
-    process = engine._process  # noqa: SLF001 - it is ours
-    assert process is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(5)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        time.sleep(4.0)
-        os.killpg(process.pid, signal.SIGKILL)
-
-
 def free_port_with_room() -> int:
     """A free port; those 1000 and 2000 above are there as well."""
     while (port := free_port()) > 60_000:
         pass
     return port
-
-
-def rows(asked: Sequence[Asked]) -> list[list[Any]]:
-    """Each request as a row, times in milliseconds."""
-    return [
-        [
-            *(
-                a.turn,
-                round(a.at_s, 2),
-                round(a.ttft_s * 1e3, 1),
-                round(a.end_s * 1e3, 1),
-                a.prompt,
-                a.cached,
-                a.tokens,
-            ),
-            *(a.expected, None if a.expected_s is None else round(a.expected_s * 1e3, 1)),
-            *(a.served[-5:], a.continued, a.failed),
-        ]
-        for a in asked
-    ]
 
 
 def note_expected(store: Path, asked: Sequence[Asked]) -> None:
@@ -408,7 +307,7 @@ def table(path: Path) -> Iterator[str]:
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for mode in MODES:
-        asked = [Asked(*_again(row)) for line in lines if line.get("mode") == mode for row in line.get("asked", ())]
+        asked = [again(row) for line in lines if line.get("mode") == mode for row in line.get("asked", ())]
         if not asked:
             continue
         found = summary(asked)
@@ -417,12 +316,6 @@ def table(path: Path) -> Iterator[str]:
         said = " | ".join("-" if value is None else f"{value:.1f}" for value in off)
         count = f"{len(asked)} ({found['failed']:.0f} failed)"
         yield f"| {mode} | {count} | {times} | {found.get('cached', 0):.1%} | {said} |"
-
-
-def _again(row: Sequence[Any]) -> Iterator[Any]:
-    turn, at_s, ttft, end, prompt, cached, tokens, expected, expected_ms, served, continued, failed = row
-    yield from (turn, at_s, "", ttft / 1e3, end / 1e3, 0, tokens, prompt, cached, "", failed, continued, expected)
-    yield from (None if expected_ms is None else expected_ms / 1e3, served)
 
 
 def answers_of_words(options: argparse.Namespace) -> dict[str, Any]:

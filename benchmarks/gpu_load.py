@@ -219,3 +219,42 @@ def summary(asked: Sequence[Asked]) -> dict[str, float]:
         found["off_abs_mean_s"] = statistics.fmean(map(abs, seconds))
         found["off_abs_p50_s"] = statistics.median(map(abs, seconds))
     return found
+
+
+def rows(asked: Sequence[Asked]) -> list[list[Any]]:
+    """Each request as a row, times in milliseconds."""
+    return [
+        [
+            *(
+                a.turn,
+                round(a.at_s, 2),
+                round(a.ttft_s * 1e3, 1),
+                round(a.end_s * 1e3, 1),
+                a.prompt,
+                a.cached,
+                a.tokens,
+            ),
+            *(a.expected, None if a.expected_s is None else round(a.expected_s * 1e3, 1)),
+            *(a.served[-5:], a.continued, a.failed),
+        ]
+        for a in asked
+    ]
+
+
+def again(row: Sequence[Any]) -> Asked:
+    """What `rows` made a row of."""
+    turn, at_s, ttft_ms, end_ms, prompt, cached, tokens, expected, expected_ms, served, continued, failed = row
+    return Asked(
+        turn,
+        at_s,
+        ttft_s=ttft_ms / 1e3,
+        end_s=end_ms / 1e3,
+        tokens=tokens,
+        prompt=prompt,
+        cached=cached,
+        failed=failed,
+        continued=continued,
+        expected=expected,
+        expected_s=None if expected_ms is None else expected_ms / 1e3,
+        served=served,
+    )

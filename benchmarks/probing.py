@@ -10,7 +10,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import attrs
@@ -70,7 +70,7 @@ class Prober:
         timed = Timed(time.perf_counter(), prompt, output)
         async with self.client.stream("POST", f"{self.url}/v1/completions", json=body) as response:
             response.raise_for_status()
-            async for line in response.aiter_lines():
+            async for line in _lines(response):
                 self._take(timed, line)
         return timed
 
@@ -90,6 +90,15 @@ class Prober:
     async def together(self, prompts: Sequence[list[int]], output: int) -> list[Timed]:
         """Several requests at once."""
         return list(await asyncio.gather(*[self.ask(prompt, output) for prompt in prompts]))
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[str]:
+    """A stream's lines. A model may say what is the end of a line elsewhere (U+0085, say), and no end of an event's."""
+    kept = b""
+    async for piece in response.aiter_bytes():
+        *whole, kept = (kept + piece).split(b"\n")
+        for line in whole:
+            yield line.decode()
 
 
 async def measure(
