@@ -1,4 +1,4 @@
-"""What workers tell each other all the time: what is in flight, and what stages say, such as where a prompt went.
+"""What workers tell each other all the time: what is in flight, how engines stand, where a prompt went.
 
 Datagrams between processes of one machine, a few times a second, which nobody waits for: one that finds no room is
 lost and counted. What they carry is an estimate for those who hear it, so nothing depends on any one of them.
@@ -16,6 +16,7 @@ import orjson
 from kvfleet.gateway.workers import Seat
 from kvfleet.runtime import Router
 from kvfleet.telemetry.siblings_load import SiblingsLoad, own_counts
+from kvfleet.telemetry.siblings_state import SiblingsState
 
 __all__ = ["News"]
 
@@ -26,7 +27,7 @@ _HEARTBEAT_S = 1.0
 _MOST_BYTES = 60_000
 _MOST_AT_ONCE = 256
 _MOST_WAITING = 4096
-_LOAD, _STAGES = 1, 2
+_LOAD, _STAGES, _STATE = 1, 2, 3
 _HEAD = struct.Struct("<BB")
 _PART = struct.Struct("<HI")
 
@@ -47,6 +48,7 @@ class News:
         self._waiting: list[tuple[str, bytes]] = []
         self._router: Callable[[], Router] | None = None
         self._siblings: SiblingsLoad | None = None
+        self._state: SiblingsState | None = None
         self._said: tuple[float, dict[str, tuple[int, int]]] = (float("-inf"), {})
 
     def publish(self, stage: str, payload: bytes) -> None:
@@ -81,12 +83,24 @@ class News:
         if counts != self._said[1] or now_s - self._said[0] > _HEARTBEAT_S:
             self._said = now_s, counts
             self._send(_LOAD, orjson.dumps(counts))
+        for told in self._state_of(router).told(now_s):
+            self._send(_STATE, told)
         waiting, self._waiting = self._waiting, []
         for batch in _batches(waiting):
             self._send(_STAGES, batch)
         if self._siblings is None or self._siblings.load is not load:
             self._siblings = SiblingsLoad(load)
         self._siblings.apply(router.models, now_s)
+
+    def _state_of(self, router: Router) -> SiblingsState:
+        services = router.services
+        if (
+            self._state is None
+            or self._state.health is not services.health
+            or self._state.limits is not services.limits
+        ):
+            self._state = SiblingsState(services.health, services.limits)
+        return self._state
 
     def _send(self, kind: int, body: bytes) -> None:
         data = _HEAD.pack(kind, self._seat.number) + body
@@ -116,6 +130,9 @@ class News:
             if self._siblings is not None:
                 told = {replica: tuple(counts) for replica, counts in orjson.loads(data[_HEAD.size :]).items()}
                 self._siblings.hear(number, told, router.clock.now_s())
+            return
+        if kind == _STATE:
+            self._state_of(router).hear(data[_HEAD.size :], {model.endpoint for model in router.models})
             return
         for stage, payload in _parts(data[_HEAD.size :]):
             router.hear(stage, payload)

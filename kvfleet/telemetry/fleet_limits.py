@@ -16,7 +16,7 @@ import attrs
 from kvfleet.adapters.limit_headers import quotas_of
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import BackendError, Fault
-from kvfleet.telemetry.limited import Hold, Limited
+from kvfleet.telemetry.limited import Hold, Limited, Wait
 from kvfleet.telemetry.rate_limits import LimitKey, RateLimitState, RateLimitTracker
 
 __all__ = ["FleetLimits", "LimitTicket"]
@@ -37,7 +37,7 @@ class LimitTicket:
         tracker, (_, entry) = self._tracker, self._entries[0]
         now_s = tracker.clock.now_s()
         self._land()
-        entry.succeed(self._number)
+        entry.succeed(self._number, now_s)
         if told := quotas_of(headers, tracker.clock.time_ns() / 1e9):
             entry.learn(told, now_s, self._number)
         tracker.changed(self._key, entry)
@@ -123,6 +123,20 @@ class FleetLimits:
             entry.in_flight += 1
             tracker.changed(one, entry)
         return LimitTicket(tracker, key, entries, number)
+
+    def waits(self, since_s: float) -> dict[str, Wait]:
+        """What backends asked for that refused, or did no more since then, each by one of its replicas."""
+        found: dict[LimitKey, tuple[str, Wait]] = {}
+        for replica, key in self._keys.items():
+            wait = None if key in found else self.tracker.wait(key)
+            if wait is not None and max(wait.changed_s, wait.cooldown_until_s) >= since_s:
+                found[key] = replica, wait
+        return dict(found.values())
+
+    def hear(self, replica_id: str, wait: Wait) -> None:
+        """Leave a replica's backend alone as another worker was asked to."""
+        if (key := self._keys.get(replica_id)) is not None:
+            self.tracker.hear(key, wait)
 
     # What follows
 

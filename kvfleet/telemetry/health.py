@@ -23,6 +23,7 @@ from kvfleet.config.fields import number
 from kvfleet.config.health import HealthConfig
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import Fault
+from kvfleet.telemetry.endpoint import BreakerNews, Endpoint
 from kvfleet.telemetry.pools import Pools
 
 __all__ = ["HealthManager"]
@@ -33,22 +34,9 @@ _NO_EVIDENCE = frozenset({Fault.CANCELLED, Fault.DEADLINE})
 _UNREACHABLE = frozenset({Fault.CONNECT, Fault.CONNECT_TIMEOUT})
 _LEAST_SHARE = 0.1
 """Of its usual share, for an endpoint that has just come back."""
+_TICK_S = 1e-6
+"""Between two changes, so that the later one is known by its time."""
 _PROBE_UNDER_WAY = "circuit half-open, its probe is under way"
-
-
-@attrs.define
-class _Endpoint:
-    """What is known of one endpoint."""
-
-    health: EndpointHealth | None = None
-    checked_s: float = 0.0
-    failed_checks: int = 0
-    failed_calls: int = 0
-    opened_by: str = ""
-    opened_s: float = 0.0
-    wait_s: float = 0.0
-    reason: str = ""
-    probe_until_s: float = 0.0
 
 
 @attrs.define(kw_only=True)
@@ -85,7 +73,7 @@ class HealthManager:
     ejections: dict[tuple[str, ...], float] = attrs.field(init=False, factory=dict, repr=False)
     calls: dict[str, list[int]] = attrs.field(init=False, factory=dict, repr=False)
     unserved: dict[str, str] = attrs.field(init=False, factory=dict, repr=False)
-    _known: dict[str, _Endpoint] = attrs.field(init=False, factory=dict, repr=False)
+    _known: dict[str, Endpoint] = attrs.field(init=False, factory=dict, repr=False)
     _open: set[str] = attrs.field(init=False, factory=set, repr=False)
     _unavailable: Mapping[str, str] = attrs.field(init=False, factory=lambda: MappingProxyType({}), repr=False)
     _panicking: Mapping[str, float] = attrs.field(init=False, factory=lambda: MappingProxyType({}), repr=False)
@@ -131,6 +119,7 @@ class HealthManager:
             known.failed_checks += 1
             if known.failed_checks >= self.failure_threshold:
                 self._trip(health.endpoint, known, "checks", f"{known.failed_checks} failed health checks")
+            known.is_bounded = False
             return
         was_down, known.failed_checks = known.failed_checks > 0, 0
         if known.opened_by == "checks":
@@ -138,7 +127,7 @@ class HealthManager:
         elif known.opened_by == "calls" and was_down:
             # It was down and is up again, as after a restart: that is no answered call, but a reason to try one.
             known.wait_s = 0.0
-            self._recompute_at_s = 0.0
+            self._changed(known)
 
     def update_served(self, replica: str, why_not: str) -> None:
         """Take in what an engine serves instead of a replica's model; empty if it serves that."""
@@ -160,7 +149,7 @@ class HealthManager:
         known, now_s = self._known[endpoint], self.clock.now_s()
         if self._is_half_open(known, now_s):
             known.probe_until_s = now_s + self.recovery_timeout_seconds
-            self._recompute_at_s = 0.0
+            self._changed(known)
             return True
         return not self._waited(known, now_s) or endpoint not in self.unavailable(now_s)
 
@@ -197,7 +186,7 @@ class HealthManager:
             return
         if fault in _NO_EVIDENCE:
             known_or_none.probe_until_s = 0.0
-            self._recompute_at_s = 0.0
+            self._changed(known_or_none)
         elif self._waited(known_or_none, self.clock.now_s()):
             self._close(endpoint, known_or_none)
 
@@ -207,6 +196,26 @@ class HealthManager:
             return False
         self._trip(endpoint, self._of(endpoint), cause, reason, for_s)
         return True
+
+    def news(self, since_s: float) -> list[BreakerNews]:
+        """How the breakers stand that are open, or came to stand otherwise since then."""
+        known = self._known.items()
+        return [one.news(endpoint) for endpoint, one in known if one.opened_by or one.changed_s >= since_s]
+
+    def hear(self, news: BreakerNews) -> None:
+        """Have a breaker stand as it does at another worker, if that is later than what is known here."""
+        endpoint, known = news.endpoint, self._of(news.endpoint)
+        if news.changed_s <= known.changed_s:
+            return
+        if not news.opened_by:
+            if known.opened_by:
+                self._close(endpoint, known)
+        elif known.opened_by or not news.is_bounded or self.pools.may_eject(endpoint, self._open):
+            known.take(news)
+            self._returned_s.pop(endpoint, None)
+            self._open.add(endpoint)
+        self._recompute_at_s = 0.0
+        known.changed_s = news.changed_s
 
     def retain(self, endpoints: Iterable[str]) -> None:
         """Forget every endpoint that is not one of these."""
@@ -319,12 +328,12 @@ class HealthManager:
 
     # How
 
-    def _of(self, endpoint: str) -> _Endpoint:
+    def _of(self, endpoint: str) -> Endpoint:
         known = self._known.get(endpoint)
         if known is None:
             if len(self._known) >= _MOST_ENDPOINTS:
                 self._forget(next(iter(self._known)))
-            known = self._known[endpoint] = _Endpoint()
+            known = self._known[endpoint] = Endpoint()
         return known
 
     def _forget(self, endpoint: str) -> None:
@@ -340,10 +349,11 @@ class HealthManager:
             return None
         return known.health
 
-    def _failed_too_often(self, endpoint: str, known: _Endpoint, fault: Fault) -> None:
+    def _failed_too_often(self, endpoint: str, known: Endpoint, fault: Fault) -> None:
         reason = f"{known.failed_calls} failed calls, last {fault.value}"
         if known.opened_by or fault in _UNREACHABLE or self._may_eject(endpoint):
             self._trip(endpoint, known, "calls", reason, self.recovery_timeout_seconds)
+            known.is_bounded = fault not in _UNREACHABLE
 
     def _may_eject(self, endpoint: str) -> bool:
         may = self.pools.may_eject(endpoint, self._open)
@@ -354,7 +364,7 @@ class HealthManager:
     def _count(self, endpoint: str, cause: str) -> None:
         self.ejections[endpoint, cause] = self.ejections.get((endpoint, cause), 0) + 1
 
-    def _trip(self, endpoint: str, known: _Endpoint, by: str, reason: str, wait_s: float | None = None) -> None:
+    def _trip(self, endpoint: str, known: Endpoint, by: str, reason: str, wait_s: float | None = None) -> None:
         if not known.opened_by:
             self._count(endpoint, by)
         # Failed calls outweigh failed checks: once they are the cause, a passing check must not close the breaker.
@@ -363,23 +373,28 @@ class HealthManager:
         known.wait_s = self.recovery_timeout_seconds if wait_s is None else wait_s
         known.reason = f"circuit open after {reason}"
         known.probe_until_s = 0.0
+        known.is_bounded = True
         self._returned_s.pop(endpoint, None)
         self._open.add(endpoint)
-        self._recompute_at_s = 0.0
+        self._changed(known)
 
-    def _close(self, endpoint: str, known: _Endpoint) -> None:
+    def _close(self, endpoint: str, known: Endpoint) -> None:
         if self.slow_start_seconds:
             self._returned_s[endpoint] = self.clock.now_s()
         known.opened_by = known.reason = ""
         known.failed_calls = known.failed_checks = 0
         known.probe_until_s = 0.0
         self._open.discard(endpoint)
-        self._recompute_at_s = 0.0
+        self._changed(known)
 
-    def _waited(self, known: _Endpoint, now_s: float) -> bool:
+    def _changed(self, known: Endpoint) -> None:
+        self._recompute_at_s = 0.0
+        known.changed_s = max(self.clock.now_s(), known.changed_s + _TICK_S)
+
+    def _waited(self, known: Endpoint, now_s: float) -> bool:
         return now_s >= known.opened_s + known.wait_s
 
-    def _is_half_open(self, known: _Endpoint, now_s: float) -> bool:
+    def _is_half_open(self, known: Endpoint, now_s: float) -> bool:
         """True if the wait is over and the probe slot is free."""
         return self._waited(known, now_s) and now_s >= known.probe_until_s
 

@@ -11,7 +11,7 @@ from kvfleet.adapters.limit_headers import ToldQuota
 from kvfleet.telemetry.minute import Minute
 from kvfleet.telemetry.quota import BELIEVED_S, Quota
 
-__all__ = ["Hold", "Limited"]
+__all__ = ["Hold", "Limited", "Wait"]
 
 _MOST_QUOTAS = 8
 _MOST_DOUBLINGS = 8
@@ -19,6 +19,7 @@ _LONGEST_COOLDOWN_S = 300.0
 _QUIET_S = 60.0
 _ROUNDING = 1e-9
 _FRESH_S = 0.05
+_TICK_S = 1e-6
 _NEVER = float("-inf")
 _COOLDOWN, _REQUESTS, _TOKENS = "cooldown", "requests", "tokens"
 
@@ -58,6 +59,23 @@ class Hold:
         return f"{self.what}, for another {left_s:.{0 if left_s >= 10 else 1}f} s"
 
 
+@attrs.frozen
+class Wait:
+    """What a backend asked for when it refused, as one of several workers heard it.
+
+    Attributes:
+        changed_s: When it was heard, or ended, by the monotonic clock.
+        told_until_s, cooldown_until_s: Until when a call would be refused, and until when it is left alone.
+        cooldown_s, in_a_row: How long that is, and the how manieth time in a row.
+    """
+
+    changed_s: float
+    told_until_s: float
+    cooldown_until_s: float
+    cooldown_s: float
+    in_a_row: int
+
+
 @attrs.define(eq=False)
 class Limited:
     """The rate limits of one backend: configured ones against our own count, and those its answers tell of.
@@ -82,6 +100,7 @@ class Limited:
     _cooldown_s: float = attrs.field(init=False, default=0.0)
     _in_a_row: int = attrs.field(init=False, default=0)
     _started_before: int = attrs.field(init=False, default=0)
+    _waited_s: float = attrs.field(init=False, default=_NEVER)
     _capacity: float = attrs.field(init=False, default=1.0)
     _reckoned_s: float = attrs.field(init=False, default=_NEVER)
 
@@ -142,14 +161,39 @@ class Limited:
         self.refused += 1
         self._wait(now_s, min(told_s, BELIEVED_S), 0.0)
 
+    @property
+    def has_waited(self) -> bool:
+        """True if it ever asked to wait."""
+        return self._waited_s > _NEVER
+
+    @property
+    def wait(self) -> Wait:
+        """What it asked for last."""
+        return Wait(self._waited_s, self._told_until_s, self._cooldown_until_s, self._cooldown_s, self._in_a_row)
+
+    def hear(self, wait: Wait) -> bool:
+        """Wait as another worker was asked to; False if what is known here is as new."""
+        if wait.changed_s <= self._waited_s:
+            return False
+        self._waited_s, self._told_until_s, self._cooldown_until_s = (
+            wait.changed_s,
+            wait.told_until_s,
+            wait.cooldown_until_s,
+        )
+        self._cooldown_s, self._in_a_row = wait.cooldown_s, wait.in_a_row
+        self._started_before, self._reckoned_s = self.started, _NEVER
+        return True
+
     def _wait(self, now_s: float, told_s: float, cooldown_s: float) -> None:
+        self._waited_s = max(now_s, self._waited_s + _TICK_S)
         self._started_before, self._reckoned_s = self.started, _NEVER
         self._told_until_s = max(self._told_until_s, now_s + told_s)
         self._cooldown_until_s = max(self._cooldown_until_s, now_s + cooldown_s, self._told_until_s)
 
-    def succeed(self, number: int | None = None) -> None:
+    def succeed(self, number: int | None = None, now_s: float = _NEVER) -> None:
         """It answered: a cooldown is over, unless the request had been sent before the refusal."""
         if self._cooldown_until_s and (number is None or number > self._started_before):
+            self._waited_s = max(now_s, self._waited_s + _TICK_S)
             self._told_until_s = self._cooldown_until_s = self._cooldown_s = 0.0
             self._reckoned_s = _NEVER
             self._in_a_row = 0

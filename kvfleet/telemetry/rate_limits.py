@@ -17,7 +17,7 @@ from kvfleet.adapters.faults import retry_after_s
 from kvfleet.adapters.limit_headers import quotas_of
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import number
-from kvfleet.telemetry.limited import Hold, Limited
+from kvfleet.telemetry.limited import Hold, Limited, Wait
 
 __all__ = ["LimitKey", "RateLimitState", "RateLimitTracker"]
 
@@ -209,6 +209,17 @@ class RateLimitTracker:
         else:
             self._holds[key] = hold
             self._recheck_s = min(self._recheck_s, hold.ends_s(now_s))
+
+    def wait(self, key: LimitKey) -> Wait | None:
+        """What it asked for when it refused; None if it never did."""
+        entry = self._entries.get(key)
+        return None if entry is None or not entry.has_waited else entry.wait
+
+    def hear(self, key: LimitKey, wait: Wait) -> None:
+        """Leave it alone as another worker was asked to."""
+        entry = self.of(key)
+        if entry.hear(wait):
+            self.changed(key, entry)
 
     def holds(self, now_s: float) -> Mapping[LimitKey, Hold]:
         """Whom to leave alone now. Kept until something changes or ends, so that asking costs nothing: a live view."""

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvfleet.builtin.placements import Placement
 from kvfleet.config.loader import load_config
+from kvfleet.errors import BackendError, Fault
 from kvfleet.gateway.news import News
 from kvfleet.gateway.workers import Seat
 from kvfleet.policy.shared_minutes import SharedMinutes
@@ -111,6 +112,37 @@ async def test_what_is_in_flight_is_known_to_all(tmp_path: Path) -> None:
             return all(worker.router.services.load.pending("a@mock://a") == 0 for worker in (two, three))
 
         await until(gone)
+
+
+async def test_a_backend_that_asked_one_to_wait_is_left_alone_by_all(tmp_path: Path) -> None:
+    """A 429 with Retry-After that one worker got costs the others no request."""
+    async with workers(tmp_path, 3) as (one, two, three):
+        ticket = one.router.services.limits.begin("a@mock://a")
+        ticket.ended(BackendError(Fault.RATE_LIMITED, "slow down", status=429, retry_after_s=40.0))
+
+        async def known() -> bool:
+            now_s = one.router.clock.now_s()
+            return all(worker.router.services.limits.hold("a@mock://a", now_s) for worker in (two, three))
+
+        await until(known)
+        for worker in (two, three):
+            _, explanation = await worker.router.route(prompt="Hi")
+            assert [attempt.model for attempt in explanation.attempts] == ["b"]
+
+
+async def test_breakers_are_known_to_whoever_comes_later(tmp_path: Path) -> None:
+    """What is open is told again and again: a worker that heard nothing at first knows a second later."""
+    async with workers(tmp_path) as (one, two):
+        for _ in range(3):
+            one.router.services.health.record_failure("mock://a", Fault.CONNECT)
+        one.news.tell()
+        two.router.services.health.retain([])  # as one that has just begun
+
+        async def known() -> bool:
+            return not two.router.services.health.is_available("mock://a")
+
+        await until(known)
+        assert "told by another worker" in two.router.services.health.unavailable_reason("mock://a")
 
 
 async def test_news_that_finds_no_room_is_lost_and_counted(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attrs
 import httpx
 import yaml
 
 from tests.gateway.test_life import ASK, Load, Process, answered, fleet, started
+from tests.gateway.upstream import whole
 
 
 async def listening(one: Process, count: int) -> list[int]:
@@ -190,3 +193,46 @@ async def test_a_budget_is_one_for_all_workers(tmp_path: Path) -> None:
             *(asked(one, "/v1/chat/completions", method="POST", json=ASK) for _ in range(40))
         )
     assert sorted(answer.status_code for answer in answers) == [200] * 10 + [429] * 30
+
+
+@attrs.define
+class Broken:
+    """An engine that is well when it is asked for its health, and fails whatever else it is asked."""
+
+    calls: int = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer on one connection."""
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+                await reader.readexactly(int(length[1]) if length else 0)
+                self.calls += head.startswith(b"POST")
+                writer.write(whole(b"{}", b"500 Internal Server Error" if head.startswith(b"POST") else b"200 OK"))
+        writer.close()
+
+
+async def share_of(one: Process, model: str) -> float:
+    """The greatest share that any worker gives a model's replica."""
+    text = (await asked(one, "/metrics")).text
+    (share,) = re.findall(rf'^kvfleet_replica_share{{[^}}]*model="{model}"[^}}]*}} (.*)$', text, re.MULTILINE)
+    return float(share)
+
+
+async def test_a_breaker_that_opens_at_one_worker_is_open_at_all(tmp_path: Path) -> None:
+    """One request meets the engine that fails, and of those after it none, whichever worker they come to."""
+    engine = Broken()
+    async with await asyncio.start_server(engine.serve, "127.0.0.1", 0) as server:
+        data = fleet("good", strategy="quality_first", health={"failure_threshold": 1})
+        url = "http://{}:{}".format(*server.sockets[0].getsockname())
+        data["models"].append({"name": "bad", "provider": "openai_compat", "endpoint": url, "quality_score": 1.0})
+        async with started(tmp_path, data, "--workers", "2") as one:
+            await listening(one, 2)
+            assert (await asked(one, "/v1/chat/completions", method="POST", json=ASK)).status_code == 200
+            async with asyncio.timeout(30):
+                while await share_of(one, "bad"):  # none is left when the last worker knows
+                    pass
+            answers = [await asked(one, "/v1/chat/completions", method="POST", json=ASK) for _ in range(20)]
+    assert engine.calls == 1
+    assert {answer.headers["x-kvfleet-model"] for answer in answers} == {"good"}
