@@ -88,24 +88,24 @@ def returned_s(rates: Sequence[Rates], cached: Sequence[float], returns: Mapping
 
     What will be used n times more costs each user a share of 1 / (1 + n).
     """
-    most, parts, start = max(returns), [], 0.0
-    for end, uses in returns.items():
-        parts.append((start, end, uses / (1 + uses)))
-        start = end
-    known: dict[tuple[int, float], float] = {}
+    spared = {tokens: _spared(tokens, returns) for tokens in {*cached}}
     found = []
     for rate, tokens in zip(rates, cached, strict=True):
-        key = id(rate), tokens
-        seconds = known.get(key) if tokens < most else 0.0
-        if seconds is None:
-            seconds = 0.0
-            for first, end, share in parts:
-                if end > tokens:
-                    begin = max(tokens, first)
-                    seconds += (rate.token_s * (end - begin) + rate.pair_s * (end * end - begin * begin) / 2) * share
-            known[key] = seconds
-        found.append(seconds)
+        uncached, around = spared[tokens]
+        found.append(rate.token_s * uncached + rate.pair_s * around)
     return found
+
+
+def _spared(cached: float, returns: Mapping[float, float]) -> tuple[float, float]:
+    """The uncached tokens, and pairs of one and a token before it, that need not be computed for one request alone."""
+    uncached = around = 0.0
+    for end, uses in returns.items():
+        if end > cached:
+            share = uses / (1 + uses)
+            uncached += (end - cached) * share
+            around += (end * end - cached * cached) / 2 * share
+            cached = end
+    return uncached, around
 
 
 def delayed_s_of(known: ReplicaLoad, rates: Rates, prompt_s: float, now_s: float) -> float:
