@@ -305,7 +305,7 @@ class FleetLoad:
             if one.open or one.reported is not None:
                 decoding[i] = others = float(len(one.open) - len(one.prefilling))
                 busy_s = each[i] * others
-                queue_s[i] = queue_s_of(one, rates[i], prompt, now_s)
+                queue_s[i] = queue_s_of(one, prompt, now_s)
                 alone_s[i] += busy_s
                 if one.prefilling:
                     delayed_s[i] = delayed_s_of(one, rates[i], alone_s[i], now_s)
@@ -335,7 +335,7 @@ class FleetLoad:
     def _tabulate(self, models: Sequence[ModelConfig], now_s: float) -> _Table:
         """The rates of some replicas, which change much more seldom than they are asked for."""
         known = [self._replicas.get(model.id) or _stranger(model) for model in models]
-        rates = [self._paces.rates(one) for one in known]
+        rates = [self._paces.rates(one).sure for one in known]
         are_alike = bool(rates) and all(one is rates[0] or one == rates[0] for one in rates)
         steps, each = [r.step_s for r in rates], [r.step_each_s for r in rates]
         sizes = Counter(one.model for one in known)
@@ -444,7 +444,7 @@ def _figures(known: ReplicaLoad, rates: Rates, speed: float) -> dict[str, float]
         "whole_s": known.whole_s,
         "duration_s": known.duration_s,
         "tokens_per_second": known.tokens_per_second,
-        "prefill_tokens_per_s": 1 / rates.token_s if rates.token_s else None,
+        "prefill_tokens_per_s": 1 / rates.token_s if rates.token_s and not rates.is_guess else None,
         "speed": speed if known.speed.seen else None,
         "step_s": rates.step_s if known.step.seen else None,
         "error_s": known.speed.error_s if known.speed.seen else None,

@@ -85,6 +85,8 @@ class Rates:
         pair_s: Seconds for each pair of such a token and one before it: attention, which makes long prompts slow.
         step_s: Seconds of a decode step with one request.
         step_each_s: How much longer it gets with each further one.
+        is_guess: True while nothing was measured: what a token takes tells then which of two queues is longer, but not
+            what a cache is worth.
     """
 
     latency_s: float
@@ -93,11 +95,13 @@ class Rates:
     pair_s: float = 0.0
     step_s: float = _DECODE_S
     step_each_s: float = _DECODE_S / 20
+    is_guess: bool = False
 
     @classmethod
     def declared(cls, seconds: float) -> Rates:
         """The rates of an engine of which only a usual time is known."""
-        return cls(seconds, seconds * _SERIAL_SHARE, 0.0)
+        prompt_s, token_s = _EACH_PROMPT * seconds, _THOUSAND_TOKENS * seconds / 1000
+        return cls(seconds - prompt_s, prompt_s, token_s, _PAIR * token_s, is_guess=True)
 
     def scaled(self, speed: float, step: float) -> Rates:
         """The rates of somebody who takes so many times as long, to read and to write."""
@@ -108,7 +112,13 @@ class Rates:
             self.pair_s * speed,
             self.step_s * step,
             self.step_each_s * step,
+            self.is_guess,
         )
+
+    @property
+    def sure(self) -> Rates:
+        """Without what is only guessed."""
+        return attrs.evolve(self, token_s=0.0, pair_s=0.0) if self.is_guess else self
 
     def under_way_s(self, decoding: float) -> float:
         """What is left of the step under way, on average, before which no prompt is begun."""

@@ -71,11 +71,11 @@ class Waits:
         }
 
 
-def queue_s_of(known: ReplicaLoad, rates: Rates, prompt: float, now_s: float) -> float:
+def queue_s_of(known: ReplicaLoad, prompt: float, now_s: float) -> float:
     """How long the queue lasts, others' requests in it included, which are taken to be like ours."""
     queue_s = own_queue_s(known, now_s)
     others = known.waiting_of_others
-    return queue_s + others * rates.service_s(known.uncached_tokens or prompt, 0.0) if others else queue_s
+    return queue_s + others * known.rates.service_s(known.uncached_tokens or prompt, 0.0) if others else queue_s
 
 
 def own_queue_s(known: ReplicaLoad, now_s: float) -> float:
