@@ -100,8 +100,8 @@ class Rates:
     @classmethod
     def declared(cls, seconds: float) -> Rates:
         """The rates of an engine of which only a usual time is known."""
-        prompt_s, token_s = _EACH_PROMPT * seconds, _THOUSAND_TOKENS * seconds / 1000
-        return cls(seconds - prompt_s, prompt_s, token_s, _PAIR * token_s, is_guess=True)
+        token_s = _THOUSAND_TOKENS * seconds / 1000
+        return cls(seconds, _SERIAL_SHARE * seconds, token_s, _PAIR * token_s, is_guess=True)
 
     def scaled(self, speed: float, step: float) -> Rates:
         """The rates of somebody who takes so many times as long, to read and to write."""

@@ -102,7 +102,7 @@ def latency(fleet: Services, **ctx: Any) -> list[float]:
 def test_latency_is_declared_until_it_is_measured() -> None:
     """Then it is what was measured, of all replicas of the model; and where a queue is, more."""
     fleet, work = services(A, B), Work(prompt_tokens(context((A, B), TALK)))
-    assert latency(fleet) == [0.2, 0.2]
+    assert latency(fleet) == [0.225, 0.225]
     for _ in range(8):
         one = fleet.load.started(A.id, work)
         fleet.load.first_byte(one, 0.8)
@@ -162,7 +162,7 @@ def test_a_stranger_has_its_declared_latency() -> None:
     """A candidate that is not of the fleet, as in a test, is no error."""
     scorer = LatencyScorer()
     values = scorer.score(context((A, model("x", latency_p50_ms=800)), TALK)).values
-    assert list(values) == [pytest.approx(0.2), pytest.approx(0.8)]
+    assert list(values) == [pytest.approx(0.225), pytest.approx(0.9)]
 
 
 # The others

@@ -157,7 +157,7 @@ def test_reservations_sum_to_nothing_in_the_end(steps: list[tuple[str, int, int,
 def test_declared_times_hold_until_something_is_measured(load: FleetLoad, clock: FrozenClock) -> None:
     """Before the first answer, the configuration's word counts."""
     assert load.expected_ttfb_s(A1.id) is None
-    assert waits(load, clock) == pytest.approx([0.5, 0.5, 1.0])
+    assert waits(load, clock) == pytest.approx([0.5625, 0.5625, 1.125])
 
 
 def test_before_anything_is_measured_the_longer_queue_is_that_of_more_tokens(
@@ -169,7 +169,7 @@ def test_before_anything_is_measured_the_longer_queue_is_that_of_more_tokens(
         load.started(A2.id, Work(500))
     found = load.waits(FLEET, 4000, (4000, 0, 0), clock.now_s(), {4000.0: 3.0})
     assert found.queue_s[0] > 2 * found.queue_s[1] > 0
-    assert found.prompt_s == pytest.approx([0.5, 0.5, 1.0])
+    assert found.prompt_s == pytest.approx([0.5625, 0.5625, 1.125])
     assert found.saved_s == found.returns_s == [0, 0, 0]
 
 
@@ -193,7 +193,7 @@ def test_an_unmeasured_replica_is_like_its_siblings(load: FleetLoad, clock: Froz
 def test_an_unmeasured_model_is_scaled_by_the_fleets_pace(load: FleetLoad, clock: FrozenClock) -> None:
     """If engines answer in a tenth of what was declared, the others are taken to do so too, and stay comparable."""
     stream(load, clock, A1, 0.05)
-    assert waits(load, clock)[2] == pytest.approx(0.1)
+    assert waits(load, clock)[2] == pytest.approx(0.1125)
 
 
 def test_the_pace_of_prompts_is_learned(load: FleetLoad, clock: FrozenClock) -> None:
@@ -317,7 +317,7 @@ def test_our_own_requests_are_not_counted_twice(load: FleetLoad, clock: FrozenCl
     load.report("http://a1", EngineLoad(running=1, waiting=2), clock.now_s())
     assert load.pending(A1.id) == 3
     queue = load.waits(FLEET, 0, (0, 0, 0), clock.now_s()).queue_s[0]
-    assert queue == pytest.approx(3 * 0.005)
+    assert queue == pytest.approx(3 * 0.0625)
     load.finished(one, 1.0, True)
     assert load.pending(A1.id) == 2
 
