@@ -3,41 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
 import anyio
-import orjson
 
 from kvfleet.adapters.base import (
-    ChatMessage,
-    ChatResponse,
     EndpointHealth,
     InferenceAdapter,
 )
 from kvfleet.adapters.call import LARGE_BYTES
 from kvfleet.adapters.connections import Connections
-from kvfleet.adapters.native import portable
-from kvfleet.builtin.facts import PROMPT, prompt_tokens
+from kvfleet.builtin.facts import PROMPT
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
-from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build, build_adapters
+from kvfleet.pipeline.conversations import Conversations
 from kvfleet.pipeline.dispatched import Dispatch, RouteStream
-from kvfleet.pipeline.engine import Decision
 from kvfleet.pipeline.fleet_state import cache_mode, fleet_state_steps, replica_steps
 from kvfleet.pipeline.observing import Observing
 from kvfleet.pipeline.provision import services_of
 from kvfleet.pipeline.rating import Ratings
-from kvfleet.pipeline.requests import request_from
+from kvfleet.pipeline.rehearsal import Rehearsal
 from kvfleet.pipeline.resolve import Names
-from kvfleet.pipeline.route import Route, route_attributes
+from kvfleet.pipeline.route import Route
 from kvfleet.pipeline.stage import BoundStage, Pipeline
 from kvfleet.pipeline.succession import Turn, inherit
 from kvfleet.pipeline.watching import Watching
@@ -47,16 +41,15 @@ from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.kv_metrics import show_caches
-from kvfleet.trace import names
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
-from kvfleet.trace.spans import Span, SpanKind, Status, Trace
+from kvfleet.trace.spans import Span, SpanKind
 from kvfleet.turns import Steps, at_once
 
 __all__ = ["Dispatch", "RouteStream", "Router"]
 
 
-class Router:
+class Router(Conversations):
     """A fleet and its pipeline.
 
     Args:
@@ -103,7 +96,7 @@ class Router:
         self.services.find, self.services.state_dir, self.services.minutes = self.table.get, state_dir, minutes
         if news is not None:
             self.services.news = self._publish
-        self.pipeline: Pipeline = self._build(config)
+        self.pipeline: Pipeline = build(config, self.table, self.services)
         self._ratings = Ratings(self.pipeline.components, self.services.metrics)
         self.services.rate, self.services.annotate = self._ratings.rate, self._annotate
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
@@ -125,6 +118,14 @@ class Router:
         self._random = random.Random(seed)  # noqa: S311 - seeds of decisions, not secrets
         self._names = Names(config, self.registry, self.pipeline)
         self._default_data_class = default_data_class(config)
+        self._rehearsal = Rehearsal(
+            prepare=lambda request: self.prepare(request, dry_run=True),
+            pipeline=self.pipeline,
+            adapters=self.adapters,
+            clock=self.clock,
+            fleet=config.fleet_name,
+            random=self._random,
+        )
         self._observing = Observing(
             observers=(*self.pipeline.observe, *self.pipeline.listeners), finished=self._finished
         )
@@ -312,101 +313,17 @@ class Router:
         """
         if self._background is None:
             await self.open()
-        decision, select = self._dry_run(request)
-        trace = decision.trace
-        span = trace.route
-        try:
-            await decision.run(select)
-        except RouteError as error:
-            span.fail(error.message)
-            span.attributes[names.ERROR_TYPE] = error.code
-            span.attributes[names.STATUS_CODE] = error.status
-        else:
-            span.status = Status.OK
-        if decision.ranking is not None:
-            first = decision.ranking.models[0]
-            span.attributes[names.MODEL_SELECTED] = first.name
-            span.attributes[names.REPLICA_SELECTED] = first.id
-        span.attributes[names.OUTCOME] = "simulated"
-        span.end_ns = self.clock.time_ns()
-        return Explanation(trace)
-
-    def _dry_run(self, request: RouteRequest) -> tuple[Decision, BoundStage]:
-        ctx, select = self.prepare(request, dry_run=True)
-        span = Span(names.ROUTE_SPAN, self.clock.time_ns())
-        span.attributes = route_attributes(ctx, self.config.fleet_name, self.pipeline, select)
-        trace = Trace(f"{self._random.getrandbits(128):032x}", [span])
-        return Decision(self.pipeline, ctx, trace, self.clock), select
+        return await self._rehearsal.explain(request)
 
     async def count_tokens(self, request: RouteRequest) -> tuple[int, bool]:
         """About how many tokens a request's prompt has; and True if an engine counted them.
-
-        The engine asked is the one that a dry run chooses: nobody sees a prompt whom the policy keeps from it.
 
         Raises:
             RouteError: if the request is wrong, or nobody may serve it.
         """
         if self._background is None:
             await self.open()
-        decision, select = self._dry_run(request)
-        await decision.run(select)
-        first = decision.ranking.models[0] if decision.ranking is not None else None
-        if first is not None and first.is_private:  # others may be sent only what the execute stage lets them see
-            with contextlib.suppress(BackendError):
-                ids = await self.adapters[first.id].prompt_tokens(request.operation, portable(request.body))
-                if ids is not None:
-                    return len(ids), True
-        return prompt_tokens(decision.ctx), False
-
-    async def route(
-        self,
-        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
-        prompt: str | None = None,
-        **options: Any,
-    ) -> tuple[ChatResponse, Explanation]:
-        """Route a chat request and wait for the whole answer.
-
-        Args:
-            messages: The conversation; or
-            prompt: a single user message; or ``request``, a `ChatRequest`, among the options.
-            **options: See `kvfleet.pipeline.requests.request_from`.
-
-        Raises:
-            RouteError: with ``.trace``, if there is no answer.
-        """
-        dispatched = await self.dispatch(request_from(messages, prompt, **options))
-        reply, model = dispatched.answer.reply, dispatched.answer.served_by
-        explanation = dispatched.explanation
-        response = ChatResponse.from_openai(
-            orjson.loads(reply.body), latency_ms=explanation.total_latency_ms, endpoint=model.endpoint if model else ""
-        )
-        return response, explanation
-
-    @contextlib.asynccontextmanager
-    async def stream(
-        self,
-        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
-        prompt: str | None = None,
-        **options: Any,
-    ) -> AsyncIterator[RouteStream]:
-        """Route a chat request and stream the answer; leaving the block early cancels it.
-
-        Takes what `route` takes.
-        """
-        dispatched = await self.dispatch(request_from(messages, prompt, stream=True, **options))
-        try:
-            yield RouteStream(dispatched)
-        finally:
-            await dispatched.answer.reply.close()
-
-    async def simulate(
-        self,
-        messages: Sequence[ChatMessage | Mapping[str, Any]] | None = None,
-        prompt: str | None = None,
-        **options: Any,
-    ) -> Explanation:
-        """Decide as `route` would, and call nobody. Takes what `route` takes."""
-        return await self.simulate_request(request_from(messages, prompt, **options))
+        return await self._rehearsal.count_tokens(request)
 
     def feedback(self, request_id: str, score: float) -> str:
         """Tell the strategies that learn how good an answer was; gives the model that gave it.
@@ -466,9 +383,6 @@ class Router:
         self.sinks = tuple(one for one in self.sinks if one is not sink)
 
     # Inside ----------------------------------------------------------------------------------------------------------
-
-    def _build(self, config: FleetConfig) -> Pipeline:
-        return build(config, self.table, self.services)
 
     def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """Resolve names and defaults: who may answer, by which strategy.

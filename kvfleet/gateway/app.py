@@ -6,42 +6,30 @@ It answers exchanges (`kvfleet.gateway.exchange`), which its own server makes; i
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import time
 import traceback
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvfleet.adapters.call import LARGE_BYTES, Operation
-from kvfleet.errors import BackendError, ModelNotFoundError, RouteError
-from kvfleet.gateway.answer_id import AnswerId
+from kvfleet.adapters.call import Operation
+from kvfleet.errors import RouteError
 from kvfleet.gateway.asgi import ASGIExchange, Message, Receive, Send, live
 from kvfleet.gateway.auth import Caller, Keys
 from kvfleet.gateway.board import PATH, Board
-from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.cors import Cors
-from kvfleet.gateway.decision_headers import decision_headers
 from kvfleet.gateway.errors import error_headers, error_object, shutting_down
-from kvfleet.gateway.exchange import JSON, ClientLeftError, Exchange
+from kvfleet.gateway.exchange import ClientLeftError, Exchange
 from kvfleet.gateway.feedback import read_feedback
 from kvfleet.gateway.headers import HeaderNames, new_request_id, request_id
-from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
+from kvfleet.gateway.health import Phase
 from kvfleet.gateway.hosts import Hosts
+from kvfleet.gateway.inference import MESSAGES, RESPONSES, Inference
+from kvfleet.gateway.lookups import Lookups
 from kvfleet.gateway.meters import Meters
-from kvfleet.gateway.openapi import openapi
-from kvfleet.gateway.relay import Relay
 from kvfleet.gateway.replicas import ReplicaNames
-from kvfleet.gateway.surfaces.messages import Messages
-from kvfleet.gateway.surfaces.responses import Responses
-from kvfleet.gateway.surfaces.serving import SurfaceAnswer
-from kvfleet.gateway.surfaces.surface import Asked, Surface
+from kvfleet.gateway.surfaces.surface import Surface
 from kvfleet.gateway.table import Access, Handler, Route, Table
-from kvfleet.gateway.tenants import bind, statements
-from kvfleet.gateway.wire import RequestReader
-from kvfleet.plugin.contract import RouteRequest
-from kvfleet.trace.spans import SpanKind
-from kvfleet.turns import in_turns
 
 if TYPE_CHECKING:
     from kvfleet.gateway.siblings import Siblings
@@ -55,7 +43,6 @@ Reload = Callable[[str], Coroutine[Any, Any, Mapping[str, Any]]]
 """Reads the configuration again, for a reason, and says what came of it."""
 
 _CLOSING = frozenset({"invalid_http", "duplicate_header"})
-MESSAGES, RESPONSES = Messages(), Responses()
 SPOKEN: Mapping[str, Surface] = {
     MESSAGES.path: MESSAGES,
     f"{MESSAGES.path}/count_tokens": MESSAGES,
@@ -104,11 +91,9 @@ class Gateway:
         self.reload: Reload = _nothing_to_reload if before is None else before.reload
         self.siblings: Siblings | None = None if before is None else before.siblings
         self._headers = HeaderNames.of(config.gateway, condition_headers)
-        own = config.gateway
-        self._reader = RequestReader(self._headers, own.limits.max_json_depth, own.request_timeout_seconds)
-        self._catalogue = catalogue(config, int(time.time()))
+        self._inference = Inference(router, config.gateway, self._headers, self.replicas, self.meters)
+        self._lookups = Lookups(self)
         self._max_body_bytes = config.gateway.max_body_bytes
-        self._renames_answers = config.gateway.response_id == "request"
         self._new_id = new_id
         self.routes = self._table()
         # What is listened on is decided when the process starts, whatever a reload says.
@@ -117,8 +102,10 @@ class Gateway:
         self.operators = Table.of(one for one in self.routes if one.is_operators or one.method == "GET")
 
     def _table(self) -> tuple[Route, ...]:
+        inference, lookups = self._inference, self._lookups
+
         def infer(operation: Operation) -> Handler:
-            return functools.partial(self._infer, operation)
+            return partial(inference.infer, operation)
 
         rerank = infer(Operation.RERANK)
         return (
@@ -128,26 +115,26 @@ class Gateway:
             Route("POST", Operation.RERANK.path, Access.KEY, rerank),
             Route("POST", "/v2/rerank", Access.KEY, rerank),
             Route("POST", "/rerank", Access.KEY, rerank),
-            Route("POST", MESSAGES.path, Access.KEY, functools.partial(self._converse, MESSAGES)),
-            Route("POST", f"{MESSAGES.path}/count_tokens", Access.KEY, self._count_tokens),
-            Route("POST", RESPONSES.path, Access.KEY, functools.partial(self._converse, RESPONSES)),
-            Route("POST", "/v1/route/explain", Access.KEY, self._explain),
-            Route("POST", "/v1/route/explain/messages", Access.KEY, functools.partial(self._explain_as, MESSAGES)),
-            Route("POST", "/v1/route/explain/responses", Access.KEY, functools.partial(self._explain_as, RESPONSES)),
+            Route("POST", MESSAGES.path, Access.KEY, partial(inference.converse, MESSAGES)),
+            Route("POST", f"{MESSAGES.path}/count_tokens", Access.KEY, inference.count_tokens),
+            Route("POST", RESPONSES.path, Access.KEY, partial(inference.converse, RESPONSES)),
+            Route("POST", "/v1/route/explain", Access.KEY, inference.explain),
+            Route("POST", "/v1/route/explain/messages", Access.KEY, partial(inference.explain_as, MESSAGES)),
+            Route("POST", "/v1/route/explain/responses", Access.KEY, partial(inference.explain_as, RESPONSES)),
             Route("POST", "/v1/feedback", Access.KEY, self._feedback),
-            Route("GET", "/v1/models", Access.KEY, self._models),
-            Route("GET", "/v1/models/{id}", Access.KEY, self._model),
-            Route("GET", "/v1/tenants", Access.KEY, self._tenants),
-            Route("GET", "/health", Access.KEY, self._health),
-            Route("GET", "/metrics", Access.ADMIN, self._metrics),
+            Route("GET", "/v1/models", Access.KEY, lookups.models),
+            Route("GET", "/v1/models/{id}", Access.KEY, lookups.model),
+            Route("GET", "/v1/tenants", Access.KEY, lookups.tenants),
+            Route("GET", "/health", Access.KEY, lookups.health),
+            Route("GET", "/metrics", Access.ADMIN, lookups.metrics),
             Route("POST", "/-/reload", Access.ADMIN, self._reload),
             Route("GET", PATH, Access.OPEN, self.board.page, is_operators=True),
             Route("GET", f"{PATH}/api/state", Access.ADMIN, self.board.state),
             Route("GET", f"{PATH}/api/route/{{id}}", Access.ADMIN, self.board.route),
             Route("GET", f"{PATH}/events", Access.ADMIN, self.board.events),
-            Route("GET", "/openapi.json", Access.KEY, self._openapi),
-            Route("GET", "/livez", Access.OPEN, self._livez),
-            Route("GET", "/readyz", Access.OPEN, self._readyz),
+            Route("GET", "/openapi.json", Access.KEY, lookups.openapi),
+            Route("GET", "/livez", Access.OPEN, lookups.livez),
+            Route("GET", "/readyz", Access.OPEN, lookups.readyz),
         )
 
     # Life ------------------------------------------------------------------------------------------------------------
@@ -223,7 +210,7 @@ class Gateway:
         except RouteError as error:
             await self._refuse(exchange, error)
         except ClientLeftError:
-            self._note_departure(exchange)
+            self.meters.departed(exchange)
         except asyncio.CancelledError:
             # The server is out of patience while it stops. This is the outermost frame of its task, and ends here.
             await self._refuse(exchange, shutting_down())
@@ -309,111 +296,6 @@ class Gateway:
                 headers.append((b"request-id", exchange.request_id.encode()))
         await exchange.json(error.status, told, headers)
 
-    async def _body_of(self, exchange: Exchange) -> bytes:
-        """The body; before a large one is parsed, others have their turn."""
-        raw = await exchange.body(self._max_body_bytes)
-        if len(raw) > LARGE_BYTES:
-            await asyncio.sleep(0)
-        return raw
-
-    # Inference -------------------------------------------------------------------------------------------------------
-
-    async def _infer(self, operation: Operation, exchange: Exchange) -> None:
-        raw = await exchange.body(self._max_body_bytes)
-        caller = exchange.caller
-        if len(raw) <= LARGE_BYTES:
-            asked = self._reader.read(operation, raw, exchange.headers, exchange.request_id, key=caller.name)
-        else:
-            asked = await self._reader.read_in_turns(
-                operation, raw, exchange.headers, exchange.request_id, key=caller.name
-            )
-        request = bind(asked, caller)
-        exchange.watch()
-        try:
-            await self._answer(exchange, request)
-        except asyncio.CancelledError:
-            if not exchange.has_left:
-                raise
-            self._note_departure(exchange)
-
-    def _note_departure(self, exchange: Exchange) -> None:
-        self.meters.left += 1
-        exchange.status = exchange.status or 499
-
-    async def _answer(self, exchange: Exchange, request: RouteRequest) -> None:
-        answer_id = AnswerId(exchange.request_id) if self._renames_answers else None
-        try:
-            dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
-            reply = dispatch.answer.reply
-            headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
-            if reply.events is not None:
-                await Relay(exchange, self.replicas, answer_id).pass_on(reply, headers)
-                return
-        except BackendError as error:
-            broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
-            raise broken from error
-        exchange.unwatch()
-        body = reply.body if answer_id is None else answer_id.in_answer(reply.body, reply.tally.response_id)
-        await exchange.whole(200, body, [(b"content-type", b"application/json"), *headers])
-
-    # Other APIs than OpenAI's chat ------------------------------------------------------------------------------------
-
-    async def _read_as(self, surface: Surface, exchange: Exchange) -> tuple[Asked, RouteRequest]:
-        raw = await self._body_of(exchange)
-        caller, headers = exchange.caller, exchange.headers
-        asked, request = self._reader.read_as(
-            surface, raw, headers, exchange.request_id, fields=exchange.fields, key=caller.name
-        )
-        return asked, bind(request, caller)
-
-    async def _converse(self, surface: Surface, exchange: Exchange) -> None:
-        asked, request = await self._read_as(surface, exchange)
-        exchange.common.append((b"request-id", exchange.request_id.encode()))
-        exchange.watch()
-        try:
-            await self._answer_as(surface, asked, exchange, request)
-        except asyncio.CancelledError:
-            if not exchange.has_left:
-                raise
-            self._note_departure(exchange)
-
-    async def _answer_as(self, surface: Surface, asked: Asked, exchange: Exchange, request: RouteRequest) -> None:
-        try:
-            dispatch = await self.router.dispatch(request, kind=SpanKind.SERVER)
-            reply = dispatch.answer.reply
-            headers = decision_headers(dispatch.answer, dispatch.trace, self.replicas)
-            own = "" if self._renames_answers else reply.tally.response_id
-            answer = SurfaceAnswer(
-                exchange=exchange,
-                names=self.replicas,
-                surface=surface,
-                asked=asked,
-                identifier=own or exchange.request_id,
-            )
-            await (answer.whole(reply, headers) if reply.events is None else answer.pass_on(reply, headers))
-        except BackendError as error:
-            broken = RouteError(f"the answer broke off: {error.message}", status=502, code="stream_interrupted")
-            raise broken from error
-
-    async def _count_tokens(self, exchange: Exchange) -> None:
-        _, request = await self._read_as(MESSAGES, exchange)
-        count, is_exact = await self.router.count_tokens(request)
-        headers = [(b"x-kvfleet-tokens", b"exact" if is_exact else b"estimate")]
-        await exchange.json(200, {"input_tokens": count}, headers)
-
-    async def _explain_as(self, surface: Surface, exchange: Exchange) -> None:
-        _, request = await self._read_as(surface, exchange)
-        explanation = await self.router.simulate_request(request)
-        await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
-
-    async def _explain(self, exchange: Exchange) -> None:
-        raw = await exchange.body(self._max_body_bytes)
-        caller = exchange.caller
-        asked = self._reader.read_any(raw, exchange.headers, exchange.request_id, key=caller.name)
-        request = bind(asked, caller)
-        explanation = await self.router.simulate_request(request)
-        await exchange.json(200, self.replicas.hide_in(explanation.to_dict()))
-
     async def _feedback(self, exchange: Exchange) -> None:
         given = read_feedback(await exchange.body(self._max_body_bytes))
         try:
@@ -424,57 +306,8 @@ class Gateway:
             model = await self.siblings.feedback(given)
         await exchange.json(200, {"object": "feedback", "model": model, "score": given.score})
 
-    # The rest --------------------------------------------------------------------------------------------------------
-
-    async def _models(self, exchange: Exchange) -> None:
-        await exchange.json(200, {"object": "list", "data": list(self._catalogue.values())})
-
-    async def _model(self, exchange: Exchange) -> None:
-        name = exchange.path.removeprefix("/v1/models/")
-        found = self._catalogue.get(name)
-        if found is None:
-            raise ModelNotFoundError(f"no model is called {name[:256]!r}; GET /v1/models lists them", param="model")
-        await exchange.json(200, found)
-
-    async def _tenants(self, exchange: Exchange) -> None:
-        body = await in_turns(statements(self.router, exchange.caller))
-        await exchange.whole(200, body, [JSON])
-
-    async def _health(self, exchange: Exchange) -> None:
-        state: Mapping[str, Any] = await in_turns(self.router.replica_steps())
-        if self.siblings is not None:
-            state = with_others(state, await self.siblings.snapshots())
-        status, report = await in_turns(fleet_report(state, self.replicas, self.phase))
-        await exchange.json(status, report)
-
-    async def _livez(self, exchange: Exchange) -> None:
-        await exchange.json(200, {"status": "ok"})
-
-    async def _readyz(self, exchange: Exchange) -> None:
-        if self.phase is not Phase.SERVING:
-            await exchange.json(503, {"status": self.phase.value})
-        elif is_usable_fleet(self.router.replica_states()):
-            await exchange.json(200, {"status": "ok"})
-        else:
-            await exchange.json(503, {"status": "unavailable"})
-
     async def _reload(self, exchange: Exchange) -> None:
         await exchange.json(200, await self.reload("asked for"))
-
-    async def _openapi(self, exchange: Exchange) -> None:
-        shown = [one for one in self.routes if not self.is_split or not one.is_operators]
-        await exchange.json(200, openapi(shown, has_keys=bool(self.keys)))
-
-    async def _metrics(self, exchange: Exchange) -> None:
-        metrics = self.router.services.metrics
-        if not metrics.enabled:
-            raise RouteError("metrics are switched off; see telemetry.prometheus_enabled", status=404, code="disabled")
-        await in_turns(metrics.read_ahead())
-        if self.siblings is None:
-            body = await asyncio.to_thread(metrics.render)
-        else:
-            body = await asyncio.to_thread(self.siblings.rendered, metrics.registry)
-        await exchange.whole(200, body, [(b"content-type", metrics.content_type.encode())])
 
 
 class OperatorsDoor:

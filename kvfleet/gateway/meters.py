@@ -11,6 +11,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from kvfleet.gateway.exchange import Exchange
 from kvfleet.telemetry.metric_table import MetricInfo
 
 __all__ = ["GATEWAY_METRICS", "Meters"]
@@ -39,6 +40,11 @@ class Meters(Collector):
     in_flight: int = 0
     reloads: Counter[str] = attrs.field(factory=lambda: Counter({"ok": 0, "refused": 0}))
     loaded_s: float = attrs.field(factory=time.time)
+
+    def departed(self, exchange: Exchange) -> None:
+        """The client of a request has left."""
+        self.left += 1
+        exchange.status = exchange.status or 499
 
     def describe(self) -> Iterator[Metric]:
         """The names, so that two collectors cannot both have them."""

@@ -148,19 +148,7 @@ def serve(
         file=file,
         watches=config.gateway.watch if watches is None else watches,
     )
-    house.check_exposure(config)
-    with contextlib.ExitStack() as stack:
-        sockets = house.bind(config, workers, stack)
-
-        def work(seat: Seat | None = None) -> None:
-            with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                own = house if seat is None else house.for_worker(seat)
-                runner.run(own.serve(own.begin_with(config, seat), sockets, on_ready, seat))
-
-        if workers == 1:
-            work()
-        else:
-            Supervisor(workers, sockets.all, work).run()
+    house.run(config, workers, on_ready)
 
 
 @contextlib.asynccontextmanager
@@ -240,6 +228,22 @@ class _House:
     unready_s: float
     file: FleetFile | None
     watches: bool
+
+    def run(self, config: FleetConfig, workers: int, on_ready: Callable[[Serving], None] | None) -> None:
+        """Serve with so many processes until a signal."""
+        self.check_exposure(config)
+        with contextlib.ExitStack() as stack:
+            sockets = self.bind(config, workers, stack)
+
+            def work(seat: Seat | None = None) -> None:
+                with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                    own = self if seat is None else self.for_worker(seat)
+                    runner.run(own.serve(own.begin_with(config, seat), sockets, on_ready, seat))
+
+            if workers == 1:
+                work()
+            else:
+                Supervisor(workers, sockets.all, work).run()
 
     async def serve(
         self, config: FleetConfig, sockets: Sockets, on_ready: Callable[[Serving], None] | None, seat: Seat | None

@@ -66,11 +66,8 @@ def request_from(
         BadRequestError: if there is neither messages nor prompt nor request.
     """
     if request is None:
-        if messages is None and prompt is None:
-            raise BadRequestError("give messages, a prompt or a request", param="messages")
-        talk = [ChatMessage("user", prompt)] if messages is None else [_message(one) for one in messages]
         request = ChatRequest(
-            talk,
+            _conversation(messages, prompt),
             temperature=temperature,
             max_tokens=max_tokens,
             tools=tools,
@@ -95,6 +92,14 @@ def request_from(
         timeout_s=timeout_s,
         seed=seed,
     )
+
+
+def _conversation(messages: Sequence[ChatMessage | Mapping[str, Any]] | None, prompt: str | None) -> list[ChatMessage]:
+    if messages is not None:
+        return [_message(one) for one in messages]
+    if prompt is None:
+        raise BadRequestError("give messages, a prompt or a request", param="messages")
+    return [ChatMessage("user", prompt)]
 
 
 def _message(message: ChatMessage | Mapping[str, Any]) -> ChatMessage:
