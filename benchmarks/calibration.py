@@ -3,6 +3,7 @@
     python benchmarks/calibration.py measure http://127.0.0.1:8000 MODEL run.json    # asks a running engine, minutes
     python benchmarks/calibration.py fit run.json --block-tokens 32 --token-budget 2048
     python benchmarks/calibration.py kernels mlp.csv --layers 32    # kernel times as Microsoft's Vidur publishes them
+    python benchmarks/calibration.py steps steps.json    # whole steps on a GPU, by gpu_steps.py
 
 `fit` finds the numbers of an `EngineSpec` from prompts alone and from batches, and then checks them on what they were
 not found from: a mixed load of growing conversations, replayed in virtual time.
@@ -238,6 +239,61 @@ def show_kernels(times: dict[int, float], spec: EngineSpec) -> None:
     print(f"{len(times)} sizes: median error {errors[len(errors) // 2]:.1%}, largest {errors[-1]:.1%}\n")
 
 
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+def fit_steps(steps: Sequence[dict[str, Any]]) -> EngineSpec:
+    """The pace that explains steps of prompts alone and of answers alone best: what is hidden is tried out."""
+    pure = [one for one in steps if not (one["prefill"] and one["decoding"])]
+    specs = []
+    for hidden in range(0, 260, 10):
+        rows = [
+            [1.0, max(0, one["prefill"] - hidden), step_pairs(one), one["decoding"], one["decoding"] * one["context"]]
+            for one in pure
+        ]
+        step_s, per_token, pairs, per_seq, per_context = nonnegative(rows, [one["s"] for one in pure])
+        specs.append(
+            EngineSpec(
+                step_s=step_s,
+                prefill_s_per_token=per_token,
+                hidden_tokens=hidden,
+                prefill_s_per_token_context=pairs,
+                decode_s_per_seq=per_seq,
+                decode_s_per_context_token=per_context,
+            )
+        )
+    return min(specs, key=lambda spec: sum((step_s_of(spec, one) / one["s"] - 1) ** 2 for one in pure))
+
+
+def step_pairs(one: dict[str, Any]) -> float:
+    """Pairs of a prompt token computed in a step and one before it."""
+    return float(one["prefill"] * (one["prefill_context"] + (one["prefill"] - 1) / 2))
+
+
+def step_s_of(spec: EngineSpec, one: dict[str, Any]) -> float:
+    """What a pace makes of a measured step."""
+    return spec.step_time_s(one["prefill"], step_pairs(one), one["decoding"], one["decoding"] * one["context"])
+
+
+def show_steps(steps: Sequence[dict[str, Any]], spec: EngineSpec) -> None:
+    """All steps, and how far off the pace is for those it was found from and for those with both in them."""
+    rows, off_by = [], dict[str, list[float]]()
+    for one in sorted(steps, key=lambda one: (one["prefill"], one["prefill_context"], one["decoding"], one["context"])):
+        kind = "both" if one["prefill"] and one["decoding"] else "prompts" if one["prefill"] else "answers"
+        predicted = step_s_of(spec, one)
+        off_by.setdefault(kind, []).append(predicted / one["s"] - 1)
+        sizes = [one[key] or "" for key in ("prefill", "prefill_context", "decoding", "context")]
+        rows.append((*sizes, ms(one["s"]), ms(predicted), off(predicted, one["s"])))
+    table(("prompt tokens", "after", "answers", "at", "measured (ms)", "predicted", "off"), rows)
+    for kind, errors in off_by.items():
+        sizes = sorted(map(abs, errors))
+        mean = statistics.fmean(errors)
+        print(
+            f"{kind}: {len(sizes)} steps, off by {mean:+.1%} on average, median {statistics.median(sizes):.1%},", end=""
+        )
+        print(f" largest {sizes[-1]:.1%}")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -259,6 +315,8 @@ def main() -> None:
     profiles = commands.add_parser("kernels")
     profiles.add_argument("profile", type=Path)
     profiles.add_argument("--layers", type=int, default=32)
+    whole = commands.add_parser("steps")
+    whole.add_argument("run", type=Path)
     given = parser.parse_args()
     if given.command == "measure":
         found = asyncio.run(
@@ -281,6 +339,11 @@ def main() -> None:
         print(fitted, "\n")
         show_fit(run, fitted)
         show_mixed(run["mixed"], replay(fitted, run["mixed"]))
+    elif given.command == "steps":
+        run = json.loads(given.run.read_text())
+        pace = fit_steps(run["steps"])
+        print(pace, "\n")
+        show_steps(run["steps"], pace)
     else:
         times = kernel_times(given.profile, given.layers)
         spec = fit_kernels(times)

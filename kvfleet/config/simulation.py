@@ -10,7 +10,7 @@ from kvfleet.config.fields import choice, mapping, number, section
 
 __all__ = ["PRESET_NAMES", "EngineOptions", "SimulatedFleet"]
 
-PRESET_NAMES = ("h100-8b", "a100-8b", "l4-8b", "h100x4-70b")
+PRESET_NAMES = ("h100-8b", "h200-8b", "a100-8b", "l4-8b", "h100x4-70b")
 """The engines there are numbers for, in `kvfleet.sim.presets`; the first is the usual one."""
 
 

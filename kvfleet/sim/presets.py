@@ -87,6 +87,23 @@ PRESETS: Mapping[str, Preset] = {
         ),
         cache_tokens=410_000,
     ),
+    "h200-8b": Preset(
+        doc="Llama 3 8B in bf16 on one H200 141 GB.",
+        source="Measured on one: a vLLM 0.26's time to the first token of prompts of 2,048 tokens and more and its time"
+        " for each further one, and steps of such a decoder in PyTorch for batches, contexts, and what is hidden"
+        " (benchmarks/gpu_steps.py). The cache's size from the data sheet.",
+        spec=EngineSpec(
+            token_budget=8192,
+            max_running=512,
+            step_s=0.00515,
+            prefill_s_per_token=2.25e-5,
+            hidden_tokens=90,
+            prefill_s_per_token_context=9.5e-10,
+            decode_s_per_seq=1.26e-5,
+            decode_s_per_context_token=2.68e-8,
+        ),
+        cache_tokens=890_000,
+    ),
     "l4-8b": Preset(
         doc="A model of 8 billion parameters in bf16 on one L4 24 GB.",
         source=_SHEET,
