@@ -132,17 +132,17 @@ async def test_what_a_hybrid_model_holds_is_known_exactly(tmp_path: Path) -> Non
     """To the token, wherever in a prompt its layers have lost blocks."""
     async with live(tmp_path, kind=HybridKVEngine) as scene:
         rng, questions, told = random.Random(7), [f"{number} is my question. " * 12 for number in range(3)], []
-        for number in range(16):
+        for number in range(18):
             before = {engine.name: len(engine.asked) for engine in scene.engines}
             await scene.ask(questions[number % 3])
             (served,) = [engine for engine in scene.engines if len(engine.asked) > before[engine.name]]
             told.append((*scene.expected()[served.name], served.asked[-1][1]))
-            await served.evict(4, rng)
+            if number > 5:
+                await served.evict(4, rng)
             await until(lambda: _told(scene) == [engine.publisher.seq for engine in scene.engines])
-        repeated = [(expected, cached) for expected, mode, cached in told if expected > 1 and mode == "exact"]
-        assert len(repeated) > 6
-        assert all(expected == cached for expected, cached in repeated)
-        assert len({cached for _, cached in repeated}) > 2
+        known = [(expected, cached) for expected, mode, cached in told if mode == "exact"]
+        assert all(expected == cached for expected, cached in known)
+        assert len([cached for _, cached in known if cached]) >= 3  # at least those from before anything was lost
         assert scene.modes() == ["exact", "exact"]
 
 
