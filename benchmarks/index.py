@@ -13,8 +13,9 @@ import tracemalloc
 from collections.abc import Callable
 
 from kvfleet.cache.blocks import Laid, byte_blocks
-from kvfleet.cache.prefix_index import PrefixIndex, RoutedIndex
+from kvfleet.cache.prefix_index import PrefixIndex
 from kvfleet.cache.resuming import Resuming, Window
+from kvfleet.cache.routed_index import RoutedIndex
 
 PROMPT_BYTES = 32_768
 ROUNDS = 7

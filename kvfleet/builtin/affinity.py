@@ -18,7 +18,7 @@ from kvfleet.builtin.told import Told, ToldCaches
 from kvfleet.cache.blocks import BYTES_PER_TOKEN, PromptBlocks, salt_of
 from kvfleet.cache.kv_affinity import ConsistentHashRing
 from kvfleet.cache.popularity import Popularity
-from kvfleet.cache.prefix_index import RoutedIndex, Visit
+from kvfleet.cache.routed_index import RoutedIndex, Visit
 from kvfleet.cache.trust import Trust
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.fields import flag, number

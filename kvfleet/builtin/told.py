@@ -9,7 +9,7 @@ import attrs
 from kvfleet.builtin.tokens import TOKENS
 from kvfleet.cache.knowledge import CacheKnowledge, Held, TokenChain
 from kvfleet.cache.kv_state import KVMode
-from kvfleet.cache.prefix_index import RoutedIndex, Visit
+from kvfleet.cache.routed_index import RoutedIndex, Visit
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import CacheMode, RoutingContext
 
