@@ -21,6 +21,8 @@ STATUS_LINES = {one.value: f"HTTP/1.1 {one.value} {one.phrase}\r\n".encode() for
 """The first line of an answer, by its status."""
 
 _BODILESS = (204, 304)
+_MOST_PIECES = 128
+"""Of a body that are kept as they came: of one that comes two bytes at a time each would take twenty times its size."""
 
 
 @attrs.define(eq=False)
@@ -41,6 +43,7 @@ class HTTPExchange(Exchange):
     is_received: bool = attrs.field(init=False, default=False)
     is_over: bool = attrs.field(init=False, default=False)
     _pieces: list[bytes] = attrs.field(init=False, factory=list, repr=False)
+    _rest: bytes | bytearray = attrs.field(init=False, default=b"", repr=False)
     _size: int = attrs.field(init=False, default=0)
     _waiter: asyncio.Future[None] | None = attrs.field(init=False, default=None, repr=False)
     _task: asyncio.Task[None] | None = attrs.field(init=False, default=None, repr=False)
@@ -68,7 +71,7 @@ class HTTPExchange(Exchange):
         if self._size > limit:
             raise too_large(limit)
         pieces = self._pieces
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join((*pieces, self._rest))
 
     async def start(self, status: int, headers: Pairs) -> None:
         """See `Exchange.start`; the head leaves with the first piece."""
@@ -150,7 +153,11 @@ class HTTPExchange(Exchange):
         """A piece of the request's body has arrived."""
         if not self.is_over:
             self._size += len(data)
-            self._pieces.append(data)
+            if len(self._pieces) < _MOST_PIECES:
+                self._pieces.append(data)
+            else:
+                self._rest = self._rest or bytearray()
+                self._rest += data
             self._wake()
 
     def received(self) -> None:

@@ -12,9 +12,10 @@ from typing import Any, Protocol
 
 from kvfleet.gateway.connection import DEFAULT_SIZES, ClientConnection, Sizes
 from kvfleet.gateway.exchange import Exchange
-from kvfleet.gateway.guard import Patience, sweep
+from kvfleet.gateway.guard import Patience, sweep, sweep_steps
 from kvfleet.gateway.http_exchange import HTTPExchange
 from kvfleet.gateway.listening import let_nobody_in
+from kvfleet.turns import in_turns
 
 __all__ = ["Door", "Server"]
 
@@ -117,7 +118,7 @@ class Server:
         standing_in = self.loop.create_task(self._stand_in()) if self._others else None
         while not self._stopping.is_set():
             self.date_line = _date_line()
-            sweep(self.connections, self.loop.time(), self.patience)
+            await in_turns(sweep_steps(self.connections, self.loop.time(), self.patience))
             await _happens(self._stopping, self._sweep_s)
         if standing_in is not None:
             await standing_in  # never cancelled: a connection may be half accepted

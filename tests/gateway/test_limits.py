@@ -7,9 +7,10 @@ import contextlib
 import gc
 import json
 import resource
+import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import httpx
@@ -24,6 +25,8 @@ from kvfleet.config.schema import (
     TelemetryConfig,
     TraceStoreConfig,
 )
+from kvfleet.gateway.connection import ClientConnection
+from kvfleet.gateway.http_exchange import HTTPExchange
 from kvfleet.gateway.server import Serving, running
 from kvfleet.runtime import Router
 from tests.gateway.upstream import SSE_HEAD, chunk, upstream, whole
@@ -273,3 +276,30 @@ async def test_an_event_without_an_end_is_an_error_and_not_memory(path: str, has
     assert "an event of more than 65536 bytes (gateway.limits.max_event_bytes)" in answer.text
     assert "xxx" not in answer.text
     assert "[DONE]" not in answer.text
+
+
+async def test_a_body_in_the_smallest_pieces_takes_no_more_than_itself() -> None:
+    """Two bytes at a time: what each piece would take as an object of its own is twenty times as much."""
+    exchange = HTTPExchange("POST", "/", [], connection=cast("ClientConnection", None))
+    piece, count = b"ab", 100_000
+    tracemalloc.start()
+    try:
+        for _ in range(count):
+            exchange.receive(bytes(bytearray(piece)))  # another object each time, as the parser gives
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    exchange.received()
+    assert held < 2 * count * len(piece)
+    assert await exchange.body(10**6) == piece * count
+
+
+async def test_many_connections_are_looked_at_in_steps() -> None:
+    """All of them, and those that have stalled are closed, however many there are."""
+    async with upstream(ANSWER) as backend, gateway_to(backend.url, idle_timeout_seconds=0.5) as serving:
+        idle = [await asyncio.open_connection(*address(serving)) for _ in range(600)]
+        for _, writer in idle:
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        for reader, writer in idle:
+            assert (await asyncio.wait_for(reader.read(), 30)).startswith(b"HTTP/1.1 200")
+            writer.close()
