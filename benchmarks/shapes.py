@@ -38,7 +38,7 @@ EVENT = b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"%b"},"finish
 ANSWER = json.dumps(
     {"id": "1", "choices": [{"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}]}
 ).encode()
-STREAM_BYTES = 4_000_000
+STREAM_BYTES = 16_000_000
 FILES = 1000
 """Those that are open besides the clients'."""
 
@@ -50,6 +50,7 @@ FILES = 1000
 class Engine:
     """Streams as fast as it is read, and counts what it got rid of."""
 
+    begun: int = 0
     sent: int = 0
     left: int = 0
 
@@ -70,6 +71,9 @@ class Engine:
         writer.close()
 
     async def _stream(self, writer: asyncio.StreamWriter) -> None:
+        self.begun += 1
+        # as an engine on another machine, whose buffers are not this system's
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         for _ in range(STREAM_BYTES // len(EVENT)):
             writer.write(b"%x\r\n%b\r\n" % (len(EVENT), EVENT))
@@ -265,10 +269,11 @@ async def readers(count: int = 1000) -> dict[str, Any]:
         for sock in open_ones:
             await loop.sock_sendall(sock, _post(STREAM))
             await asyncio.sleep(0.01)  # else the engine here is too busy to accept, and its breaker opens
-        sent = -1
-        while sent != one.engine.sent:
+        sent, by_s = -1, time.perf_counter() + 60
+        while time.perf_counter() < by_s and sent != one.engine.sent:
             sent = one.engine.sent
             await asyncio.sleep(2)
+        told["engines asked"] = one.engine.begun
         told["seconds until nothing moved"] = round(time.perf_counter() - began_s - 2, 1)
         told["MB that engines got rid of, a stream"] = round(sent / count / 1e6, 2)
         told["KB of the gateway's, a stream"] = round((one.rss_mb - before_mb) * 1024 / count, 1)
@@ -277,10 +282,12 @@ async def readers(count: int = 1000) -> dict[str, Any]:
         told["KB of the gateway's, a stream, 10 s later"] = round((one.rss_mb - before_mb) * 1024 / count, 1)
         _close(open_ones)
         began_s = time.perf_counter()
-        async with asyncio.timeout(60):
-            while one.engine.left < count:  # noqa: ASYNC110 - each of a thousand connections is one of the ends
-                await asyncio.sleep(0.02)
-        told["seconds until every engine was left"] = round(time.perf_counter() - began_s, 2)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                while one.engine.left < count:  # noqa: ASYNC110 - each of a thousand connections is one of the ends
+                    await asyncio.sleep(0.02)
+        told["engines left"] = min(one.engine.left, count)
+        told["seconds until then"] = round(time.perf_counter() - began_s, 2)
     return told
 
 
