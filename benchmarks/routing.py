@@ -42,7 +42,7 @@ STRATEGIES = (
     "session", "prefix_threshold", "block_cost", "weighted_prefix", "latency_product", "hybrid_score",
 )  # fmt: skip
 SAME_ESTIMATE = "hybrid_score"
-"""Ours too: with replicas of one model it ranks by the column `latency` alone, so it is shown, and no rule to be under."""
+"""Ours too: with replicas of one model it ranks by the column `latency` alone. It is shown, and no rule to be under."""
 RIVALS = ("block_cost", "prefix_threshold", "weighted_prefix", "latency_product")
 COLUMNS = (
     "ttft_mean", "ttft_p50", "ttft_p90", "ttft_p99", "tpot_mean", "e2e_mean", "cached_share", "imbalance", "failed",
