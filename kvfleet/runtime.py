@@ -96,7 +96,7 @@ class Router(Conversations):
         self.services.find, self.services.state_dir, self.services.minutes = self.table.get, state_dir, minutes
         if news is not None:
             self.services.news = self._publish
-        self.pipeline: Pipeline = build(config, self.table, self.services)
+        self.pipeline: Pipeline = self._build(config)
         self._ratings = Ratings(self.pipeline.components, self.services.metrics)
         self.services.rate, self.services.annotate = self._ratings.rate, self._annotate
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
@@ -383,6 +383,9 @@ class Router(Conversations):
         self.sinks = tuple(one for one in self.sinks if one is not sink)
 
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _build(self, config: FleetConfig) -> Pipeline:
+        return build(config, self.table, self.services)
 
     def prepare(self, request: RouteRequest, *, dry_run: bool = False) -> tuple[RoutingContext, BoundStage]:
         """Resolve names and defaults: who may answer, by which strategy.

@@ -351,7 +351,7 @@ class PrefixAffinity:
         if bound:
             tokens = [_HOME_TOKENS if model.id == bound else 0.0 for model in candidates]
             return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
-        at = int(self.prefix_tokens / blocks.block_tokens)
+        at = int(self.prefix_tokens / blocks.usual_tokens)
         if self._rings and at <= len(blocks.hashes) and blocks.hashes:
             place = {model.id: i for i, model in enumerate(candidates)}
             for ring in self._rings.values():

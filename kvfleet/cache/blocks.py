@@ -56,6 +56,7 @@ class PromptBlocks:
         block_tokens: Tokens in a block; an estimate for blocks of bytes.
         tokens: Tokens in the prompt, the last part of a block included.
         is_exact: True for blocks of the engine's own tokens.
+        usual_tokens: Tokens in a block of any prompt, whether this one's were counted or not.
         marks: Beginnings of the prompt that end within a block: their hash, and how many tokens a replica holds that
             computed just that. They stand at the end of the system messages, at the prompt's own end, and where each
             answer in it begins: who computed the prompt up to there wrote the answer, and so holds it too.
@@ -68,6 +69,11 @@ class PromptBlocks:
     is_exact: bool = False
     marks: Sequence[tuple[int, float]] = ()
     ends: Sequence[int] = ()
+    usual_tokens: float = attrs.field(kw_only=True)
+
+    @usual_tokens.default
+    def _is_usual(self) -> float:
+        return self.block_tokens
 
     def of_tokens(self, tokens: int) -> PromptBlocks:
         """The same chain of a prompt that has so many tokens, each block and mark its share of them.

@@ -9,6 +9,7 @@ import pytest
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.affinity import PrefixAffinity
+from kvfleet.builtin.facts import PROMPT
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import RouteError
 from kvfleet.plugin.component import Services
@@ -159,6 +160,17 @@ async def test_an_unknown_long_beginning_has_a_home() -> None:
         assert set(found.modes) == {CacheMode.NONE}
         homes.add(FLEET[list(found.tokens).index(1.0)].endpoint)
     assert homes == {"http://a", "http://b"}
+
+
+@pytest.mark.parametrize("share", [0.4, 1.2, 3.0])
+async def test_prompts_that_begin_alike_have_one_home_however_many_tokens_each_has(share: float) -> None:
+    """Engines count other tokens for one text than for another: that is nothing to the beginning of both."""
+    stage = Fleet().stage
+    for i in range(10):
+        ctx, counted = (context(FLEET, [user(f"document {i} " * 60)]) for _ in range(2))
+        prompt = counted.fact(PROMPT)
+        prompt.counted(int(share * prompt.token_estimate))
+        assert stage.affinity(counted).tokens == stage.affinity(ctx).tokens
 
 
 async def test_the_home_moves_on_if_it_is_no_candidate() -> None:
