@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.config.budget_checks import check_budgets
 from kvfleet.config.cache_checks import check_caches
 from kvfleet.config.expand import section_path
 from kvfleet.config.findings import Finding, Origin, Path
@@ -97,7 +98,7 @@ def _check_aliases(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]
 def check_stages(config: FleetConfig) -> list[Finding]:
     """A stage's options stand in one place, a section that guards something is used, and keys can be told apart."""
     found = [*_check_options(config), *_check_guards(config), *_check_switch(config)]
-    return [*found, *check_caches(config), *check_keys(config)]
+    return [*found, *check_budgets(config), *check_caches(config), *check_keys(config)]
 
 
 def _check_options(config: FleetConfig) -> Iterator[Finding]:

@@ -43,6 +43,8 @@ def _object(obj: Any) -> dict[str, Any]:
             plain = _DROPPED
         if plain is not _DROPPED:
             out[name] = plain
+    if out and "enabled" in options(cls) and not obj.enabled:
+        return {"enabled": False, **out}  # what is off on purpose is not taken for forgotten when it is read again
     return out
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvfleet.config.convert import unstructure
 from kvfleet.config.loader import check_config, check_text, dump_yaml, load_config, save_config
 from kvfleet.config.schema import (
+    BudgetConfig,
     CacheAffinityConfig,
     FallbackConfig,
     FleetConfig,
@@ -280,6 +281,29 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
             id="policy-off",
         ),
         pytest.param(
+            MODEL + "budget: {monthly_budget_usd: 5}\n",
+            "f.yaml:3:1: budget: has figures, is not enabled, and binds nobody; add `enabled: true`, or `enabled: false` to keep it off",
+            id="budget-off",
+        ),
+        pytest.param(
+            MODEL + "tenants:\n  t:\n    budget: {requests_per_minute: 5}\n",
+            "f.yaml:5:5: tenants.t.budget: has figures, is not enabled, and binds nobody; add `enabled: true`, or "
+            "`enabled: false` to keep it off",
+            id="budget-of-a-tenant-off",
+        ),
+        pytest.param(
+            MODEL + "gateway: {keys: {a: {key: k, budget: {per_request_max_usd: 5}}}}\n",
+            "f.yaml:3:30: gateway.keys.a.budget: has figures, is not enabled, and binds nobody; add `enabled: true`, or "
+            "`enabled: false` to keep it off",
+            id="budget-of-a-key-off",
+        ),
+        pytest.param(
+            MODEL + "pipeline:\n  - use: admit.budget\n    with:\n      tenants:\n        t: {monthly_budget_usd: 5}\n",
+            "f.yaml:7:9: pipeline[0].with.tenants.t: has figures, is not enabled, and binds nobody; add `enabled: true`, or "
+            "`enabled: false` to keep it off",
+            id="budget-of-a-stage-off",
+        ),
+        pytest.param(
             MODEL + "fallback: {max_attempts: 2}\npipeline:\n  - use: execute.fallback\n    with: {max_attempts: 3}\n",
             "f.yaml:6:5: pipeline[0].with: execute.fallback has options here and in its section (line 3); keep them in one place",
             id="two-places",
@@ -299,6 +323,26 @@ def test_the_documented_file_is_read(tmp_path: Path) -> None:
 def test_a_finding_says_what_where_and_what_to_do(text: str, finding: str) -> None:
     """In exactly these words, because people search for them."""
     assert found(text) == [finding]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "budget: {enabled: false, monthly_budget_usd: 5}\n",
+        "budget: {}\n",
+        "tenants: {t: {budget: {enabled: false, monthly_budget_usd: 5}}}\n",
+        "gateway: {keys: {a: {key: k, budget: {enabled: false, monthly_budget_usd: 5}}}}\n",
+        "pipeline: [{use: admit.budget, with: {budget: {enabled: false, monthly_budget_usd: 5}}}]\n",
+    ],
+)
+def test_a_budget_that_is_switched_off_is_no_finding(text: str) -> None:
+    """Its figures may wait there for a better day; one without figures says nothing."""
+    assert found(MODEL + text) == []
+
+
+def test_a_budget_is_switched_on_from_elsewhere() -> None:
+    """By the environment, as anything else."""
+    assert found(MODEL + "budget: {monthly_budget_usd: 5}\n", KVFLEET__BUDGET__ENABLED="true") == []
 
 
 def test_an_override_of_the_wrong_type_is_placed_at_its_variable() -> None:
@@ -438,9 +482,10 @@ fleets = st.builds(
     models=st.lists(models, min_size=1, max_size=3, unique_by=lambda model: model.name).map(tuple),
     scoring_weights=st.builds(ScoringWeights, cost=st.floats(0, 1)),
     cache_affinity=st.builds(CacheAffinityConfig, enabled=st.booleans()),
+    budget=st.builds(BudgetConfig, enabled=st.booleans(), monthly_budget_usd=st.floats(0, 1e9)),
     policy=st.builds(
         PolicyConfig,
-        enabled=st.just(True),
+        enabled=st.booleans(),
         rules=st.lists(st.builds(PolicyRule, name=words, condition=words, action=words), max_size=1).map(tuple),
     ),
     tenants=st.dictionaries(words, st.builds(TenantConfig, name=words), max_size=2),
