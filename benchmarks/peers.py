@@ -14,7 +14,8 @@ Lengths are an eighth of the real ones, and engines slow enough (170 ms for 256 
 an answer) that what client and gateway cost does not decide. Read the ratios, in parentheses: each is to the best in
 the same column of those that are not kvfleet and answered everything. Cached shares and requests of each engine are the
 engines' own counts. CPU is that of the gateway's whole tree of processes, which includes what it does beside requests
-while the load lasts.
+while the load lasts. The last row is what no gateway could be below (`kvfleet.replay.least`): every prompt begun at
+once on an idle engine that holds all that was asked before.
 """
 
 from __future__ import annotations
@@ -38,7 +39,11 @@ from typing import Any
 import attrs
 from gateway import free_ports, pinned
 from peers_gateways import GATEWAYS, KVFLEET, Gateway, NotHereError, Place, install, version_of
-from peers_load import MODEL, WORKLOADS, body, words
+from peers_load import MODEL, MOONCAKE_RATE_PER_S, WORKLOADS, body, scaled, words, workload
+
+from kvfleet.config.simulation import EngineOptions
+from kvfleet.replay.fleet import spec_of
+from kvfleet.replay.least import least_ttft_s
 
 ENGINES = 8
 ENGINE_OPTIONS = {
@@ -241,6 +246,26 @@ def _add(
     row.imbalances.append(max(served) / max(statistics.fmean(served), 1e-9))
 
 
+def least(options: argparse.Namespace, name: str) -> dict[str, float]:
+    """The figures of a workload that no gateway could be below."""
+    engine = EngineOptions(
+        prefill_tokens_per_s=ENGINE_OPTIONS["prefill-tokens-per-s"],
+        step_ms=ENGINE_OPTIONS["decode-ms-per-token"],
+        token_budget=ENGINE_OPTIONS["token-budget"],
+        max_running=1,
+    )
+    found: list[float] = []
+    for round_ in range(options.rounds):
+        trace = scaled(workload(name, options.seconds, options.seed + round_, options.trace, options.rate))
+        found += least_ttft_s(trace, [spec_of(engine, trace.block_tokens)], waits=trace.has_sessions)
+    first = [seconds * 1000 for seconds in found]
+    return {
+        "ttft_mean_ms": statistics.fmean(first),
+        "ttft_p90_ms": _percentile(first, 0.9),
+        "ttft_p99_ms": _percentile(first, 0.99),
+    }
+
+
 def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each workload and gateway; gateways take turns, in another order each round."""
     chosen = [one for one in GATEWAYS if any(word in one.name for word in options.only.split(","))]
@@ -268,7 +293,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
 def load_command(options: argparse.Namespace, name: str, round_: int) -> list[str]:
     """The client's command; each round has its own seed."""
     command = [*pinned(0), sys.executable, str(Path(__file__).parent / "peers_load.py"), "--workload", name]
-    command += ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up)]
+    command += ["--seconds", str(options.seconds), "--warm-up", str(options.warm_up), "--rate", str(options.rate)]
     command += ["--seed", str(options.seed + round_)]
     return [*command, "--trace", str(options.trace)] if options.trace else command
 
@@ -302,8 +327,13 @@ COLUMNS = {
 _RATIOS = ("ttft_mean_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_mean_ms", "end_mean_ms", "end_p90_ms", "cpu_ms")
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """The lines of one workload's table; ratios in parentheses are to the best peer of each column."""
+def table(rows: Sequence[Row], bound: Mapping[str, float]) -> Iterator[str]:
+    """The lines of one workload's table; ratios in parentheses are to the best peer of each column.
+
+    Args:
+        rows: What the gateways did.
+        bound: What no gateway could be below.
+    """
     figures = [row.figures() for row in rows]
     peers = [one for row, one in zip(rows, figures, strict=True) if one and not row.gateway.is_ours]
     best = {key: min((one[key] for one in peers if not one["failed"]), default=0.0) for key in _RATIOS}
@@ -316,6 +346,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             continue
         cells = [_cell(key, one[key], best[key] if key in _RATIOS else 0.0) for key in COLUMNS]
         yield f"| {name} | {one['requests'] - one['failed']:.0f} of {one['requests']:.0f} | " + " | ".join(cells) + " |"
+    cells = [_cell(key, bound[key], best[key]) if key in bound else "" for key in COLUMNS]
+    yield "| *no queue, one endless cache* | | " + " | ".join(cells) + " |"
 
 
 def _cell(key: str, value: float, best: float) -> str:
@@ -335,6 +367,7 @@ def main() -> None:
     parser.add_argument("--workloads", default="", help="of " + ", ".join(WORKLOADS) + "; all if not given")
     parser.add_argument("--only", default="", help="gateways whose name has one of these words, by commas")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    parser.add_argument("--rate", type=float, default=MOONCAKE_RATE_PER_S, help="requests a second of the trace's")
     parser.add_argument("--warm-up", type=float, default=0.0, help="seconds of other requests before each run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -343,33 +376,30 @@ def main() -> None:
     options.workloads = options.workloads or ",".join(WORKLOADS if options.trace else WORKLOADS[2:])
     if options.install:
         install(options.peers_dir)
-    report(measure(options), as_json=options.json)
+    bounds = {name: least(options, name) for name in options.workloads.split(",")}
+    report(measure(options), bounds, as_json=options.json)
 
 
-def report(rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print what was measured."""
+def report(rows: Sequence[Row], bounds: Mapping[str, Mapping[str, float]], *, as_json: bool) -> None:
+    """Print what was measured, and what no gateway could be below."""
     if as_json:
-        told = [(row, row.figures()) for row in rows]
-        print(
-            json.dumps(
-                [
-                    {
-                        "workload": row.workload,
-                        "gateway": row.gateway.name,
-                        "version": row.version,
-                        "failure": row.failure,
-                        **one,
-                    }
-                    for row, one in told
-                ]
-            )
-        )
+        told = [
+            {
+                "workload": row.workload,
+                "gateway": row.gateway.name,
+                "version": row.version,
+                "failure": row.failure,
+                **row.figures(),
+            }
+            for row in rows
+        ]
+        print(json.dumps({"gateways": told, "bounds": bounds}))
         return
     for name, group in itertools.groupby(
         sorted(rows, key=lambda row: WORKLOADS.index(row.workload)), key=lambda row: row.workload
     ):
         print(f"\n{name}\n")
-        print("\n".join(table(list(group))))
+        print("\n".join(table(list(group), bounds[name])))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,8 +45,10 @@ _SYLLABLES = [a + b + c + " " for a in "bdfghklmnprstvwz" for b in "aeio" for c 
 # What is sent --------------------------------------------------------------------------------------------------------
 
 
-def workload(name: str, seconds: float, seed: int, trace: Path | None) -> RequestTrace:
-    """The requests of a workload, for about so long."""
+def workload(
+    name: str, seconds: float, seed: int, trace: Path | None, rate_per_s: float = MOONCAKE_RATE_PER_S
+) -> RequestTrace:
+    """The requests of a workload, for about so long; the rate is that of the trace's."""
     if name == "agents":
         sessions = AgentSessions(
             sessions=max(1, round(2 * seconds)), session_rate_per_s=2.0, turns=6, agents=3, tool_s=0.5, think_s=2.0
@@ -55,10 +58,10 @@ def workload(name: str, seconds: float, seed: int, trace: Path | None) -> Reques
         return Bursts(requests=max(1, round(7 * seconds)), rate_per_s=3.0, burst=24, every_s=6.0).generate(seed)
     if trace is None:
         raise SystemExit(f"the workload {name} needs --trace FILE")
-    return mooncake(name, read_trace(trace), seconds, seed)
+    return mooncake(name, read_trace(trace), seconds, seed, rate_per_s)
 
 
-def mooncake(name: str, whole: RequestTrace, seconds: float, seed: int) -> RequestTrace:
+def mooncake(name: str, whole: RequestTrace, seconds: float, seed: int, rate_per_s: float) -> RequestTrace:
     """Some conversations that begin in one half of an hour, each of them whole, and squeezed into so many seconds.
 
     Every prompt begins with the same block; the second one tells conversations apart.
@@ -67,7 +70,7 @@ def mooncake(name: str, whole: RequestTrace, seconds: float, seed: int) -> Reque
     since_s = {one.blocks[1]: one.at_s for one in reversed(fitting)}
     halfway_s, is_first = fitting[-1].at_s / 2, name.endswith("1")
     fitting = [one for one in fitting if (since_s[one.blocks[1]] < halfway_s) == is_first]
-    stride = max(1, round(len(fitting) / (MOONCAKE_RATE_PER_S * seconds)))
+    stride = max(1, round(len(fitting) / (rate_per_s * seconds)))
     chosen = [one for one in fitting if one.blocks[1] % stride == seed % stride]
     shrink = seconds / max(chosen[-1].at_s - chosen[0].at_s, 1e-9)
     return RequestTrace.of(name, whole.block_tokens, [attrs.evolve(one, at_s=one.at_s * shrink) for one in chosen])
@@ -80,6 +83,18 @@ def unlike(trace: RequestTrace, seconds: float) -> RequestTrace:
     return RequestTrace.of(trace.name, trace.block_tokens, other)
 
 
+def scaled(trace: RequestTrace) -> RequestTrace:
+    """The lengths that its prompts have as texts, in tokens."""
+    size = trace.block_tokens // SCALE
+    sized = [attrs.evolve(one, prompt_tokens=len(one.blocks) * size + own_tokens(trace, one)) for one in trace.requests]
+    return RequestTrace(name=trace.name, block_tokens=size, requests=tuple(sized))
+
+
+def own_tokens(trace: RequestTrace, one: TracedRequest) -> int:
+    """How long the end of a prompt is that is its own."""
+    return max(4, (one.prompt_tokens - len(one.blocks) * trace.block_tokens) // SCALE)
+
+
 def words(seed: int, tokens: int) -> str:
     """So many tokens of text, the same for the same seed."""
     digests = (xxhash.xxh3_128_digest(part.to_bytes(4, "little"), seed=seed) for part in range(-(-tokens // 16)))
@@ -89,8 +104,7 @@ def words(seed: int, tokens: int) -> str:
 def prompt(trace: RequestTrace, number: int) -> str:
     """The text of a request: its blocks, and an end that is its own."""
     one, size = trace.requests[number], trace.block_tokens // SCALE
-    rest = (one.prompt_tokens - len(one.blocks) * trace.block_tokens) // SCALE
-    return "".join(words(block, size) for block in one.blocks) + words(number + 1, max(4, rest))
+    return "".join(words(block, size) for block in one.blocks) + words(number + 1, own_tokens(trace, one))
 
 
 def body(text: str, answer_tokens: int) -> bytes:
@@ -226,12 +240,13 @@ def main() -> None:
     parser.add_argument("--url", required=True, help="of chat completions")
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--rate", type=float, default=MOONCAKE_RATE_PER_S, help="requests a second of the trace's")
     parser.add_argument("--warm-up", type=float, default=0.0, help="seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trace", type=Path, help="Mooncake's conversation trace")
     options = parser.parse_args()
-    trace = workload(options.workload, options.seconds, options.seed, options.trace)
-    before = unlike(workload(options.workload, options.seconds, options.seed + 1, options.trace), options.warm_up)
+    made = partial(workload, options.workload, options.seconds, trace=options.trace, rate_per_s=options.rate)
+    trace, before = made(options.seed), unlike(made(options.seed + 1), options.warm_up)
     ready, warming = bodies_of(trace), bodies_of(before)
     sys.stdin.readline()
     asyncio.run(send_all(options.url, before, warming, options.warm_up))

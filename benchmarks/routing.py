@@ -27,14 +27,11 @@ from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.replay.driver import Replay
 from kvfleet.replay.expect import shown
 from kvfleet.replay.generate import generator_from
-from kvfleet.replay.measures import FIGURES, quantile
+from kvfleet.replay.measures import FIGURES
 from kvfleet.replay.readers import read_trace
 from kvfleet.replay.results import Comparison
 from kvfleet.replay.slo import parse_slo
 from kvfleet.replay.traces import RequestTrace
-from kvfleet.sim.blocks import BlockPool
-from kvfleet.sim.presets import PRESETS
-from kvfleet.sim.spec import EngineSpec
 
 OURS = "expected_latency"
 STRATEGIES = (
@@ -90,49 +87,11 @@ class Setting:
         made = generator_from(self.workload).generate(seed)
         return attrs.evolve(made, requests=made.requests[:limit])
 
-    def bound(self, trace: RequestTrace) -> dict[str, float]:
-        """What no router can do better: every prompt begun at once on an idle engine, all caches being one."""
-        size, preset = trace.block_tokens, PRESETS["h100-8b"]
-        pool = BlockPool(ENGINES * self.cache_tokens // size)
-        found = []
-        for one in sorted(trace.requests, key=lambda request: request.at_s):
-            cached = pool.match(one.blocks, (one.prompt_tokens - 1) // size) * size
-            found.append(_alone_s(preset.spec, one.prompt_tokens, cached))
-            _keep(pool, [*one.blocks, *one.answer_blocks])
-        found.sort()
-        return {
-            "ttft_mean": sum(found) / len(found),
-            "ttft_p50": quantile(found, 0.5),
-            "ttft_p90": quantile(found, 0.9),
-            "ttft_p99": quantile(found, 0.99),
-        }
-
     def fleet(self) -> SimulatedFleet:
         """Its engines."""
         usual = EngineOptions(preset="h100-8b", cache_tokens=self.cache_tokens)
         half = attrs.evolve(usual, speed=0.5)
         return SimulatedFleet(default=usual, engines=dict.fromkeys(endpoints()[:: ENGINES // SLOW][: self.slow], half))
-
-
-def _alone_s(spec: EngineSpec, prompt: int, cached: int) -> float:
-    """How long an idle engine takes for a prompt."""
-    seconds = 0.0
-    while cached < prompt:
-        chunk = min(prompt - cached, spec.token_budget)
-        cached += chunk
-        seconds += spec.step_time_s(chunk, chunk * (cached - (chunk + 1) / 2), 0, 0)
-    return seconds
-
-
-def _keep(pool: BlockPool, blocks: list[int]) -> None:
-    """Hold a request's blocks, and let go of them."""
-    hits = pool.match(blocks)
-    pool.pin(blocks[:hits])
-    if len(blocks) - hits <= pool.available:
-        pool.take(len(blocks) - hits)
-        pool.share(blocks[hits:])
-        hits = len(blocks)
-    pool.release(blocks[:hits], private=0)
 
 
 def settings() -> Iterator[Setting]:
@@ -221,9 +180,9 @@ def show_setting(name: str, found: Mapping[str, Any]) -> None:
         cells = [shown(figures.get(column), FIGURES[column]) for column in COLUMNS]
         cells.append(next((_difference(one) for one in against[strategy] if one["figure"] == "ttft_mean"), ""))
         print(f"| {f'**{strategy}**' if strategy == OURS else strategy} | {' | '.join(cells)} |")
-    if bound := found.get("bound"):
-        cells = [shown(bound.get(column), FIGURES[column]) for column in COLUMNS]
-        print(f"| *no queue, one cache* | {' | '.join(cells)} | |")
+    least = {column: by_name[OURS].get(f"least_{column}") for column in COLUMNS}
+    cells = ["" if value is None else shown(value, FIGURES[column]) for column, value in least.items()]
+    print(f"| *no queue, one endless cache* | {' | '.join(cells)} | |")
 
 
 def _difference(one: Mapping[str, Any]) -> str:
@@ -310,7 +269,6 @@ def main() -> None:
     for setting in wanted(options):
         trace = setting.trace(options.trace, options.limit, options.seed)
         kept[setting.name] = measured(setting, options.strategies, trace, options.seed)
-        kept[setting.name]["bound"] = setting.bound(trace)
         if options.json:
             options.json.write_text(json.dumps(kept, indent=1) + "\n")
     ordered = {name: kept[name] for name in SETTINGS if name in kept}

@@ -40,6 +40,7 @@ _COLUMNS = (
     "ttft_p50",
     "ttft_p90",
     "ttft_p99",
+    "least_ttft_mean",
     "tpot_mean",
     "e2e_mean",
     "cached_share",

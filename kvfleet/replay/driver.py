@@ -31,6 +31,7 @@ from kvfleet.registry.models import ModelRegistry
 from kvfleet.replay.caches import PromptTeller, telling, watch
 from kvfleet.replay.fleet import check_names, specs_of
 from kvfleet.replay.hosts import EngineHost, SimulatedAdapter, engine_loads
+from kvfleet.replay.least import least_ttft_s
 from kvfleet.replay.measures import Served
 from kvfleet.replay.prompts import traced_prompts
 from kvfleet.replay.traces import RequestTrace, TracedRequest
@@ -216,7 +217,9 @@ class Replay:
 
     async def _run(self) -> None:
         asyncio.get_running_loop().set_exception_handler(self._broke)
-        self.served = [Served(number=number, at_s=0.0) for number in range(len(self.trace.requests))]
+        engines = [host.engine.spec for host in self.hosts.values()]
+        least = least_ttft_s(self.trace, engines, waits=self._waits)
+        self.served = [Served(number=number, at_s=0.0, least_ttft_s=one) for number, one in enumerate(least)]
         async with self.router:
             self._poll(asyncio.get_running_loop(), self._endpoints())
             async with asyncio.TaskGroup() as group:

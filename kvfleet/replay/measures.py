@@ -25,6 +25,7 @@ class Served:
     Attributes:
         number: Its place in the trace.
         at_s: When it was sent, in seconds from the trace's beginning.
+        least_ttft_s: The least time to its first token that any router could give it.
         replica: Who answered; empty if nobody did.
         prompt_tokens, output_tokens, cached_tokens: As the engine counted them.
         first_s, end_s: When its answer began and ended, on the same clock; None if it never began.
@@ -35,6 +36,7 @@ class Served:
 
     number: int
     at_s: float
+    least_ttft_s: float = 0.0
     replica: str = ""
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -108,6 +110,15 @@ FIGURES: Mapping[str, Figure] = {
         *(
             Figure(f"{time}_{name}", "s", f"{doc}; {word}.")
             for time, doc in _TIMES.items()
+            for name, word in _STATISTICS.items()
+        ),
+        *(
+            Figure(
+                f"least_ttft_{name}",
+                "s",
+                "What no router could be below: the time to the first token of the fleet's fastest engine, idle, that "
+                f"holds all that was asked before; {word}.",
+            )
             for name, word in _STATISTICS.items()
         ),
         Figure("cached_share", "share", "Share of the prompts' tokens that the engines had cached.", False),
@@ -185,6 +196,7 @@ def figures(served: Sequence[Served], replicas: Sequence[str], slo: SLO, preempt
     found: dict[str, float] = {}
     for name in _TIMES:
         found.update(_statistics(name, [t for t in map(attrgetter(f"{name}_s"), whole) if t is not None]))
+    found.update(_statistics("least_ttft", [one.least_ttft_s for one in whole]))
     good = sum(1 for one in whole if slo.is_met(one.ttft_s, one.tpot_s, one.e2e_s))
     found |= {
         "requests": len(served),
