@@ -179,9 +179,11 @@ class PrefixAffinity:
                     tokens[i], modes[i] = self._routed(candidates[i].id, count, least)
         if looked.told:
             _listen(looked.told, candidates, tokens, modes)
+        reasons = self._told.reasons(ctx)
         if not any(tokens):
-            return self._homes(ctx, looked, modes)
-        return Affinity(tokens, modes, self._returns(looked, tokens, ctx.now_s))
+            tokens, modes = self._homes(ctx, looked, modes)
+            return Affinity(tokens, modes, reasons=reasons)
+        return Affinity(tokens, modes, self._returns(looked, tokens, ctx.now_s), reasons)
 
     def _returns(self, looked: _Looked, tokens: Sequence[float], now_s: float) -> dict[float, float]:
         """How often one more replica that holds the prompt's beginning will be asked for it.
@@ -340,7 +342,9 @@ class PrefixAffinity:
                     held[replica] = tokens
         return held
 
-    def _homes(self, ctx: RoutingContext, looked: _Looked, modes: Sequence[CacheMode]) -> Affinity:
+    def _homes(
+        self, ctx: RoutingContext, looked: _Looked, modes: Sequence[CacheMode]
+    ) -> tuple[list[float], list[CacheMode]]:
         """Nobody has the prompt: where its conversation was before, or the replicas on which its beginning falls.
 
         `modes` say how it is known of each that it has nothing.
@@ -350,7 +354,7 @@ class PrefixAffinity:
         bound = self._session(ctx, looked.prompt)
         if bound:
             tokens = [_HOME_TOKENS if model.id == bound else 0.0 for model in candidates]
-            return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
+            return tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)]
         at = int(self.prefix_tokens / blocks.usual_tokens)
         if self._rings and at <= len(blocks.hashes) and blocks.hashes:
             place = {model.id: i for i, model in enumerate(candidates)}
@@ -358,7 +362,7 @@ class PrefixAffinity:
                 home = ring.get_node(blocks.hashes[max(at - 1, 0)], place)
                 if home is not None:
                     tokens[place[home]] = _HOME_TOKENS
-        return Affinity(tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)])
+        return tokens, [CacheMode.NONE if one else mode for one, mode in zip(tokens, modes, strict=True)]
 
     # Learning
 

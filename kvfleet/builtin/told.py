@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 
@@ -55,6 +55,7 @@ class ToldCaches:
     _under_way: RoutedIndex = attrs.field(init=False, factory=lambda: RoutedIndex(_MOST_UNDER_WAY), repr=False)
     _restarts: dict[str, int] = attrs.field(init=False, factory=dict, repr=False)
     _looked_s: float = attrs.field(init=False, default=float("-inf"), repr=False)
+    _said: tuple[object, object, Sequence[str]] = attrs.field(init=False, default=(None, None, ()), repr=False)
 
     def register(self, models: Iterable[ModelConfig]) -> None:
         """Know the replicas whose engines tell."""
@@ -85,6 +86,20 @@ class ToldCaches:
                     else:
                         found[replica] = nothing[held.mode]
         return found
+
+    def reasons(self, ctx: RoutingContext) -> Sequence[str]:
+        """Why each candidate that tells of its cache is not known exactly; empty for the others, or of all of them."""
+        if not self._restarts:
+            return ()
+        doubts = self.caches.doubts(ctx.now_s)
+        if not doubts:
+            return ()
+        candidates, (about, by, reasons) = ctx.candidates, self._said
+        if about is not candidates or by is not doubts:  # for the same ones it is the same, until something changes
+            found = tuple([doubts.get(model.id, "") for model in candidates])
+            reasons = found if any(found) else ()
+            self._said = candidates, doubts, reasons
+        return reasons
 
     def _told(self, chain: TokenChain, held: Held, coming: int) -> Told:
         tokens = held.device_tokens + self.other_tier_worth * held.other_tokens

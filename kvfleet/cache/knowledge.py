@@ -118,6 +118,7 @@ class CacheKnowledge:
     _models: dict[str, list[ModelConfig]] = attrs.field(init=False, factory=dict, repr=False)
     _readable: dict[str, list[_Readable]] = attrs.field(init=False, factory=dict, repr=False)
     _judged_s: float = attrs.field(init=False, default=float("-inf"), repr=False)
+    _doubts: Mapping[str, str] = attrs.field(init=False, factory=dict, repr=False)
 
     def register(self, models: Sequence[ModelConfig]) -> None:
         """Know the replicas whose engines tell of their caches, instead of any known before."""
@@ -216,6 +217,15 @@ class CacheKnowledge:
         source = self._of_replica.get(replica)
         return None if source is None else source.judge()
 
+    def doubts(self, now_s: float) -> Mapping[str, str]:
+        """By replica: how its cache is known and why no better; those known exactly are absent, and who tells nothing.
+
+        The same mapping is given for as long as nothing changes.
+        """
+        if not 0 <= now_s - self._judged_s < _FRESH_S:
+            self._judge(now_s)
+        return self._doubts
+
     def held(self, model: str, chain: TokenChain, now_s: float) -> Mapping[str, Held]:
         """By replica of the model: what it holds of a prompt. Those of which that is not known now are absent.
 
@@ -238,7 +248,8 @@ class CacheKnowledge:
         """By model: whose caches may be read; at most a twentieth of a second old."""
         if now_s - self._judged_s >= _FRESH_S or now_s < self._judged_s:
             self._judged_s = now_s
-            modes = {id(source): (source.judge()[0], source) for source in self.sources}
+            judged = [(source, *source.judge()) for source in self.sources]
+            modes = {id(source): (mode, source) for source, mode, _ in judged}
             self._readable = {
                 model: [
                     _readable(replica.id, mode, source)
@@ -248,6 +259,9 @@ class CacheKnowledge:
                 ]
                 for model, replicas in self._models.items()
             }
+            doubts = {replica: f"{mode}: {why}" for source, mode, why in judged if why for replica in source.replicas}
+            if doubts != self._doubts:
+                self._doubts = doubts
         return self._readable
 
     def answered(self, replica: str, expected_tokens: float, cached_tokens: int) -> None:

@@ -50,6 +50,7 @@ _step: Callable[[tuple[Any, ...]], Step] = functools.partial(tuple.__new__, Step
 _floats: Callable[[Iterable[float]], Iterator[float]] = functools.partial(map, float)
 _id_of: Callable[[ModelConfig], str] = operator.attrgetter("id")
 _ADMITTED = (names.ADMITTED,)
+_WITH_REASONS = (names.SCORE_VALUES, names.SCORE_MODES, names.SCORE_REASONS)
 _value_of: Callable[[CacheMode], str] = operator.attrgetter("_value_")
 
 
@@ -247,7 +248,11 @@ class Decision:
         if found.returns:
             self.ctx.returns.update(found.returns)  # type: ignore[attr-defined]  # a fresh mapping, which grows in place
         modes = tuple(map(_value_of, found.modes))
-        return stage.usual, (tuple(map(float, tokens)), modes), ids
+        if not found.reasons:
+            return stage.usual, (tuple(map(float, tokens)), modes), ids
+        if len(found.reasons) != len(ids):
+            raise ContractError(f"{stage.key} gave {len(found.reasons)} reasons for {len(ids)} candidates")
+        return stage.shape(_WITH_REASONS, names.SCORED), (tuple(map(float, tokens)), modes, tuple(found.reasons)), ids
 
     def score(self, stage: BoundStage) -> Said | None:
         """Add a column, if it is sound."""

@@ -138,11 +138,15 @@ class Affinity:
 
     `returns` says what computing the prompt once more is worth to later requests: for a number of its first tokens, how
     often each further replica that holds them will be asked for them. Left out, nobody else will want any of it.
+
+    `reasons` say why a candidate's cache is known no better: one for each, empty for those of which there is nothing to
+    say; or none at all.
     """
 
     tokens: Sequence[float]
     modes: Sequence[CacheMode]
     returns: Mapping[float, float] = attrs.field(factory=dict)
+    reasons: Sequence[str] = ()
 
 
 @attrs.frozen(kw_only=True, slots=False)

@@ -135,6 +135,8 @@ def _wrong_affinity(found: Any, count: int) -> Iterable[str]:
         yield "affinity() must expect a finite number of tokens, at least 0"
     if not all(isinstance(mode, CacheMode) for mode in found.modes):
         yield "affinity() must say how each expectation is known, with a CacheMode"
+    if found.reasons and (len(found.reasons) != count or not all(isinstance(why, str) for why in found.reasons)):
+        yield "affinity() must give one reason for each candidate, a text that may be empty, or none at all"
 
 
 async def check_select(trial: Trial) -> list[str]:

@@ -152,6 +152,13 @@ SCORE_MODES = _name(
     "string[]",
     "How each is known: exact, degraded, approximate, observed or none.",
 )
+SCORE_REASONS = _name(
+    "kvfleet.affinity.reasons",
+    "affinity",
+    "string[]",
+    "Mode and reason of each replica that tells of its cache and is not known exactly, as `kvfleet fleet` has them;"
+    " empty for the others. Absent where there is no such replica.",
+)
 TERM_PREFIX = "kvfleet.term."
 _name("kvfleet.term.<term>", "select", "double[]", "One part of the totals, one for each replica.")
 INSTEAD_PREFIX = "kvfleet.instead."

@@ -58,6 +58,7 @@ class StageRecord:
         scored: Replicas with a value, in the order of `values`; best first for a choice.
         values, unit: Tokens for affinity, a column's unit for scores, the totals' unit for a choice.
         modes: How each expectation of an affinity stage is known.
+        reasons: Why it is known no better; empty for those of which there is nothing to say.
         panic: Models of which a filter lets all replicas through because too few are well.
         terms: Parts of a choice's totals, by name, in the order of `scored`.
         mode: How the first was chosen.
@@ -84,6 +85,7 @@ class StageRecord:
     values: tuple[float, ...] = ()
     unit: str = ""
     modes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
     panic: tuple[str, ...] = ()
     terms: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
     mode: str = ""
@@ -119,6 +121,7 @@ class StageRecord:
             values=numbers(a, names.SCORE_VALUES),
             unit="tokens" if kind == "affinity" else text(a, names.SCORE_UNIT),
             modes=texts(a, names.SCORE_MODES),
+            reasons=texts(a, names.SCORE_REASONS),
             panic=texts(a, names.PANIC),
             terms={term: numbers(a, names.TERM_PREFIX + term) for term in with_prefix(a, names.TERM_PREFIX)},
             mode=text(a, names.SELECT_MODE),
@@ -169,6 +172,7 @@ class StageRecord:
             "scores": self.by_replica,
             "unit": self.unit if self.scored else "",
             "modes": dict(zip(self.scored, self.modes, strict=False)),
+            "reasons": {who: why for who, why in zip(self.scored, self.reasons, strict=False) if why},
             "mode": self.mode,
             "answered": self.is_answer,
             "match": self.match,

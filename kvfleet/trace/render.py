@@ -202,16 +202,27 @@ def _column(explanation: Explanation, stage: StageRecord) -> Iterator[str]:
 
 
 def _rows_below(explanation: Explanation, stage: StageRecord, paint: Paint, most: int) -> Iterator[_Pieces]:
-    """Under a filter its drops, under a choice its ranking."""
+    """Under a filter its drops, under an affinity why caches are known no better, under a choice its ranking."""
     groups: dict[tuple[str, str], list[str]] = {}
     for drop in stage.drops:
         groups.setdefault((drop.reason, drop.rule), []).append(_label(explanation, drop.candidate))
     for (reason, rule), who in groups.items():
-        more = [f"and {len(who) - _MOST_NAMES:,} more"] if len(who) > _MOST_NAMES else []
         by: _Pieces = [(f"[{rule}]", paint.warn)] if rule else []
-        yield [(f"  ✗ {', '.join([*who[:_MOST_NAMES], *more])}", paint.bad), (reason, _bare), *by]
+        yield [(f"  ✗ {', '.join(_some(who))}", paint.bad), (reason, _bare), *by]
+    doubts: dict[str, list[str]] = {}
+    for replica, reason in zip(stage.scored, stage.reasons, strict=False):
+        if reason:
+            doubts.setdefault(reason, []).append(_label(explanation, replica))
+    for reason, who in doubts.items():
+        yield [(f"  ? {', '.join(_some(who))}", paint.warn), (reason, _bare)]
     if stage is explanation.choice:
         yield from _ranking(explanation, stage, paint, most)
+
+
+def _some(who: Sequence[str]) -> list[str]:
+    """The first of them by name, and how many more there are."""
+    more = [f"and {len(who) - _MOST_NAMES:,} more"] if len(who) > _MOST_NAMES else []
+    return [*who[:_MOST_NAMES], *more]
 
 
 def _ranking(explanation: Explanation, stage: StageRecord, paint: Paint, most: int) -> Iterator[_Pieces]:

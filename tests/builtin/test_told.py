@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import attrs
 import pytest
 
 pytest.importorskip("msgspec")
@@ -11,6 +13,7 @@ pytest.importorskip("msgspec")
 from kvfleet.adapters.call import Usage
 from kvfleet.builtin.affinity import PrefixAffinity
 from kvfleet.builtin.tokens import TOKENS, PromptTokens
+from kvfleet.cache.kv_events import AllCleared
 from kvfleet.cache.kv_state import CacheState, KVMode
 from kvfleet.clock import FrozenClock
 from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
@@ -80,6 +83,10 @@ class Fleet:
             for model, count, mode in zip(FLEET, found.tokens, found.modes, strict=True)
         }
 
+    def reasons(self, tokens: list[int] | None = PROMPT) -> Sequence[str]:
+        """Why each replica's cache is known no better."""
+        return self.stage.affinity(self.request(tokens)).reasons
+
     async def answer(self, served: ModelConfig | None, cached: int | None = None, *, continued: int = 0) -> None:
         """A request that was answered by a replica; `continued` times by another than began it."""
         ctx = self.request()
@@ -127,6 +134,31 @@ async def test_an_engine_that_no_longer_tells(fleet: Fleet) -> None:
     fleet.state().connected()
     pump(Publisher(fleet.clock), fleet.state())  # type: ignore[arg-type]
     assert fleet.expect()["a"] == (80, "exact")
+
+
+async def test_the_trace_says_why_it_is_not_exact(fleet: Fleet) -> None:
+    """Of each that tells and is not known exactly, whether anything of the prompt is expected there or not."""
+    assert fleet.reasons() == ()
+    fleet.state().lose("something was lost")
+    assert fleet.reasons() == ("degraded: something was lost", "", "")
+    fleet.store(1, PROMPT[:80])
+    fleet.state(1).disconnected()
+    assert fleet.reasons() == ("degraded: something was lost", "degraded: the connection is lost", "")
+    fleet.clock.advance(20)
+    assert fleet.reasons(None) == ("degraded: something was lost", "approximate: the connection is lost", "")
+    only_n = attrs.evolve(fleet.request(), candidates=(PLAIN,))
+    assert fleet.stage.affinity(only_n).reasons == ()
+    fleet.state().take_in(0, [AllCleared()], 0.0)
+    fleet.state(1).connected()
+    pump(Publisher(fleet.clock), fleet.state(1))  # type: ignore[arg-type]
+    assert fleet.reasons() == ()
+
+
+async def test_reasons_are_made_when_they_change(fleet: Fleet) -> None:
+    """A request with the same candidates as the one before gets the same object, so that none pays for them."""
+    fleet.state().lose("something was lost")
+    found = [fleet.stage.affinity(fleet.request()).reasons for _ in range(2)]
+    assert found[0] is found[1]
 
 
 async def test_a_part_is_the_least_that_is_there(fleet: Fleet) -> None:

@@ -300,6 +300,27 @@ async def test_affinity_keeps_the_greatest_expectation() -> None:
     assert decision.trace.stages[0].attributes[names.SCORE_MODES] == ("approximate", "none", "none")
 
 
+async def test_affinity_says_why_it_knows_no_better() -> None:
+    """The record has a reason for each candidate where a stage gives any, and no such attribute else."""
+    modes = [CacheMode.DEGRADED, CacheMode.EXACT, CacheMode.NONE]
+    decision, select = decide(
+        stage(Kind.AFFINITY, Affinity([9, 9, 0], modes, reasons=("degraded: lost", "", ""))),
+        stage(Kind.AFFINITY, Affinity([9, 9, 0], modes), name="two"),
+    )
+    await decision.run(select)
+    first, second = (span.attributes for span in decision.trace.stages[:2])
+    assert first[names.SCORE_REASONS] == ("degraded: lost", "", "")
+    assert first[names.SCORED] == ("a@http://a", "b@http://b", "c@http://c")
+    assert names.SCORE_REASONS not in second
+
+
+async def test_affinity_gives_as_many_reasons_as_there_are_candidates() -> None:
+    """A reason too few is a breach of the contract, which a stage that may be skipped is skipped for."""
+    decision, select = decide(stage(Kind.AFFINITY, Affinity([0, 0, 0], [CacheMode.NONE] * 3, reasons=("lost",))))
+    await decision.run(select)
+    assert "1 reasons for 3 candidates" in decision.trace.stages[0].message
+
+
 async def test_a_refusal_ends_the_route_with_its_reason_and_wait() -> None:
     """An admission refused is a 429 that says when to come back."""
     decision, select = decide(stage(Kind.ADMIT, Refusal(reason="too many at once", retry_after_s=2.5)))

@@ -12,7 +12,7 @@ from kvfleet.trace.explanation import Explanation
 from kvfleet.trace.flow import Flow, Paint, printable
 from kvfleet.trace.render import render
 from kvfleet.trace.spans import Trace
-from tests.trace.building import A1, B, fallback, nobody, page, route, stage, traces
+from tests.trace.building import A1, A2, B, fallback, nobody, page, route, stage, traces
 
 WIDE = """\
 route 4f1c9a2b  answered by llama-3-8b@gpu-1:8000 in 10.4 s  first byte 10.1 s  $0.00031
@@ -95,6 +95,17 @@ def test_nobody_left() -> None:
 def test_single_stages(outcome: str, span: object, line: str) -> None:
     """What an answer stage, an admission and an affinity stage did."""
     assert line in render(Explanation(route(span, took_us=600, outcome=outcome))).splitlines()  # type: ignore[arg-type]
+
+
+def test_why_caches_are_known_no_better() -> None:
+    """An affinity stage names whose caches are not known exactly, those with one reason together; JSON has it too."""
+    affinity = stage("affinity", "prefix", 1, 9, SCORED=(A1, A2, B), SCORE_VALUES=(64.0, 0.0, 0.0), SCORE_MODES=("degraded", "none", "exact"), SCORE_REASONS=("degraded: lost", "degraded: lost", ""))  # fmt: skip
+    explanation = Explanation(route(affinity, took_us=20, outcome="answered", CANDIDATES=(A1, A2, B)))
+    assert render(explanation, columns=120).splitlines()[-2:] == [
+        "└ affinity.prefix  0.01 ms  llama-3-8b@gpu-1:8000 64 tokens (degraded)  nothing at 2 others",
+        "    ? llama-3-8b@gpu-1:8000, llama-3-8b@gpu-2:8000  degraded: lost",
+    ]
+    assert explanation.stages[0].to_dict()["reasons"] == {A1: "degraded: lost", A2: "degraded: lost"}
 
 
 def test_a_stage_that_failed() -> None:

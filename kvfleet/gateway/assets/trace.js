@@ -26,6 +26,7 @@ function notesOf(stage) {
     add(Object.entries(stage.scores).slice(0, 12).map(([who, value]) =>
       `${who} ${quantity(value, stage.unit)}${modes[who] ? ` (${modes[who]})` : ""}`).join(" · "));
   }
+  for (const [who, why] of Object.entries(stage.reasons || {}).slice(0, 12)) add(`${who} ${why}`, "warn");
   if (stage.mode) add(`mode: ${stage.mode}`);
   if (stage.answered) add("had the answer", "good");
   if (stage.refusal) add(`refused: ${stage.refusal}${stage.retry_after_s ? `, try again in ${duration(stage.retry_after_s * 1000)}` : ""}`, "bad");
