@@ -21,10 +21,11 @@ import attrs
 from ruamel.yaml import YAML
 
 from kvfleet.errors import ComponentError
-from kvfleet.router.embedding import MINILM, Embedder, cosine, find_embedder
+from kvfleet.router.embedding import MINILM, Embedder, find_embedder
 from kvfleet.router.lexical import words_vector
 from kvfleet.router.routes import NO_ROUTE, RouteExamples, embedded_routes, worded_routes
 from kvfleet.router.semantic import classify_domain
+from kvfleet.router.vectors import cosine
 
 DESCRIPTIONS = {
     "coding": "Expert at coding tasks: writes, explains and debugs programs",

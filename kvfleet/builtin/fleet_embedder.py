@@ -14,7 +14,7 @@ from kvfleet.errors import BackendError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import RoutingContext
 from kvfleet.registry.models import serves
-from kvfleet.router.embedding import Vector
+from kvfleet.router.vectors import Vector
 
 __all__ = ["FleetEmbedder"]
 

@@ -15,7 +15,7 @@ from kvfleet.errors import ComponentError
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Fact, Kind, RoutingContext
 from kvfleet.plugin.spec import hookimpl
-from kvfleet.router.embedding import EmbeddingError, Embeddings, PromptEmbedding, Vector
+from kvfleet.router.embedding import EmbeddingError, Embeddings, PromptEmbedding
 from kvfleet.router.lexical import WordVector, words_vector
 from kvfleet.router.routes import (
     RouteExamples,
@@ -26,6 +26,7 @@ from kvfleet.router.routes import (
     worded_routes,
 )
 from kvfleet.router.semantic import beginning_and_end
+from kvfleet.router.vectors import Vector
 
 __all__ = ["RouteClassifier"]
 

@@ -24,7 +24,7 @@ import httptools
 import orjson
 
 from kvfleet.config.limits import ClientLimits
-from kvfleet.gateway.http_exchange import STATUS_LINES, HTTPExchange
+from kvfleet.gateway.http_exchange import STATUS_LINES, Answerer, HTTPExchange
 
 __all__ = ["DEFAULT_SIZES", "ClientConnection", "Host", "Sizes"]
 
@@ -51,20 +51,12 @@ class Sizes:
 DEFAULT_SIZES = Sizes()
 
 
-class Host(Protocol):
+class Host(Answerer, Protocol):
     """What a connection needs of the server it belongs to."""
 
     loop: asyncio.AbstractEventLoop
     connections: set[ClientConnection]
-    date_line: bytes
-    is_stopping: bool
     sizes: Sizes
-
-    def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
-        """Have a request answered."""
-
-    def ended(self, task: asyncio.Task[None]) -> None:
-        """Forget a task that `begin` gave: its request has been dealt with."""
 
     def gone(self, connection: ClientConnection) -> None:
         """Forget a connection that is closed."""

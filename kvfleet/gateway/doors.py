@@ -18,7 +18,7 @@ from kvfleet.gateway.connection import Sizes
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
 from kvfleet.gateway.listening import listening_at
-from kvfleet.gateway.siblings import SiblingsDoor
+from kvfleet.gateway.siblings_door import SiblingsDoor
 from kvfleet.gateway.workers import Seat
 
 __all__ = ["Doors", "Stop"]

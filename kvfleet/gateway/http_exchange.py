@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import attrs
 
@@ -12,10 +12,7 @@ from kvfleet.errors import BadRequestError
 from kvfleet.gateway.exchange import ClientLeftError, Exchange, Pairs, check_announced, too_large
 from kvfleet.gateway.headers import Headers
 
-if TYPE_CHECKING:
-    from kvfleet.gateway.connection import ClientConnection
-
-__all__ = ["STATUS_LINES", "HTTPExchange"]
+__all__ = ["STATUS_LINES", "Answerer", "HTTPExchange", "Line"]
 
 STATUS_LINES = {one.value: f"HTTP/1.1 {one.value} {one.phrase}\r\n".encode() for one in HTTPStatus}
 """The first line of an answer, by its status."""
@@ -23,6 +20,58 @@ STATUS_LINES = {one.value: f"HTTP/1.1 {one.value} {one.phrase}\r\n".encode() for
 _BODILESS = (204, 304)
 _MOST_PIECES = 128
 """Of a body that are kept as they came: of one that comes two bytes at a time each would take twenty times its size."""
+
+
+class Answerer(Protocol):
+    """What an exchange needs of the server.
+
+    Attributes:
+        date_line: The Date header of this second.
+        is_stopping: True if every answer is its connection's last.
+    """
+
+    date_line: bytes
+    is_stopping: bool
+
+    def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
+        """Have a request answered."""
+
+    def ended(self, task: asyncio.Task[None]) -> None:
+        """Forget a task that `begin` gave: its request has been dealt with."""
+
+
+class Line(Protocol):
+    """What an exchange needs of the connection it came from.
+
+    Attributes:
+        loop: The event loop.
+        is_write_paused: True if the client does not read fast enough.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    is_write_paused: bool
+
+    @property
+    def host(self) -> Answerer:
+        """The server."""
+
+    def encourage(self, exchange: HTTPExchange) -> None:
+        """Tell a client that waits for it to send its body."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+
+    async def writable(self) -> None:
+        """Wait until the client has read."""
+
+    def answered(self, exchange: HTTPExchange) -> None:
+        """The answer is whole: have the next request of the connection answered, or close it."""
+
+    def abort(self) -> None:
+        """Close it at once."""
+
+    def reset(self) -> None:
+        """Close it with a TCP reset."""
 
 
 @attrs.define(eq=False)
@@ -37,7 +86,7 @@ class HTTPExchange(Exchange):
         is_over: True once the answer is whole, or cut off.
     """
 
-    connection: ClientConnection
+    connection: Line
     keeps_alive: bool = True
     is_old: bool = False
     is_received: bool = attrs.field(init=False, default=False)

@@ -132,13 +132,13 @@ class Server:
     # What a connection calls
 
     def begin(self, exchange: HTTPExchange) -> asyncio.Task[None]:
-        """See `kvfleet.gateway.connection.Host`."""
+        """See `kvfleet.gateway.http_exchange.Answerer`."""
         task = self.loop.create_task(self.gateway.handle(exchange))
         self._tasks.add(task)
         return task
 
     def ended(self, task: asyncio.Task[None]) -> None:
-        """See `kvfleet.gateway.connection.Host`."""
+        """See `kvfleet.gateway.http_exchange.Answerer`."""
         self._tasks.discard(task)
         if self.is_stopping:
             self._look_around()

@@ -5,20 +5,46 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvfleet.errors import ModelNotFoundError, RouteError
 from kvfleet.gateway.catalogue import catalogue
 from kvfleet.gateway.exchange import JSON, Exchange
 from kvfleet.gateway.health import Phase, fleet_report, is_usable_fleet, with_others
 from kvfleet.gateway.openapi import openapi
+from kvfleet.gateway.replicas import ReplicaNames
+from kvfleet.gateway.table import Route
 from kvfleet.gateway.tenants import statements
 from kvfleet.turns import in_turns
 
 if TYPE_CHECKING:
-    from kvfleet.gateway.app import Gateway
+    from kvfleet.gateway.auth import Keys
+    from kvfleet.gateway.siblings import Siblings
+    from kvfleet.runtime import Router
 
-__all__ = ["Lookups"]
+__all__ = ["Lookups", "Subject"]
+
+
+class Subject(Protocol):
+    """The gateway that is asked about.
+
+    Attributes:
+        router: What routes its requests.
+        replicas: What its replicas are called in public.
+        keys: Those that clients need.
+        routes: What may be asked of it.
+        phase: Whether it serves.
+        siblings: Its other workers; None for a single one.
+        is_split: True if operators have a listener of their own.
+    """
+
+    router: Router
+    replicas: ReplicaNames
+    keys: Keys
+    routes: tuple[Route, ...]
+    phase: Phase
+    siblings: Siblings | None
+    is_split: bool
 
 
 class Lookups:
@@ -28,7 +54,7 @@ class Lookups:
         gateway: Which.
     """
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Subject) -> None:
         self._gateway = gateway
         self._catalogue = catalogue(gateway.router.config, int(time.time()))
 

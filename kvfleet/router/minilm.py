@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 
 from kvfleet.errors import ComponentError
-from kvfleet.router.embedding import Vector
+from kvfleet.router.vectors import Vector
 from kvfleet.router.wordpiece import Wordpieces, bert_uncased
 
 __all__ = ["MiniLM"]

@@ -19,8 +19,8 @@ import attrs
 import orjson
 
 from kvfleet.errors import ComponentError
-from kvfleet.router.embedding import Vector
 from kvfleet.router.semantic import beginning_and_end, keyword_scores
+from kvfleet.router.vectors import Vector
 
 __all__ = ["VECTOR_SCALE", "Prototypes", "keyword_weights", "shipped_prototypes"]
 

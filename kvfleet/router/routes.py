@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 import attrs
 
 from kvfleet.config.fields import listing, number
-from kvfleet.router.embedding import Vector, cosine
 from kvfleet.router.lexical import WordVector, middle_of, words_alike, words_vector
+from kvfleet.router.vectors import Vector, cosine
 
 __all__ = ["NO_ROUTE", "RouteExamples", "RouteMatch", "RouteSpace", "check_routes", "embedded_routes", "worded_routes"]
 

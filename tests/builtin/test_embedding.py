@@ -22,10 +22,11 @@ from kvfleet.config.schema import ModelCapabilities, ModelConfig
 from kvfleet.errors import BackendError, ComponentError, Fault
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Drop, Fact, RoutingContext
-from kvfleet.router.embedding import PromptEmbedding, Vector, has_minilm
+from kvfleet.router.embedding import PromptEmbedding, has_minilm
 from kvfleet.router.prototypes import Prototypes
 from kvfleet.router.routes import RouteExamples, RouteMatch
 from kvfleet.router.semantic import PromptDomain
+from kvfleet.router.vectors import Vector
 from kvfleet.testing.fakes import FakeAdapter
 from tests.builtin.making import context, model, user
 

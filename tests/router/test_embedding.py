@@ -12,16 +12,8 @@ import attrs
 import pytest
 
 from kvfleet.errors import ComponentError
-from kvfleet.router.embedding import (
-    Embedder,
-    EmbeddingError,
-    Embeddings,
-    InThread,
-    Vector,
-    cosine,
-    find_embedder,
-    has_minilm,
-)
+from kvfleet.router.embedding import Embedder, EmbeddingError, Embeddings, InThread, find_embedder, has_minilm
+from kvfleet.router.vectors import Vector, cosine
 
 
 @attrs.define

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from kvfleet.router.embedding import cosine, has_minilm
+from kvfleet.router.embedding import has_minilm
 from kvfleet.router.keywords import DOMAIN_KEYWORDS
 from kvfleet.router.minilm import MiniLM
 from kvfleet.router.prototypes import keyword_weights, shipped_prototypes
 from kvfleet.router.semantic import DOMAINS, classify_domain
+from kvfleet.router.vectors import cosine
 
 needs_extra = pytest.mark.skipif(not has_minilm(), reason="needs kvfleet[semantic]")
 SAMPLES = Path(__file__).parent / "samples" / "domains.jsonl"
