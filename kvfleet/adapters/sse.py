@@ -124,8 +124,10 @@ class EventRelay(RelayedEvents):
     def _read_data(self, event: bytes, data: bytes) -> bytes:
         self.tally.events += 1
         if data == b"[DONE]":
+            if not self._finished:  # a proxy whose own engine died says it too
+                raise cut_off()
             self._end()
-            return event
+            return DONE  # whoever reads on looks for these very bytes, however this engine ends its lines
         chunk = _chunk(data)
         if chunk.get("error") or chunk.get("object") == "error" or event.lstrip().startswith(b"event: error"):
             raise self._error_of(data)

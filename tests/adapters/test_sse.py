@@ -105,15 +105,22 @@ def test_every_cut_gives_the_same_relay(name: str) -> None:
 
 @given(st.lists(st.integers(0, 2000), max_size=12), st.booleans())
 def test_any_cuts_and_line_ends(at: list[int], is_crlf: bool) -> None:
-    """Any number of cuts, with LF and with CRLF, gives the same bytes."""
+    """Any number of cuts, with LF and with CRLF, gives the same bytes, and the end that everybody looks for."""
     data = b": hello\n\n" + FIRST + TEXT + b": ping\n\n" + TEXT + STOP + USAGE + DONE
     if is_crlf:
         data = data.replace(b"\n", b"\r\n")
     edges = sorted({0, len(data), *(index % (len(data) + 1) for index in at)})
     pieces = [data[begin:end] for begin, end in itertools.pairwise(edges)]
     out, tally, error = run(*pieces)
-    assert (out, error) == (data, None)
+    assert (out, error) == (data.removesuffix(DONE.replace(b"\n", b"\r\n")) + DONE if is_crlf else data, None)
     assert tally == Tally(Usage(3, 1, 4), "stop", "m", "a", 6, is_complete=True)
+
+
+def test_done_alone_is_no_end() -> None:
+    """Without a finish reason nobody knows that an answer is whole, whatever the engine says last."""
+    out, tally, failed = run(FIRST + TEXT + DONE)
+    assert failed is not None
+    assert (out, failed.kind, tally.is_complete) == (FIRST + TEXT, Fault.DISCONNECTED, False)
 
 
 @pytest.mark.parametrize("name", STREAMS)
