@@ -31,6 +31,8 @@ __all__ = ["DEFAULT_SIZES", "ClientConnection", "Host", "Sizes"]
 
 _FULL = (503, "too_many_connections")
 _LARGE_READ_BYTES = 128 * 1024
+_MOST_AHEAD_BYTES = 64 * 1024
+"""Of requests that come before the last one was answered."""
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -76,6 +78,7 @@ class ClientConnection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_ahead_bytes",
         "_answering",
         "_fields",
         "_head_bytes",
@@ -110,7 +113,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport: Any = None
         self._url = b""
         self._fields: list[tuple[bytes, bytes]] = []
-        self._head_bytes = self._read_bytes = 0
+        self._head_bytes = self._read_bytes = self._ahead_bytes = 0
         self._incoming: HTTPExchange | None = None  # whose body is on its way
         self._answering: HTTPExchange | None = None
         self._waiting: deque[HTTPExchange] | None = None  # sent before the one before was answered
@@ -139,6 +142,8 @@ class ClientConnection(asyncio.Protocol):
             self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError:
             self._on_nonsense()
+        if self._waiting:
+            self._hold_up(len(data))
         if self.in_head_since is not None:
             self._head_bytes += len(data)
             if self._head_bytes > self.host.sizes.head_bytes:
@@ -241,6 +246,7 @@ class ClientConnection(asyncio.Protocol):
             self._answering = self._waiting.popleft()
             self._answering.begin()
             if not self._waiting:
+                self._ahead_bytes = 0
                 self._resume_reading()
         else:
             self.idle_since = self.loop.time()
@@ -322,11 +328,15 @@ class ClientConnection(asyncio.Protocol):
     # Inner workings
 
     def _queue(self, exchange: HTTPExchange) -> None:
-        """A request that came before the last one was answered has to wait, and no more is read meanwhile."""
+        """A request that came before the last one was answered has to wait."""
         if self._waiting is None:
             self._waiting = deque()
         self._waiting.append(exchange)
-        if not self.is_read_paused:
+
+    def _hold_up(self, size: int) -> None:
+        """Read no more than so much ahead: until then a client that leaves is noticed, and while we do not read not."""
+        self._ahead_bytes += size
+        if self._ahead_bytes > _MOST_AHEAD_BYTES and not self.is_read_paused:
             self.is_read_paused = True
             self._transport.pause_reading()
 

@@ -137,6 +137,30 @@ async def test_requests_sent_at_once_are_answered_in_turn() -> None:
     assert [json.loads(body)["id"] for _, _, body in answers] == seen == [f"r{n}" for n in range(5)]
 
 
+async def test_only_so_much_is_read_ahead() -> None:
+    """What a client sends behind a request that is being answered stays with it beyond 64 KB, and is answered later."""
+    first, done = asyncio.Event(), asyncio.Event()
+
+    async def slow(request: RouteRequest) -> Reply:
+        first.set()
+        await done.wait()
+        return Reply(body=json.dumps({"length": len(request.raw)}).encode())
+
+    large = json.dumps({"messages": [{"role": "user", "content": "x" * 4_000_000}]}).encode()
+    async with served(FakeRouter(fleet(), slow)) as (server, address):
+        client = await Client.to(address)
+        client.send(post(BODY), post(large), post(BODY))
+        await first.wait()
+        (connection,) = server.connections
+        async with asyncio.timeout(5):
+            while not connection.is_read_paused:  # noqa: ASYNC110 - nobody announces it
+                await asyncio.sleep(0)
+        done.set()
+        lengths = [json.loads((await client.answer())[2])["length"] for _ in range(3)]
+        client.close()
+    assert lengths == [len(BODY), len(large), len(BODY)]
+
+
 async def test_a_body_may_come_in_any_pieces() -> None:
     """Chunks and packets are the transport's matter: the body is what was sent."""
     bodies: list[bytes] = []

@@ -44,10 +44,14 @@ class Caller:
         """Send a chat request."""
         host, port = serving.url.removeprefix("http://").split(":")
         caller = cls(*await asyncio.open_connection(host, int(port)))
+        caller.ask(stream=stream)
+        return caller
+
+    def ask(self, *, stream: bool) -> None:
+        """Send a request."""
         body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
-        caller.writer.write(head + body)
-        return caller
+        self.writer.write(head + body)
 
     def hang_up(self) -> None:
         """Leave without a word, as a killed process does."""
@@ -92,6 +96,19 @@ async def test_the_backend_is_left_at_once(phase: str, says: tuple[bytes, ...], 
         await within(backend.left)
         assert serving.router.services.load.in_flight(serving.router.models[0].id) == 0
         assert serving.gateway.meters.left == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_with_another_request_sent_ahead(stream: bool) -> None:
+    """A client that has sent its next request already is noticed as soon when it leaves, and that one is never made."""
+    async with upstream(*((SSE_HEAD, EVENT) if stream else ())) as backend, gateway_to(backend.url) as serving:
+        caller = await Caller.of(serving, stream=stream)
+        caller.ask(stream=stream)
+        await asyncio.wait_for(backend.asked.wait(), 5)
+        caller.hang_up()
+        await within(backend.left)
+        await until(lambda: not serving.gateway.meters.in_flight, LIMIT_S)
+    assert len(backend.requests) == 1
 
 
 async def test_leaving_while_connecting() -> None:
