@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 _MOST_MISCOUNTS = 3
 _DISTRUST_S = 60.0
 _THREADS = 2
+_MEMORY = 0.99
+"""How much of what was measured before counts beside one more prompt: about the last hundred of them decide."""
 _BESIDE_THE_PROMPT = frozenset(
     {"model", "stream", "stream_options", "temperature", "top_p", "max_tokens", "n", "seed", "user", "stop", "metadata"}
 )
@@ -76,6 +78,7 @@ class _Maker:
         kept: Tokens of whole prompts that an engine was asked for before.
         miscounts: Answers in a row whose engine counted other tokens.
         distrusted_until_s: Until when its tokens are not used for that.
+        made, estimated: Tokens of its prompts of late, and what their bytes came to, together.
     """
 
     settings: PromptBlocksConfig
@@ -84,6 +87,8 @@ class _Maker:
     kept: SegmentCache = attrs.field(init=False)
     miscounts: int = 0
     distrusted_until_s: float = float("-inf")
+    made: float = 0.0
+    estimated: float = 0.0
 
     @kept.default
     def _make_kept(self) -> SegmentCache:
@@ -93,6 +98,15 @@ class _Maker:
         """The blocks of a prompt's tokens."""
         salt, size = body.get("cache_salt"), self.settings.block_tokens
         return TokenChain(token_hashes(tokens, size, salt if isinstance(salt, str) else ""), size, len(tokens) // 4)
+
+    def measure(self, estimate: int, tokens: int) -> None:
+        """A prompt whose bytes come to so many tokens has so many."""
+        self.made = _MEMORY * self.made + tokens
+        self.estimated = _MEMORY * self.estimated + estimate
+
+    def usual(self, estimate: int) -> int:
+        """How many tokens a prompt is likely to have whose bytes come to so many."""
+        return round(estimate * self.made / self.estimated) if self.estimated else estimate
 
     def make(self, operation: Operation, body: Mapping[str, Any]) -> TokenChain:
         """A prompt's blocks, made here; for a thread."""
@@ -158,10 +172,26 @@ class TokensClassifier:
         missing = {name: one for name in names if isinstance(one := found[name], str)}
         for name in missing:
             self._metrics.count("kvfleet_prompt_tokens_missing_total", name)
-        prompt = ctx.fact_or_none(PROMPT)
-        if prompt is not None and chains:  # of models that count otherwise, the most
-            prompt.counted(max([chain.tokens for chain in chains.values()]))
+        self._count(ctx, chains, missing)
         return {TOKENS: PromptTokens(chains, missing)}
+
+    def _count(self, ctx: RoutingContext, chains: Mapping[str, TokenChain], missing: Mapping[str, str]) -> None:
+        """Let the prompt have as many tokens as its engine counts; of models that count otherwise, the most.
+
+        Where its tokens are not known they are estimated by those of others, so that queues, caches and learned paces
+        have one unit all the same.
+        """
+        prompt = ctx.fact_or_none(PROMPT)
+        if prompt is None:
+            return
+        estimate = prompt.token_estimate
+        if not chains:
+            prompt.counted(max([self._makers[name].usual(estimate) for name in missing]))
+            return
+        if not ctx.dry_run and isinstance(ctx.request.body.get("prompt"), str | None):  # not given as tokens already
+            for name, chain in chains.items():
+                self._makers[name].measure(estimate, chain.tokens)
+        prompt.counted(max([chain.tokens for chain in chains.values()]))
 
     async def observe(self, outcome: Outcome) -> None:
         """Compare the number of tokens with what the engine counted."""

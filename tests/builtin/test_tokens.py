@@ -204,6 +204,28 @@ class TestThere:
         fleet = Fleet(model("m", mode="engine", deadline_ms=20), teller=teller)
         assert await fleet.find() == PromptTokens({}, {"m": why})
 
+    async def test_a_prompt_whose_tokens_come_late_is_counted_as_others_were(self) -> None:
+        """By how many tokens their bytes came to, not by its own bytes alone: paces and caches are in the engine's."""
+        fleet = Fleet(model("m", mode="engine", deadline_ms=20), teller=Teller(tokens=range(150)))
+        fleet.teller.takes_s = 5
+        await fleet.find(user("a" * 400))
+        assert prompt_tokens(fleet.ctx) == 100  # nothing is known yet
+        fleet.teller.takes_s = 0
+        await fleet.find(user("b" * 400))
+        fleet.teller.takes_s = 5
+        assert (await fleet.find(user("c" * 800))).missing
+        blocks = prompt_of(fleet.ctx).blocks(0, 64)
+        assert (prompt_tokens(fleet.ctx), blocks.tokens) == (300, 300)
+        assert blocks.block_tokens * len(blocks.hashes) == pytest.approx(300, rel=0.1)
+
+    async def test_what_teaches_nothing_of_bytes(self) -> None:
+        """Tokens that a request brings, and a simulation."""
+        fleet = Fleet(model("m", mode="engine", deadline_ms=20), teller=Teller(tokens=range(150)))
+        await fleet.find(operation=Operation.COMPLETION, body={"prompt": [5] * 900})
+        fleet.teller.takes_s = 5
+        await fleet.find(user("c" * 800), dry_run=True)
+        assert prompt_tokens(fleet.ctx) == 200
+
     async def test_what_is_remembered_is_bounded(self) -> None:
         """The prompts asked for least recently go."""
         fleet = Fleet(model("m", mode="engine", cache_megabytes=0.001))
