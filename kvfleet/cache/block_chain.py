@@ -7,6 +7,10 @@ the same way for a prompt and for an event, so nothing has to match between an e
 An engine may keep a block twice (vLLM does not merge equal blocks), in several tiers, and once for each group of a
 hybrid model's layers. A `BlockChain` counts, and claims a block in a tier only while every group has it there. Layers
 that differ in what they keep have chains of their own: `kvfleet.cache.engine_blocks` puts them together.
+
+An engine may also tell again of what it has: vLLM does for requests with ``kv_cache_report_mode: full``, in the same
+words (``BlockPool.emit_cached_block_events``, 0.32). Such a report begins with the prompt's first block, which who looks
+into its cache first does not compute twice, unless another group of layers lacks it.
 """
 
 from __future__ import annotations
@@ -162,14 +166,20 @@ class BlockChain:
         """True for a block that could not be taken in, or may be one of those."""
         return block in self._skipped or self.is_cut or (self.others is not None and self.others.has_skipped(block))
 
-    def stored(self, event: BlockStored) -> None:
-        """Take in blocks that the engine keeps from now on."""
+    def stored(self, event: BlockStored, *, may_repeat: bool = False) -> None:
+        """Take in blocks that the engine keeps from now on.
+
+        Args:
+            event: Which.
+            may_repeat: True if several of them at the beginning of a prompt, of which the first is there, are told
+                again rather than kept twice.
+        """
         parent = event.parent
         if not event.is_dense or not self._fits(event.block_tokens):
             self._take_again(event)
         elif parent is None or parent in self._blocks or self.key_of(parent) is not None:
             self.engine_block_tokens = max(self.engine_block_tokens, event.block_tokens)
-            self._take_in(event)
+            self._take_in(event, may_repeat=may_repeat and parent is None and len(event.hashes) > 1)
         elif self.has_skipped(parent):
             self._skip(event.hashes)
         else:
@@ -208,13 +218,17 @@ class BlockChain:
         """True if one of the two sizes divides the other."""
         return not engine_tokens % self.block_tokens or not self.block_tokens % engine_tokens
 
-    def _take_in(self, event: BlockStored) -> None:
+    def _take_in(self, event: BlockStored, *, may_repeat: bool) -> None:
         slot = self._slot(event.tier, event.group)
+        is_again = may_repeat and event.hashes[0] in slot and all(group == event.group for _, group in self._slots)
         size, tokens, claimed = event.block_tokens * _WORD, event.tokens, list[int]()
         parent, extras = event.parent, event.extras
         last = self._last(parent, event.salt)
         for at, block in enumerate(event.hashes):
             known = self._blocks.get(block)
+            if is_again and known is not None and block in slot:
+                parent, last = block, known
+                continue
             if known is None:
                 if len(self._blocks) >= self.max_blocks:
                     self.counts.refused += len(event.hashes) - at

@@ -179,7 +179,7 @@ class EngineBlocks:
                 self.flaw = "it does not say which of its layers keep only the latest blocks"
             elif self._chains and event.tier != _DEVICE:
                 self.flaw = _MOVED
-            self._whole.stored(event)
+            self._whole.stored(event, may_repeat=not self._groups)
 
     def removed(self, event: BlockRemoved) -> None:
         """Take out blocks that the engine no longer keeps."""

@@ -95,12 +95,14 @@ class _Readable:
         holders: The names under which the index has it: one for each rank.
         block_tokens: Tokens in a block of its engine's.
         nothing: What it holds if it holds nothing.
+        dropped: Tokens at the end of what it holds that it computes all the same.
     """
 
     replica: str
     holders: Sequence[str]
     block_tokens: int
     nothing: Held
+    dropped: int
 
 
 @attrs.define(eq=False)
@@ -280,7 +282,9 @@ _NOTHING = Matched(0, 0)
 
 def _readable(replica: str, mode: KVMode, source: Source) -> _Readable:
     holders = [holder_of(replica, rank) for rank in source.ranks() or (0,)]
-    return _Readable(replica, holders, max(source.block_tokens(), 1), Held(0.0, 0.0, mode))
+    size = max(source.block_tokens(), 1)
+    dropped = size if any(state.drops_block for state in source.states) else 0
+    return _Readable(replica, holders, size, Held(0.0, 0.0, mode), dropped)
 
 
 def _held(chain: TokenChain, one: _Readable, matched: Matched) -> Held:
@@ -288,8 +292,9 @@ def _held(chain: TokenChain, one: _Readable, matched: Matched) -> Held:
     size, most = one.block_tokens, chain.tokens - 1
     device = min(matched.device_blocks * chain.block_tokens, most) // size * size
     if matched.blocks == matched.device_blocks:
-        return Held(device, 0.0, one.nothing.mode)
-    return Held(device, min(matched.blocks * chain.block_tokens, most) // size * size - device, one.nothing.mode)
+        return Held(max(device - one.dropped, 0), 0.0, one.nothing.mode)
+    all_of_it = max(min(matched.blocks * chain.block_tokens, most) // size * size - one.dropped, 0)
+    return Held(min(device, all_of_it), max(all_of_it - device, 0), one.nothing.mode)
 
 
 def _mean_held(chain: TokenChain, one: _Readable, matched: Mapping[str, Matched]) -> Held:

@@ -220,7 +220,7 @@ def _stored(fields: Mapping[str, Any]) -> BlockStored:
     hashes, parent = _hashes(fields), fields.get("parent_block_hash")
     lora = _lora(fields)
     metadata = fields.get("metadata")
-    salt = metadata.get("cache_salt") if isinstance(metadata, Mapping) else None
+    salt = metadata.get("cache_salt") if isinstance(metadata, Mapping) else fields.get("cache_salt")
     extras = _extras(fields.get("extra_keys"), lora)
     is_first = parent is None
     if is_first and extras and salt is None and len(extras[0]) == 1 and isinstance(extras[0][0], str):
@@ -245,7 +245,9 @@ def _stored(fields: Mapping[str, Any]) -> BlockStored:
 
 def _lora(fields: Mapping[str, Any]) -> str:
     """The adapter's name; its number after a ``#`` where an older engine tells nothing else."""
-    name, number = fields.get("lora_name"), fields.get("lora_id")
+    name, number, metadata = fields.get("lora_name"), fields.get("lora_id"), fields.get("metadata")
+    if name is None and isinstance(metadata, Mapping):
+        name = metadata.get("lora_name")
     if isinstance(name, str):
         return name
     return f"#{number}" if isinstance(number, int) else ""

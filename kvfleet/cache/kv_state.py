@@ -36,6 +36,8 @@ _FIRST_WAIT_S = 30.0
 _LONGEST_WAIT_S = 960.0
 _FORGIVEN_S = 3600.0
 _MOST_DISAPPOINTMENTS = 16
+_SURELY = 8
+"""Answers in a row that differ from what was claimed by just one block, until that is taken to be the engine's way."""
 
 
 class KVMode(enum.StrEnum):
@@ -86,6 +88,8 @@ class CacheState:
         is_connected: True while the source is there.
         is_whole: True if nothing is missing, False if something is; None before anything is known.
         lag_s: Age of the last message when it was read, by the engine's clock and ours.
+        drops_block: True if the engine computes the last block that it finds anew, as vLLM does for a model that drafts
+            (EAGLE, MTP). No event says so; answers do.
     """
 
     make_blocks: Callable[[int], Sequence[EngineBlocks]]
@@ -98,6 +102,7 @@ class CacheState:
     is_silent: bool = attrs.field(init=False, default=False)
     lag_s: float | None = attrs.field(init=False, default=None)
     why: str = attrs.field(init=False, default="no event was seen yet")
+    drops_block: bool = attrs.field(init=False, default=False)
     _ranks: dict[int, Sequence[EngineBlocks]] = attrs.field(init=False, factory=dict, repr=False)
     _lost_s: float = attrs.field(init=False, default=float("-inf"))
     _heard_s: float = attrs.field(init=False, default=float("-inf"))
@@ -105,6 +110,7 @@ class CacheState:
     _wait_s: float = attrs.field(init=False, default=_FIRST_WAIT_S)
     _computed: float | None = attrs.field(init=False, default=None)
     _disappointments: int = attrs.field(init=False, default=0)
+    _blocks_off: int = attrs.field(init=False, default=0)
 
     # What is known
 
@@ -203,6 +209,7 @@ class CacheState:
         for blocks in self.blocks():
             blocks.clear()
         self.is_whole, self._computed = None, None
+        self.drops_block, self._blocks_off = False, 0
 
     def lose(self, why: str) -> None:
         """Events are missing: what was claimed may be gone, so nothing is claimed until it is announced anew."""
@@ -260,7 +267,10 @@ class CacheState:
         One is no proof: what was there may be gone when a request has waited for its turn.
         """
         block = max((blocks.engine_block_tokens for blocks in self.blocks()), default=0)
-        if not block or expected_tokens < 2 * block:
+        if not block or not (expected_tokens or cached_tokens):
+            return
+        self._compare_last(expected_tokens - cached_tokens, block)
+        if expected_tokens < 2 * block:
             return
         if cached_tokens >= expected_tokens / 2:
             self._disappointments = 0
@@ -269,6 +279,16 @@ class CacheState:
         if self._disappointments >= _MOST_DISAPPOINTMENTS:
             self._disappointments = 0
             self.doubt("answers had less cached than the events say")
+
+
+    def _compare_last(self, short_by: float, block: int) -> None:
+        """See whether the engine drops the last block that it finds: then what is expected is a block too much."""
+        if short_by != (-block if self.drops_block else block):
+            self._blocks_off = 0
+            return
+        self._blocks_off += 1
+        if self._blocks_off >= _SURELY:
+            self.drops_block, self._blocks_off = not self.drops_block, 0
 
 
 def _computed(load: EngineLoad) -> float | None:

@@ -77,6 +77,31 @@ class TestBlocks:
         blocks.removed(removed(1))
         assert (held(index, PROMPT), len(blocks)) == (0, 0)
 
+    def test_what_is_told_again_is_no_copy(self, blocks: EngineBlocks, index: Noted) -> None:
+        """A report of what a prompt found (vLLM's ``kv_cache_report_mode: full``), however often, and what it lacked."""
+        blocks.stored(stored([1, 2], PROMPT[:8]))
+        for _ in range(3):
+            blocks.stored(stored([1, 2], PROMPT[:8]))
+        assert (blocks.copies, blocks.counts.stored) == (2, 2)
+        blocks.stored(stored([1, 2, 3], PROMPT[:12]))
+        assert (held(index, PROMPT), blocks.copies) == (12, 3)
+        blocks.stored(stored([3], PROMPT[8:12], parent=2))  # the prompt's last block, computed once more
+        blocks.removed(removed(3))
+        assert held(index, PROMPT) == 12
+        blocks.removed(removed(3, 2, 1))
+        assert (held(index, PROMPT), len(blocks), blocks.counts.strangers) == (0, 0, 0)
+
+    def test_a_hybrid_engine_may_compute_anew_what_it_has(self, index: Noted) -> None:
+        """Its other layers lack it: then it keeps a block of full attention twice."""
+        blocks = EngineBlocks(index=index, holder="a", block_tokens=4)
+        for _ in range(2):
+            for group, kind in enumerate(("full_attention", "sliding_window")):
+                more = {"group": group, "kind": kind, "window": 5 * group}
+                blocks.stored(stored([1, 2], PROMPT[:8], **more))
+            blocks.settle()
+        blocks.removed(removed(2, 1))
+        assert held(index, PROMPT) == 8
+
     def test_orphans_are_counted(self, blocks: EngineBlocks, index: Noted) -> None:
         """A block after one that is not known has no place; neither have its children."""
         blocks.stored(stored([2], PROMPT[4:8], parent=1))

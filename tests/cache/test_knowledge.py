@@ -281,3 +281,51 @@ def test_an_engine_that_connects_is_told_apart_by_its_port() -> None:
     reloaded(scene, b)
     assert scene.held(PROMPT) == {}
     assert scene.caches.state() == {"m": {"entries": 0, "refused": 0}}
+
+
+class TestDrafting:
+    """An engine that computes the last block it finds anew (EAGLE, MTP): no event says so, its answers do."""
+
+    @pytest.fixture
+    def scene(self) -> Scene:
+        """One that holds a prompt."""
+        scene = Scene(model())
+        scene.connect()
+        scene.tell(stored([1, 2, 3], PROMPT))
+        return scene
+
+    def test_it_is_learned_and_unlearned(self, scene: Scene) -> None:
+        """After eight answers in a row that differ by just a block."""
+        state, longer = scene.stream(), [*PROMPT, 1]
+        for _ in range(7):
+            state.answered(12, 8)
+        assert scene.held(longer) == {model().id: exact(12)}
+        state.answered(0, 0)  # says nothing
+        state.answered(12, 8)
+        assert scene.held(longer) == {model().id: exact(8)}
+        assert scene.held(PROMPT[:5]) == {model().id: exact(0)}
+        for _ in range(8):
+            state.answered(8, 12)
+        assert scene.held(longer) == {model().id: exact(12)}
+
+    def test_it_counts_from_the_end_whatever_tier_that_is_in(self, scene: Scene) -> None:
+        """What must be loaded from elsewhere comes after what is on the device."""
+        scene.tell(stored([4, 5], [1, 2, 3, 4, 5, 6, 7, 8], parent=3, tier="cpu"))
+        for _ in range(8):
+            scene.stream().answered(12, 8)
+        whole = [*PROMPT, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+        assert scene.held(whole) == {model().id: exact(12, 4)}
+        assert scene.held(whole[:17]) == {model().id: exact(12, 0)}
+
+    def test_one_answer_as_expected_is_enough(self, scene: Scene) -> None:
+        """Blocks that went while requests waited are no habit."""
+        for cached in [8] * 7 + [12] + [8] * 7:
+            scene.stream().answered(12, cached)
+        assert not scene.stream().drops_block
+
+    def test_a_restart_is_another_engine(self, scene: Scene) -> None:
+        """It may have been started without its draft."""
+        for _ in range(8):
+            scene.stream().answered(12, 8)
+        scene.stream().forget()
+        assert not scene.stream().drops_block

@@ -137,11 +137,14 @@ class TestEncodings:
         salted = {**self.MAP, "metadata": {"cache_salt": "team"}}
         assert one({**salted, "parent_block_hash": None}).salt == "team"
         assert one(salted).salt == ""
+        assert one({**self.MAP, "cache_salt": "team", "parent_block_hash": None}).salt == "team"
+        assert one({**self.MAP, "cache_salt": "team"}).salt == ""
 
     def test_an_adapter_without_a_name(self) -> None:
         """Older engines tell its number."""
         assert one({**self.MAP, "lora_id": 3}).lora == "#3"
         assert one({**self.MAP, "lora_id": 3, "lora_name": "tune"}).lora == "tune"
+        assert one({**self.MAP, "metadata": {"lora_name": "tune"}}).lora == "tune"
 
     def test_pairs_of_tokens(self) -> None:
         """Under EAGLE, SGLang's keys are pairs."""
