@@ -264,6 +264,8 @@ class PrefixAffinity:
             pass  # asked later than it was looked at, and for a longer prompt: its answer belies nothing
         elif told is None or told.mode is CacheMode.DEGRADED:
             self._learn_trust(looked.blocks.tokens, looked.expected.get(served.id, 0.0), served, outcome.usage)
+            if told is not None and outcome.usage is not None and outcome.usage.cached_tokens is not None:
+                self._told.learn(served.id, told, outcome.usage.cached_tokens)
         else:
             self._learn_trust(told.prompt_tokens, told.tokens, served, outcome.usage)
             self._hold_to_it(told, served, outcome.usage)

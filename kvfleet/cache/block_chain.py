@@ -9,8 +9,8 @@ hybrid model's layers. A `BlockChain` counts, and claims a block in a tier only 
 that differ in what they keep have chains of their own: `kvfleet.cache.engine_blocks` puts them together.
 
 An engine may also tell again of what it has: vLLM does for requests with ``kv_cache_report_mode: full``, in the same
-words (``BlockPool.emit_cached_block_events``, 0.32). Such a report begins with the prompt's first block, which who looks
-into its cache first does not compute twice, unless another group of layers lacks it.
+words (``BlockPool.emit_cached_block_events``, 0.32). Such a report begins with the prompt's first block, which an
+engine that looks into its cache first does not compute twice, unless another group of layers lacks it.
 """
 
 from __future__ import annotations

@@ -280,7 +280,6 @@ class CacheState:
             self._disappointments = 0
             self.doubt("answers had less cached than the events say")
 
-
     def _compare_last(self, short_by: float, block: int) -> None:
         """See whether the engine drops the last block that it finds: then what is expected is a block too much."""
         if short_by != (-block if self.drops_block else block):

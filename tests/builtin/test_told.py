@@ -170,6 +170,23 @@ async def test_a_part_is_the_least_that_is_there(fleet: Fleet) -> None:
     assert fleet.expect()["a"] == (202, "degraded")
 
 
+async def test_answers_correct_what_a_part_claims(fleet: Fleet) -> None:
+    """Where events do not say what some layers lack, as much is expected as answers had of it; anew after a restart."""
+    fleet.store(1, PROMPT[:160])
+    fleet.store(500, PROMPT[:160], group=1, kind="chunked_local_attention")
+    assert fleet.expect()["a"] == (160, "degraded")
+    assert "it does not say how many (chunked local attention)" in fleet.reasons()[0]
+    for _ in range(40):
+        ctx = fleet.request(PROMPT[:161])
+        fleet.expect(ctx=ctx)
+        fleet.stage.placed(ctx, A)
+        await fleet.stage.observe(outcome(ctx, A, usage=Usage(161, 1, cached_tokens=40)))
+    assert fleet.expect([*PROMPT[:160], *range(40)])["a"] == (pytest.approx(40, abs=4), "degraded")
+    fleet.state().counts.restarts += 1
+    await fleet.answer(B)
+    assert fleet.expect([*PROMPT[:160], *range(40)])["a"] == (160, "degraded")
+
+
 async def test_siblings_follow_a_prompt_under_way(fleet: Fleet) -> None:
     """It counts as soon as it is sent, and until it is answered; then the engine has said itself."""
     first = fleet.request()
