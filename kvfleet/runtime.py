@@ -33,7 +33,7 @@ from kvfleet.pipeline.rehearsal import Rehearsal
 from kvfleet.pipeline.resolve import Names
 from kvfleet.pipeline.route import Route
 from kvfleet.pipeline.stage import BoundStage, Pipeline
-from kvfleet.pipeline.succession import Turn, inherit
+from kvfleet.pipeline.succession import Turn, inherit, inherit_ahead
 from kvfleet.pipeline.watching import Watching
 from kvfleet.plugin.component import Services
 from kvfleet.plugin.contract import Outcome, RouteRequest, RoutingContext
@@ -230,6 +230,10 @@ class Router(Conversations):
         """The adapters, by replica, of those of these that are replicas here too, and in no way different."""
         known = {model.id: model for model in self.models}
         return {model.id: self.adapters[model.id] for model in models if known.get(model.id) == model}
+
+    def take_over_ahead(self, before: Router) -> Steps[None]:
+        """Find out, in steps, what would take too long within `take_over`; the router before goes on, unchanged."""
+        return inherit_ahead(self.pipeline, before.pipeline)
 
     def take_over(self, before: Router) -> None:
         """Go on where the router before is, in one step; it has been asked its last, and answers what it has begun.

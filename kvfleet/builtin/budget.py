@@ -21,6 +21,7 @@ from kvfleet.money import money
 from kvfleet.plugin.component import Component, Services
 from kvfleet.plugin.contract import Drop, Kind, Lease, Outcome, Refusal, RoutingContext
 from kvfleet.plugin.spec import hookimpl
+from kvfleet.policy.books import Books, Succession
 from kvfleet.policy.budget import NANO, Account, Denial, Reservation, Spending, month_of, nano, reserve
 from kvfleet.policy.grants import Grants
 from kvfleet.policy.ledger import Ledger
@@ -28,6 +29,7 @@ from kvfleet.telemetry.cost import Price, with_known_prices
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue
+from kvfleet.turns import Steps, at_once
 
 __all__ = ["BudgetAdmission", "BudgetFilter", "ledger_path"]
 
@@ -122,9 +124,8 @@ class BudgetAdmission:
     )
     _prices: tuple[Price | None, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
     _by_id: dict[str, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
-    _shared: tuple[Account, ...] = attrs.field(init=False, default=(), repr=False, eq=False)
-    _accounts: dict[str, tuple[Account, ...]] = attrs.field(init=False, factory=dict, repr=False, eq=False)
-    _of_keys: dict[str, Account] = attrs.field(init=False, factory=dict, repr=False, eq=False)
+    _books: Books = attrs.field(init=False, factory=Books, repr=False, eq=False)
+    _next: tuple[BudgetAdmission, Succession] | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _ledger: Ledger | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _grants: Grants | None = attrs.field(init=False, default=None, repr=False, eq=False)
 
@@ -151,24 +152,15 @@ class BudgetAdmission:
             remedy = "give it cost_per_1k_input_tokens and cost_per_1k_output_tokens, or set unknown_price: allow"
             raise ConfigError([Finding(what, remedy, code="unknown-price")])
         if services.minutes is not None:
-            for account in self._every():
+            for account in self._books.every():
                 if account.config.requests_per_minute or account.config.tokens_per_minute:
                     account.shared = services.minutes(f"{self.fleet}/{account.name}")
-        if self._every() and (self.path or services.state_dir is not None):
+        if self._books.every() and (self.path or services.state_dir is not None):
             state_dir = services.state_dir or Path()
             self._ledger = Ledger(Path(self.path).expanduser() if self.path else ledger_path(state_dir, self.fleet))
 
     def _open_accounts(self) -> None:
-        shared = (Account("fleet", self.budget, self._clock),) if self.budget and self.budget.enabled else ()
-        self._shared = shared
-        self._accounts = {
-            name: (*shared, Account(f"tenant/{name}", budget, self._clock))
-            for name, budget in self.tenants.items()
-            if budget.enabled
-        }
-        self._of_keys = {
-            name: Account(f"key/{name}", budget, self._clock) for name, budget in self.keys.items() if budget.enabled
-        }
+        self._books = Books.opened(self.budget, self.tenants, self.keys, self._clock)
 
     def _budgets(self) -> Iterator[tuple[str, BudgetConfig]]:
         if self.budget is not None:
@@ -181,39 +173,38 @@ class BudgetAdmission:
         if self._ledger is None:
             return
         self._take_over(await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns())))
-        for account in self._every():
+        for account in self._books.every():
             if account.config.throttle_on_exceed:
                 account.granted = 0
-        self._grants = Grants(self._ledger, self._every())
+        self._grants = Grants(self._ledger, {account.name: account for account in self._books.each()})
 
     def _take_over(self, found: Mapping[str, Spending]) -> None:
-        for account in self._every():
+        for account in self._books.every():
             account.spent = found.get(account.name, account.spent)
             # Reached before this process began: the alert has been given.
             account.is_alerted = account.reaches_threshold
 
+    def inherit_ahead(self, before: BudgetAdmission) -> Steps[None]:
+        """Find out how to go on with the accounts of before a reload: there may be thousands."""
+        self._next = before, (yield from self._books.going_on_from(before._books))
+
     def inherit(self, before: BudgetAdmission) -> None:
         """Go on with the accounts that stood before a reload: what they spent, and what they hold for requests."""
-        known = {account.name: account for account in before._each()}
-        own = {account.name: account for account in self._each()}
-        for name in known.keys() & own.keys():
-            known[name].config, known[name].shared = own[name].config, own[name].shared
-
-        def kept(account: Account) -> Account:
-            return known.get(account.name, account)
-
-        self._shared = tuple(map(kept, self._shared))
-        self._accounts = {name: tuple(map(kept, found)) for name, found in self._accounts.items()}
-        self._of_keys = {name: kept(account) for name, account in self._of_keys.items()}
+        if self._next is None or self._next[0] is not before:
+            at_once(self.inherit_ahead(before))
+        assert self._next is not None  # noqa: S101 - it was found just now
+        (_, succession), self._next = self._next, None
+        succession.begin()
+        self._books = succession.books
         if self._grants is not None and before._ledger is not None:
-            self._share(before._ledger)
+            self._share(before._ledger, succession.by_name)
 
-    def _share(self, ledger: Ledger) -> None:
+    def _share(self, ledger: Ledger, accounts: Mapping[str, Account]) -> None:
         """Use the ledger that the accounts' grants are held by, and let go of the one that was opened beside it."""
         if self._ledger is not None and self._ledger.path == ledger.path:
             ledger.users += 1
             self._ledger.abandon()
-            self._ledger, self._grants = ledger, Grants(ledger, self._every())
+            self._ledger, self._grants = ledger, Grants(ledger, accounts)
 
     async def aclose(self) -> None:
         """Write what was spent."""
@@ -222,9 +213,7 @@ class BudgetAdmission:
 
     async def admit(self, ctx: RoutingContext) -> Lease | Refusal:
         """A reservation, or a refusal."""
-        accounts = self._accounts.get(ctx.tenant, self._shared)
-        if (own := self._of_keys.get(ctx.request.key)) is not None:
-            accounts = (*accounts, own)
+        accounts = self._books.of(ctx.tenant, ctx.request.key)
         if not accounts:
             return _Nothing()
         prompt, answer = prompt_tokens(ctx), answer_tokens(ctx, self.answer_tokens)
@@ -285,7 +274,7 @@ class BudgetAdmission:
 
     def each_statement(self) -> Iterator[dict[str, object]]:
         """The same, one by one."""
-        return (account.statement() for account in self._every())
+        return (account.statement() for account in self._books.every())
 
     def statements_of(self, spent: Mapping[str, Spending]) -> list[dict[str, object]]:
         """The same for a month's spending that a ledger tells, without any reservation."""
@@ -299,20 +288,10 @@ class BudgetAdmission:
 
     def brief_state(self, most: int) -> Mapping[str, Any]:
         """The same with so many of the statements, and how many more there are."""
-        every = self._every()
+        every = self._books.every()
         failed = 0 if self._ledger is None else self._ledger.failed
         shown = [account.statement() for account in every[:most]]
         return {"accounts": shown, "accounts_more": max(len(every) - most, 0), "ledger_failures": failed}
-
-    def _each(self) -> Iterator[Account]:
-        """The accounts, in no order."""
-        yield from self._shared
-        yield from (accounts[-1] for accounts in self._accounts.values())
-        yield from self._of_keys.values()
-
-    def _every(self) -> list[Account]:
-        tenants = [self._accounts[name][-1] for name in sorted(self._accounts)]
-        return [*self._shared, *tenants, *(self._of_keys[name] for name in sorted(self._of_keys))]
 
 
 def _refusal(denial: Denial) -> Refusal:

@@ -27,6 +27,7 @@ from kvfleet.gateway.doors import Doors
 from kvfleet.gateway.health import Phase
 from kvfleet.gateway.siblings import Siblings
 from kvfleet.runtime import Router
+from kvfleet.turns import in_turns
 
 __all__ = ["FleetFile", "Reloader", "needs_restart"]
 
@@ -158,6 +159,7 @@ class Reloader:
         gateway = await anyio.to_thread.run_sync(self._build, before)
         try:
             await gateway.open_beside()
+            await in_turns(gateway.router.take_over_ahead(before.router))
         except BaseException:
             await gateway.retire()
             raise

@@ -10,8 +10,9 @@ import anyio
 import attrs
 
 from kvfleet.pipeline.stage import BoundStage, Pipeline
+from kvfleet.turns import Steps
 
-__all__ = ["Turn", "inherit"]
+__all__ = ["Turn", "inherit", "inherit_ahead"]
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +56,27 @@ def inherit(pipeline: Pipeline, before: Pipeline) -> Mapping[int, BoundStage]:
         By the identity of a component before: who goes on in its place, and is told the outcomes of requests that the
         pipeline before still serves.
     """
+    return {id(same.component): stage for same, stage in _same(pipeline, before) if _hand_on(same, stage)}
+
+
+def inherit_ahead(pipeline: Pipeline, before: Pipeline) -> Steps[None]:
+    """Let components with an ``inherit_ahead`` find out, while those of before go on, how they will go on from there."""
+    for same, stage in _same(pipeline, before):
+        look = getattr(stage.component, "inherit_ahead", None)
+        if callable(look):
+            try:
+                yield from look(same.component)
+            except Exception as error:  # noqa: BLE001 - the plugin border: what it did not find out it does later
+                log.warning("stage cannot look ahead stage=%s error=%s", stage.key, type(error).__name__)
+
+
+def _same(pipeline: Pipeline, before: Pipeline) -> Iterator[tuple[BoundStage, BoundStage]]:
+    """Who stood there before, and who goes on in its place."""
     known = {stage.key: stage for stage in _all(before)}
-    found = {}
     for stage in _all(pipeline):
         same = known.get(stage.key)
-        if same is not None and type(same.component) is type(stage.component) and _hand_on(same, stage):
-            found[id(same.component)] = stage
-    return found
+        if same is not None and type(same.component) is type(stage.component):
+            yield same, stage
 
 
 def _all(pipeline: Pipeline) -> Iterator[BoundStage]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import attrs
 
@@ -29,19 +29,14 @@ class Grants:
 
     Args:
         ledger: Shared with other processes.
-        accounts: Those of this process.
+        accounts: Those of this process, by name.
     """
 
     ledger: Ledger
-    accounts: Iterable[Account] = attrs.field(repr=False)
+    accounts: Mapping[str, Account] = attrs.field(repr=False)
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, repr=False, factory=asyncio.get_running_loop)
     _asking: dict[str, asyncio.Future[None]] = attrs.field(init=False, factory=dict, repr=False)
     _looking: dict[str, asyncio.TimerHandle] = attrs.field(init=False, factory=dict, repr=False)
-    _by_name: dict[str, Account] = attrs.field(init=False, repr=False)
-
-    @_by_name.default
-    def _name_them(self) -> dict[str, Account]:
-        return {account.name: account for account in self.accounts}
 
     def __attrs_post_init__(self) -> None:
         """Be told what the ledger has written."""
@@ -112,7 +107,7 @@ class Grants:
 
     def _written(self, booked: Booked) -> None:
         for (name, month), spending in booked.items():
-            account = self._by_name.get(name)
+            account = self.accounts.get(name)
             if account is not None:
                 account.written(month, spending)
 

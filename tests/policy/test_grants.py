@@ -316,7 +316,7 @@ async def test_what_was_granted_for_one_and_taken_by_another_is_asked_for_again(
     account = Account("fleet", BudgetConfig(enabled=True, monthly_budget_usd=100.0), SystemClock())
     account.granted = 0
     ledger = SlowLedger()
-    grants = Grants(ledger, [account])  # type: ignore[arg-type]
+    grants = Grants(ledger, {account.name: account})  # type: ignore[arg-type]
     first = asyncio.create_task(grants.obtain([account], 5))
     await asyncio.sleep(0)
     ledger.say(5)
