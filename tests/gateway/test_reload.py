@@ -8,6 +8,7 @@ import gc
 import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 import httpx
@@ -28,10 +29,14 @@ ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
 FAST = {"decode_ms_per_token": 1, "reply": "one two three four five six"}
 
 
+def mocks(*names: str, **more: object) -> list[dict[str, object]]:
+    """Mock models."""
+    return [{"name": name, "provider": "mock", "endpoint": f"mock://{name}", "options": FAST, **more} for name in names]
+
+
 def fleet(*names: str, **more: object) -> dict[str, object]:
-    """A fleet of mock models."""
-    models = [{"name": name, "provider": "mock", "endpoint": f"mock://{name}", "options": FAST} for name in names]
-    return {"fleet_name": "-".join(names), "models": models, **more}
+    """A fleet of them."""
+    return {"fleet_name": "-".join(names), "models": mocks(*names), **more}
 
 
 @attrs.define
@@ -79,6 +84,12 @@ async def ask(client: httpx.AsyncClient, model: str = "auto") -> str:
         assert answer.status_code == 200, text
         assert text.rstrip().endswith("data: [DONE]"), text
         return answer.headers["x-kvfleet-model"]
+
+
+def accounts(one: Reloaded) -> list[dict[str, Any]]:
+    """What each budget came to."""
+    found: list[dict[str, Any]] = one.serving.router.state()["stages"]["admit.budget"]["accounts"]
+    return found
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -202,6 +213,37 @@ class TestRefusal:
                 for headers in ({}, {"authorization": "Bearer client-key"}, {"authorization": "Bearer admin-key"})
             ]
         assert statuses == [401, 403, 200]
+
+
+async def test_no_booking_is_lost_while_accounts_move(tmp_path: Path) -> None:
+    """Tenants' requests come and end during reloads of a file with many of them: each is booked once, nothing stays held."""
+    budget = {"enabled": True, "monthly_budget_usd": 1000}
+    tenants = {f"t{number}": {"budget": budget} for number in range(300)}
+    priced = mocks("a", cost_per_1k_input_tokens=0.01, cost_per_1k_output_tokens=0.01)
+    data = fleet("a", models=priced, budget=budget, tenants=tenants, gateway={"tenant_header": "X-Tenant"})
+    served = 0
+    async with reloadable(tmp_path, data) as one:
+        is_over = asyncio.Event()
+
+        async def load(tenant: str) -> None:
+            nonlocal served
+            while not is_over.is_set():
+                answer = await one.client.post("/v1/chat/completions", json=ASK, headers={"X-Tenant": tenant})
+                assert answer.status_code == 200, answer.text
+                served += 1
+
+        async with asyncio.TaskGroup() as group:
+            for number in range(4):
+                group.create_task(load(f"t{number}"))
+            for number in range(4):
+                answer = await one.reload({**data, "tenants": {**tenants, f"new{number}": {"budget": budget}}})
+                assert answer.status_code == 200, answer.text
+            is_over.set()
+        await until(lambda: not any(account["reserved_usd"] for account in accounts(one)))
+        found = accounts(one)
+    booked = {account["account"]: account["requests"] for account in found if account["requests"]}
+    assert set(booked) == {"fleet", "tenant/t0", "tenant/t1", "tenant/t2", "tenant/t3"}
+    assert booked["fleet"] == served == sum(booked.values()) - served
 
 
 async def test_reloads_wait_for_each_other(tmp_path: Path) -> None:
