@@ -60,7 +60,7 @@ def inherit(pipeline: Pipeline, before: Pipeline) -> Mapping[int, BoundStage]:
 
 
 def inherit_ahead(pipeline: Pipeline, before: Pipeline) -> Steps[None]:
-    """Let components with an ``inherit_ahead`` find out, while those of before go on, how they will go on from there."""
+    """Let components with an ``inherit_ahead`` find out, while those of before go on, how they will go on there."""
     for same, stage in _same(pipeline, before):
         look = getattr(stage.component, "inherit_ahead", None)
         if callable(look):

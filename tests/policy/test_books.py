@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
+import attrs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,64 +31,73 @@ def books(limits: Mapping[str, int], keys: Mapping[str, int] | None = None, *, f
 
 names = st.sampled_from(["a", "b", "c", "d"])
 limits = st.dictionaries(names, st.integers(0, 50))
+files = st.builds(books, limits, limits, fleet=st.integers(0, 50))
 requests = st.lists(st.tuples(names, names, st.integers(0, 3_000_000_000), st.booleans()), max_size=12)
 
 
-@given(limits, limits, limits, st.integers(0, 50), st.integers(0, 50), requests)
+@attrs.define
+class Traffic:
+    """Requests that come one by one, each of which ends at once or later."""
+
+    waiting: list[tuple[str, str, int, bool]]
+    held: list[tuple[Reservation, int]] = attrs.field(factory=list)
+    spent: Counter[str] = attrs.field(factory=Counter)
+
+    def come(self, before: Books) -> None:
+        """The next one, if there is one."""
+        if self.waiting:
+            tenant, key, amount, ends = self.waiting.pop()
+            got = reserve(before.of(tenant, key), amount, 10)
+            if isinstance(got, Reservation):
+                self.held.append((got, amount))
+                if ends:
+                    self.end()
+
+    def end(self) -> None:
+        """The last one that is held."""
+        one, amount = self.held.pop()
+        for account, _ in one.settle(Spending(nano_usd=amount // 2)):
+            self.spent[account.name] += amount // 2
+
+
+def held_to(them: Books) -> dict[str, BudgetConfig]:
+    """What accounts are held to, by name."""
+    return {account.name: account.config for account in them.each()}
+
+
+@given(files, files, requests)
 def test_no_booking_is_lost_while_accounts_are_looked_through(
-    tenants: dict[str, int],
-    others: dict[str, int],
-    keys: dict[str, int],
-    fleet: int,
-    fleet_then: int,
-    asked: list[tuple[str, str, int, bool]],
+    before: Books, now: Books, asked: list[tuple[str, str, int, bool]]
 ) -> None:
     """Between any two steps requests come and end; each is settled once, in the account that goes on.
 
     Until the change nothing is held to the new file; then every account is, and has what it had.
     """
-    before, now = books(tenants, keys, fleet=fleet), books(others, keys, fleet=fleet_then)
-    held: list[tuple[Reservation, int]] = []
-    spent: dict[str, int] = {account.name: 0 for account in before.each()}
-
-    def settle(one: Reservation, amount: int) -> None:
-        for account, _ in one.settle(Spending(nano_usd=amount // 2)):
-            spent[account.name] += amount // 2
-
-    waiting = list(asked)
+    traffic, wanted, then = Traffic(list(asked)), held_to(now), held_to(before)
     steps = now.going_on_from(before)
     succession: Succession | None = None
     while succession is None:
-        if waiting:
-            tenant, key, amount, ends = waiting.pop()
-            got = reserve(before.of(tenant, key), amount, 10)
-            if isinstance(got, Reservation):
-                settle(got, amount) if ends else held.append((got, amount))
-        assert {account.name: account.config.monthly_budget_usd for account in before.each()} == (
-            {account.name: account.config.monthly_budget_usd for account in books(tenants, keys, fleet=fleet).each()}
-        )
+        traffic.come(before)
+        assert held_to(before) == then
         try:
             next(steps)
         except StopIteration as end:
             succession = end.value
     succession.begin()
-    wanted = {account.name: account.config for account in books(others, keys, fleet=fleet_then).each()}
     there = {account.name: account for account in succession.books.each()}
-    assert {name: account.config for name, account in there.items()} == wanted
+    assert held_to(succession.books) == wanted
     assert dict(succession.by_name) == there
-    for name, account in there.items():
-        assert account.spent.nano_usd == spent.get(name, 0)
-        assert account.reserved == sum(a for one, a in held if any(account is two for two in one.accounts))
-    for tenant in others:
-        assert [account.name for account in succession.books.of(tenant, "")] == [
-            account.name for account in now.of(tenant, "")
+    for account in there.values():
+        holding = [amount for one, amount in traffic.held if any(account is other for other in one.accounts)]
+        assert (account.spent.nano_usd, account.reserved) == (traffic.spent[account.name], sum(holding))
+    for tenant in "abcd":
+        assert [id(there[account.name]) for account in now.of(tenant, tenant)] == [
+            id(account) for account in succession.books.of(tenant, tenant)
         ]
-        assert all(account is there[account.name] for account in succession.books.of(tenant, ""))
-    for one, amount in held:
-        settle(one, amount)
-    assert {name: (account.reserved, account.spent.nano_usd) for name, account in there.items()} == {
-        name: (0, spent.get(name, 0)) for name in there
-    }
+    while traffic.held:
+        traffic.end()
+    for account in there.values():
+        assert (account.spent.nano_usd, account.reserved) == (traffic.spent[account.name], 0)
 
 
 def test_thousands_of_accounts_are_looked_through_in_as_many_steps() -> None:
