@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio.to_thread
 import attrs
@@ -17,9 +17,9 @@ from kvfleet.builtin.facts import (
     MODALITY,
     PII,
     PROMPT,
+    all_texts,
     messages_of,
     prompt_of,
-    prompt_texts,
 )
 from kvfleet.config.fields import choice, listing, text
 from kvfleet.errors import ComponentError
@@ -136,9 +136,10 @@ class DomainClassifier:
 
 @attrs.define
 class PIIClassifier:
-    """Look for personal data in every text of the request, tool results included."""
+    """Look for personal data in every text of the request: messages, tools and their results, fields nobody knows."""
 
     types: tuple[str, ...] = listing((), doc="Types to look for; all there are if empty.", example=["email", "ssn"])
+    judges_texts: ClassVar[bool] = True
     _detector: PIIDetector = attrs.field(init=False, repr=False, eq=False)
 
     @_detector.default
@@ -152,7 +153,7 @@ class PIIClassifier:
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `PII`."""
-        texts = tuple(prompt_texts(ctx.request.operation, ctx.request.body))
+        texts = all_texts(ctx.request)
         if sum(map(len, texts)) > _MOST_ON_THE_LOOP:
             return {PII: await anyio.to_thread.run_sync(self._detector.detect_all, texts)}
         return {PII: self._detector.detect_all(texts)}

@@ -14,6 +14,7 @@ from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, e
 from kvfleet.config.schema import ModelConfig
 from kvfleet.plugin.contract import Fact, RouteRequest, RoutingContext
 from kvfleet.policy.pii import PIIDetectionResult
+from kvfleet.policy.texts import texts_beside
 from kvfleet.router.embedding import PromptEmbedding
 from kvfleet.router.language import PromptLanguage
 from kvfleet.router.multimodal import ModalityDetection
@@ -31,6 +32,7 @@ __all__ = [
     "PROMPT",
     "ROUTE",
     "PromptFacts",
+    "all_texts",
     "estimate_prompt",
     "messages_of",
     "prompt_of",
@@ -52,6 +54,14 @@ def prompt_texts(operation: Operation, body: Mapping[str, Any]) -> Iterator[str]
     else:
         yield from _strings(body.get("query"))
         yield from _strings(body.get("documents"))
+
+
+def all_texts(request: RouteRequest) -> tuple[str, ...]:
+    """The same one by one, and then whatever other text goes to an engine with the request, as one."""
+    texts = tuple(prompt_texts(request.operation, request.body))
+    native = () if request.native is None else (request.native.body,)
+    beside = texts_beside(texts, request.body, *native)
+    return (*texts, beside) if beside else texts
 
 
 _OBJECTS = frozenset({dict})

@@ -34,6 +34,7 @@ class Redacting(Fallback):
 
     types: tuple[str, ...] = listing((), doc="Types to take out; all there are if empty.", example=["email", "ssn"])
     reads_answers: ClassVar[bool] = True
+    judges_texts: ClassVar[bool] = True
     _detector: PIIDetector = attrs.field(init=False, repr=False, eq=False)
 
     @_detector.default

@@ -47,10 +47,34 @@ def parse(raw: bytes, most_depth: int = MOST_DEPTH) -> Body:
         raise BadRequestError(f"the request body is not valid JSON (near {place})", code="invalid_json") from error
     if not isinstance(body, dict):
         raise BadRequestError(f"the request body must be a JSON object, not {_kind(body)}", code="invalid_json")
+    keys = "".join(body)
+    if not (keys.isascii() and keys.islower()):
+        _check_spelling(body)
     # What opens no more brackets than that cannot be deeper: only what opens more is looked at again.
     if _opens_more(raw, most_depth) and _is_deeper(body, most_depth):
         raise BadRequestError(f"the request body is nested deeper than {most_depth} levels", code="invalid_json")
     return body
+
+
+_READ = frozenset(
+    {
+        *("model", "messages", "prompt", "suffix", "input", "query", "documents", "system", "instructions", "metadata"),
+        *("stream", "stream_options", "tools", "functions", "max_tokens", "max_completion_tokens", "max_output_tokens"),
+        *("n", "timeout", "temperature", "response_format"),
+    }
+)
+"""Fields that decide where a request goes, and what it may cost."""
+
+
+def _check_spelling(body: Body) -> None:
+    """Go reads ``"Model"`` as ``"model"``: an engine written in it would do what nobody here has seen.
+
+    Raises:
+        BadRequestError: for a field that differs from one of those in its letters' case alone.
+    """
+    for key in body:
+        if key not in _READ and (meant := key.casefold()) in _READ:
+            raise BadRequestError(f"the field {meant!r} must be written in lower case", param=meant)
 
 
 def _opens_more(raw: bytes, brackets: int) -> bool:

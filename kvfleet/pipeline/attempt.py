@@ -45,6 +45,7 @@ class Attempts:
         deadline: When the request's own time is up.
         passes_native: True if an answer may be in the words of another API than OpenAI's chat, since nobody on the way
             reads it.
+        passes_bytes: True if the request's bytes may go on as they came, also to models that are not private.
     """
 
     request: RouteRequest
@@ -60,6 +61,7 @@ class Attempts:
     keeps_content: bool = False
     deadline: Deadline = Deadline()
     passes_native: bool = False
+    passes_bytes: bool = True
     _made: int = attrs.field(init=False, default=0)
     _answered: list[_One] = attrs.field(init=False, factory=list)
     _goes_on: bool = attrs.field(init=False, default=False)
@@ -179,7 +181,7 @@ class Attempts:
         call = Call(
             operation=request.operation,
             body=request.body if rewrite is None else rewrite.body,
-            raw=request.raw if rewrite is None else b"",
+            raw=request.raw if rewrite is None and (self.passes_bytes or candidate.is_private) else b"",
             stream=request.stream,
             headers=tuple(headers),
             limits=named.limits,

@@ -139,6 +139,7 @@ class Route:
             keeps_content=self.keeps_content or self.wants_content,
             deadline=self._deadline,
             passes_native=self.pipeline.passes_native,
+            passes_bytes=self.pipeline.passes_bytes,
         )
         given: Answer = await self.pipeline.execute.run(self.ctx, ranking, attempts)
         attributes.update(given.details)

@@ -153,6 +153,9 @@ class Pipeline:
         markers: Observers with something to say in the route's record.
         placers: Stages that are told at once where a request goes.
         passes_native: True if the execute stage reads no answers, so that one may pass in another API's words.
+        passes_bytes: True if no component judges texts (says ``judges_texts``), so that a request's bytes may go on to
+            anybody. Else models that are not private get what was judged, the parsed body: of a key that stands twice
+            some engines read the other value.
         computes_all: False if a score that the strategy does not read is left out, because nobody asked for it.
         hash: Tells one configuration from another.
     """
@@ -168,6 +171,7 @@ class Pipeline:
     computes_all: bool = True
     hash: str = ""
     passes_native: bool = attrs.field(init=False)
+    passes_bytes: bool = attrs.field(init=False)
     _ids: dict[int, tuple[Sequence[ModelConfig], tuple[str, ...]]] = attrs.field(
         init=False, factory=dict, repr=False, eq=False
     )
@@ -191,6 +195,10 @@ class Pipeline:
     @passes_native.default
     def _reads_no_answers(self) -> bool:
         return not getattr(self.execute.component, "reads_answers", True)
+
+    @passes_bytes.default
+    def _judges_no_texts(self) -> bool:
+        return not any(getattr(one.component, "judges_texts", False) for one in (*self.stages, self.execute))
 
     def ids(self, candidates: Sequence[ModelConfig]) -> tuple[str, ...]:
         """The candidates' ids; the same tuple for the same candidates, of which requests that ask alike have one."""

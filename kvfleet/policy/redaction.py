@@ -16,10 +16,10 @@ import orjson
 from kvfleet.adapters.call import Reply
 from kvfleet.adapters.splitters import data_of
 from kvfleet.policy.pii import PIIDetector
+from kvfleet.policy.texts import is_text
 
 __all__ = ["Redaction", "RestoredEvents"]
 
-_NOT_TEXT = frozenset({"model", "role", "type", "object", "data", "format", "encoding_format"})
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal")
 _PLACEHOLDER_TAIL = re.compile(r"\[[A-Z_]*[0-9]*\Z")
 
@@ -46,7 +46,7 @@ class Redaction:
     def of(cls, body: Mapping[str, Any], detector: PIIDetector) -> Redaction | None:
         """Take personal data out of every text of an OpenAI body; None if there is none.
 
-        Texts are all strings but names of things (`model`, `role`, `type`) and embedded files.
+        Texts are all strings but names of things (`model`, `role`, `type`), keys, and embedded files.
         """
         taken = _Taken(detector, orjson.dumps(body).decode())
         redacted = taken.redact(body)
@@ -107,7 +107,7 @@ class _Taken:
     def redact(self, value: Any, key: str = "") -> Any:
         """A part of the body without personal data."""
         if isinstance(value, str):
-            return value if key in _NOT_TEXT or value.startswith("data:") else self._redact_text(value)
+            return self._redact_text(value) if is_text(key, value) else value
         if isinstance(value, Mapping):
             return {name: self.redact(item, name) for name, item in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, bytes):
@@ -115,8 +115,6 @@ class _Taken:
         return value
 
     def _redact_text(self, text: str) -> str:
-        if len(text) < 4:
-            return text
         parts, at = [], 0
         for match in self.detector.detect(text).matches:
             parts += [text[at : match["start"]], self._placeholder(match["type"], match["value"])]

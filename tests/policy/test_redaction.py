@@ -39,9 +39,17 @@ def test_each_value_has_one_placeholder() -> None:
     assert (made.types, made.count) == (("email", "ssn"), 3)
 
 
+def test_a_text_that_begins_as_a_file_does() -> None:
+    """Only what is an embedded file is left alone; somebody may well write "data: ..."."""
+    assert contents(redaction(f"data: mail {MAIL}", f"data:text/plain,{SSN}")) == [
+        "data: mail [EMAIL_1]",
+        "data:text/plain,[SSN_1]",
+    ]
+
+
 def test_every_text_of_a_body_is_looked_through() -> None:
     """Parts, tool calls, tools, names of users; not what only names things, nor embedded files."""
-    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,ada@example.com"}}
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAAB"}}
     call = {"id": "c", "type": "function", "function": {"name": "send", "arguments": f'{{"to":"{MAIL}"}}'}}
     body = {
         "model": MAIL,

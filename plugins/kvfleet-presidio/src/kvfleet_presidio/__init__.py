@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import anyio
 import anyio.to_thread
 import attrs
 
-from kvfleet.adapters.call import Operation
-from kvfleet.builtin.facts import PII, prompt_texts
+from kvfleet.builtin.facts import PII, all_texts
 from kvfleet.config.fields import listing, number, text
 from kvfleet.errors import BadRequestError, ComponentError
 from kvfleet.plugin.component import Component, Services
@@ -56,6 +55,7 @@ class PresidioClassifier:
     min_score: float = number(0.5, ge=0, le=1, doc="Least confidence of a find.")
     max_chars: int = number(100_000, gt=0, doc="Longest text of a request, all its parts together, in characters.")
     max_concurrent: int = number(2, ge=1, le=64, doc="Most texts that are looked through at once.")
+    judges_texts: ClassVar[bool] = True
     _analyze: Analyze | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _limiter: anyio.CapacityLimiter | None = attrs.field(init=False, default=None, repr=False, eq=False)
     _seen: int = attrs.field(init=False, default=0, eq=False)
@@ -92,7 +92,7 @@ class PresidioClassifier:
             BadRequestError: if the texts are too long to be looked through.
             ComponentError: if the component was not opened.
         """
-        texts = list(prompt_texts(ctx.request.operation or Operation.CHAT, ctx.request.body))
+        texts = all_texts(ctx.request)
         length = sum(map(len, texts))
         if length > self.max_chars:
             raise BadRequestError(f"{length} characters are more than are looked through here ({self.max_chars})")
