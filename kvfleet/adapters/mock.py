@@ -95,6 +95,13 @@ class MockAdapter(InferenceAdapter):
         doc="A real engine's pace, batch, token budget and cache size, in place of those above.",
     )
     block_tokens: int = number(16, ge=1, unit="tokens", doc="Tokens in one block of the KV cache.")
+    window_tokens: int = number(
+        0,
+        ge=0,
+        unit="tokens",
+        doc="Tokens that some of its layers look back on, as a hybrid model's with a sliding window; 0 for none.",
+    )
+    window_cache_tokens: int = number(8192, ge=1, unit="tokens", doc="Size of those layers' KV cache.")
     context_tokens: int | None = number(
         None,
         ge=1,
@@ -134,9 +141,13 @@ class MockAdapter(InferenceAdapter):
     def spec(self) -> EngineSpec:
         """Size and pace of the engine."""
         context_tokens = self.context_tokens or _CONTEXT_TOKENS
+        window: dict[str, int] = {
+            "window_tokens": self.window_tokens,
+            "window_cache_blocks": max(1, self.window_cache_tokens // self.block_tokens),
+        }
         if self.preset != _NO_PRESET:
             sized = PRESETS[self.preset].sized(self.block_tokens, context_tokens=context_tokens, speed=self.speed)
-            return attrs.evolve(sized, max_waiting=self.max_queue)
+            return attrs.evolve(sized, max_waiting=self.max_queue, **window)
         step_s = self.decode_ms_per_token / 1000
         return EngineSpec(
             token_budget=max(self.token_budget, self.max_batch),
@@ -149,6 +160,7 @@ class MockAdapter(InferenceAdapter):
             prefill_s_per_token=1 / self.prefill_tokens_per_s,
             decode_s_per_seq=step_s * self.decode_slowdown,
             speed=self.speed,
+            **window,
         )
 
     @classmethod

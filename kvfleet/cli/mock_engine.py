@@ -31,7 +31,8 @@ __all__ = ["mock_engine"]
 _CONTEXT_TOKENS = 8192
 _ENGINE = (
     *("speed", "prefill_tokens_per_s", "decode_ms_per_token", "decode_slowdown", "token_budget", "max_batch"),
-    *("max_queue", "cache_tokens", "block_tokens", "context_tokens", "answer_tokens", "reply", "echo", "preset"),
+    *("max_queue", "cache_tokens", "block_tokens", "window_tokens", "window_cache_tokens", "context_tokens"),
+    *("answer_tokens", "reply", "echo", "preset"),
 )
 """The mock provider's options that are options here as well."""
 

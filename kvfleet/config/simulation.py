@@ -21,6 +21,10 @@ class EngineOptions:
     preset: str = choice(PRESET_NAMES[0], of=PRESET_NAMES, doc="The engine to begin with.")
     speed: float = number(1.0, gt=0, doc="How many times faster everything goes; 0.5 takes twice as long.")
     cache_tokens: int | None = number(None, ge=1, unit="tokens", doc="Size of the KV cache.")
+    window_tokens: int = number(
+        0, ge=0, unit="tokens", doc="Tokens that some of its layers look back on (sliding window); 0 for none."
+    )
+    window_cache_tokens: int = number(32_768, ge=1, unit="tokens", doc="Size of those layers' KV cache.")
     prefill_tokens_per_s: float | None = number(
         None, gt=0, unit="tokens/s", doc="Prompt tokens computed in a second, however long the prompt."
     )

@@ -111,6 +111,8 @@ class MockEngine:
             "in_flight": self.in_flight,
             "faults": self.faults.state(),
         }
+        if self.publisher is not None:
+            found["kv_batches"] = self.publisher.sent
         if self.others:
             found["ranks"] = [attrs.asdict(rank.adapter.live.load()) for rank in self.ranks]
         return found
@@ -118,7 +120,7 @@ class MockEngine:
     def _follow(self, events: Sequence[Event]) -> None:
         self.metrics.follow(events)
         if self.publisher is not None:
-            told = list(wire_events(events, self.adapter.block_tokens))
+            told = list(wire_events(events, self.adapter.block_tokens, self.adapter.window_tokens))
             if told:
                 self.publisher.publish(told)
 

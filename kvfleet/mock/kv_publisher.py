@@ -40,22 +40,28 @@ def zmq_context() -> Any:
     return zmq.asyncio.Context()
 
 
-def wire_events(events: Sequence[Event], block_tokens: int) -> Iterator[dict[str, Any]]:
-    """What happened to blocks, in vLLM's words; one removal for each block, as there."""
+def wire_events(events: Sequence[Event], block_tokens: int, window_tokens: int = 0) -> Iterator[dict[str, Any]]:
+    """What happened to blocks, in vLLM's words; one removal for each block, as there.
+
+    Args:
+        events: What happened.
+        block_tokens: Tokens in a block.
+        window_tokens: What the second group of layers looks back on; 0 if there is none.
+    """
     for event in events:
         match event:
             case Stored():
-                yield _stored(event, block_tokens)
-            case Removed(_, blocks):
+                yield _stored(event, block_tokens, window_tokens)
+            case Removed(_, blocks, group):
                 for block in blocks:
-                    yield {"type": "BlockRemoved", "block_hashes": [block], "medium": "GPU", "group_idx": 0}
+                    yield {"type": "BlockRemoved", "block_hashes": [block], "medium": "GPU", "group_idx": group}
             case Cleared():
                 yield {"type": "AllBlocksCleared"}
             case _:
                 pass
 
 
-def _stored(event: Stored, block_tokens: int) -> dict[str, Any]:
+def _stored(event: Stored, block_tokens: int, window_tokens: int) -> dict[str, Any]:
     key = event.job.key if isinstance(event.job.key, MockText) else MockText(b"")
     size = block_tokens * TOKEN_BYTES
     extras: list[Any] = [None] * len(event.blocks)
@@ -71,8 +77,12 @@ def _stored(event: Stored, block_tokens: int) -> dict[str, Any]:
         "medium": "GPU",
         "lora_name": None,
         "extra_keys": extras,
-        "group_idx": 0,
-        "kv_cache_spec_kind": "full_attention",
+        "group_idx": event.group,
+        **(
+            {"kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": window_tokens}
+            if event.group
+            else {"kv_cache_spec_kind": "full_attention"}
+        ),
     }
 
 

@@ -254,7 +254,7 @@ class EngineMetrics(Collector):
     def _config(self) -> Metric:
         labels = {
             "block_size": str(self.spec.block_tokens),
-            "num_gpu_blocks": str(self.spec.cache_blocks),
+            "num_gpu_blocks": str(self.spec.all_blocks),
             "kv_cache_size_tokens": str(self.spec.cache_blocks * self.spec.block_tokens),
             "enable_prefix_caching": "True",
             "cache_dtype": "auto",

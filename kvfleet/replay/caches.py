@@ -19,6 +19,7 @@ from kvfleet.config.caching import KVEventsConfig
 from kvfleet.config.schema import FleetConfig
 from kvfleet.replay.traces import TracedRequest
 from kvfleet.sim.events import Cleared, Removed, Stored
+from kvfleet.sim.spec import EngineSpec
 
 __all__ = ["PromptTeller", "telling", "watch"]
 
@@ -40,8 +41,8 @@ def telling(config: FleetConfig, tells: bool | None) -> FleetConfig:
     return attrs.evolve(config, models=tuple(models))
 
 
-def watch(knowledge: CacheKnowledge, replica: str) -> Told | None:
-    """What to tell of a replica's cache; None if nobody listens to it."""
+def watch(knowledge: CacheKnowledge, replica: str, spec: EngineSpec) -> Told | None:
+    """What to tell of a replica's cache, which has such an engine; None if nobody listens to it."""
     source = knowledge.source_of(replica)
     if source is None:
         return None
@@ -49,18 +50,22 @@ def watch(knowledge: CacheKnowledge, replica: str) -> Told | None:
     state.connected()
     state.take_in(0, [AllCleared()], 0.0)
 
+    window = -(-(spec.window_tokens - 1) // spec.block_tokens) * _WORDS + 1  # in the tokens that blocks have here
+
     def told(event: Stored | Removed | Cleared) -> None:
-        _tell(state, event)
+        _tell(state, event, window)
 
     return told
 
 
-def _tell(state: CacheState, event: Stored | Removed | Cleared) -> None:
+def _tell(state: CacheState, event: Stored | Removed | Cleared, window: int) -> None:
     said: Event
     if isinstance(event, Stored):
-        said = BlockStored(event.blocks, event.parent, _written(event.blocks), _WORDS)
+        said = BlockStored(event.blocks, event.parent, _written(event.blocks), _WORDS, group=event.group)
+        if event.group:
+            said = attrs.evolve(said, kind="sliding_window", window=window)
     elif isinstance(event, Removed):
-        said = BlockRemoved(tuple(event.blocks))
+        said = BlockRemoved(tuple(event.blocks), group=event.group)
     else:
         said = AllCleared()
     state.take_in(0, (said,), 0.0)

@@ -161,7 +161,8 @@ class Replay:
         )
         self.router.facts = self._facts
         for model in self.router.models:
-            self.hosts[model.id].listen(watch(self.router.services.caches, model.id))
+            host = self.hosts[model.id]
+            host.listen(watch(self.router.services.caches, model.id, host.engine.spec))
         names = {model.name for model in self.router.models if self.hosts[model.id].told is not None}
         if names:
             teller = PromptTeller(sorted(names), self.trace.block_tokens)

@@ -42,6 +42,8 @@ def spec_of(options: EngineOptions, block_tokens: int) -> EngineSpec:
         speed=options.speed,
         block_tokens=block_tokens,
         cache_blocks=max(cache_tokens // block_tokens, 1),
+        window_tokens=options.window_tokens,
+        window_cache_blocks=max(options.window_cache_tokens // block_tokens, 1),
         **{name: value for name, value in changes.items() if value is not None},
     )
 

@@ -26,7 +26,6 @@ import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.errors import BackendError, Fault
-from kvfleet.sim.blocks import BlockPool
 from kvfleet.sim.decoding import Decoding
 from kvfleet.sim.events import (
     Cleared,
@@ -36,11 +35,10 @@ from kvfleet.sim.events import (
     FirstToken,
     Job,
     Preempted,
-    Removed,
     Stage,
     Started,
-    Stored,
 )
+from kvfleet.sim.held import HeldBlocks
 from kvfleet.sim.runs import Run
 from kvfleet.sim.spec import EngineSpec
 
@@ -78,9 +76,9 @@ class Engine:
 
     spec: EngineSpec = attrs.field(factory=EngineSpec)
     longest_run: int = attrs.field(default=_LONGEST_RUN, kw_only=True)
-    tells_all: bool = attrs.field(default=True, kw_only=True)
+    _tells_all: bool = attrs.field(default=True, kw_only=True)
     preemptions: int = attrs.field(init=False, default=0)
-    _pool: BlockPool = attrs.field(init=False, repr=False)
+    _blocks: HeldBlocks = attrs.field(init=False, repr=False)
     _clock: float = attrs.field(init=False, default=0.0)
     _waiting: deque[Job] = attrs.field(init=False, factory=deque, repr=False)
     _running: dict[Job, None] = attrs.field(init=False, factory=dict, repr=False)  # in the order of admission
@@ -88,14 +86,22 @@ class Engine:
     _decoding: Decoding = attrs.field(init=False, repr=False)
     _run: Run | None = attrs.field(init=False, default=None, repr=False)
     _is_short_of_blocks: bool = attrs.field(init=False, default=False)
-    _noted: list[tuple[Job, int, int] | list[int]] = attrs.field(init=False, factory=list, repr=False)
     _events: list[Event] = attrs.field(init=False, factory=list, repr=False)
     _queries_tokens: int = attrs.field(init=False, default=0)
     _hits_tokens: int = attrs.field(init=False, default=0)
 
     def __attrs_post_init__(self) -> None:
-        self._pool = BlockPool(self.spec.cache_blocks)
+        self._blocks = HeldBlocks(self.spec, self._tells_all)
         self._decoding = Decoding(self.spec.block_tokens)
+
+    @property
+    def tells_all(self) -> bool:
+        """True if everything is told."""
+        return self._tells_all
+
+    @tells_all.setter
+    def tells_all(self, tells: bool) -> None:
+        self._tells_all = self._blocks.tells = tells
 
     # -- the caller's side --------------------------------------------------------------------------------------------
 
@@ -159,9 +165,8 @@ class Engine:
     def clear_cache(self, now_s: float) -> bool:
         """Forget all blocks, as vLLM's ``/reset_prefix_cache``; False, and nothing happens, while any are held."""
         self._run_to(now_s)
-        if self._pool.held:
+        if not self._blocks.clear():
             return False
-        self._pool.clear()
         self._events.append(Cleared(self._clock))
         return True
 
@@ -172,12 +177,12 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """The engine's own account of itself."""
-        run = self._run
+        run, pool = self._run, self._blocks.pool
         return EngineLoad(
             running=len(self._running),
             waiting=len(self._waiting),
-            kv_usage=self._pool.held / self._pool.capacity,
-            cache_blocks=self._pool.capacity,
+            kv_usage=pool.held / pool.capacity,
+            cache_blocks=self.spec.all_blocks,
             block_tokens=self.spec.block_tokens,
             prefix_queries_tokens=float(self._queries_tokens),
             prefix_hits_tokens=float(self._hits_tokens),
@@ -235,7 +240,7 @@ class Engine:
         run.begun += 1
         needy = self._decoding.needy()
         if needy:
-            self._take(len(needy))
+            self._blocks.take(len(needy))
             for job in needy:
                 job.held += 1
         self._fill_answers()
@@ -254,12 +259,12 @@ class Engine:
                 self._begin(run)
             run.ended += 1
             decoding.step += 1
-            if self._noted:
-                self._tell_blocks(run.end_s(run.ended))
+            if self._blocks.is_noted:
+                self._events.extend(self._blocks.told(run.end_s(run.ended)))
         at_s = run.end_s(run.ended)
         if decoding.jobs:
             decoding.context += steps * len(decoding.jobs)
-            if self.tells_all:
+            if self._tells_all:
                 self._events.append(Decoded(at_s, tuple(decoding.jobs), steps))
             for job in decoding.finished():
                 self._close(job, at_s)
@@ -274,7 +279,7 @@ class Engine:
             return
         if not job.generated:
             self._events.append(FirstToken(at_s, job))
-        elif self.tells_all:
+        elif self._tells_all:
             self._events.append(Decoded(at_s, (job,), 1))
         job.generated += 1
         if job.generated >= job.output_tokens:
@@ -295,8 +300,7 @@ class Engine:
         else:
             del self._prefilling[job]
         del self._running[job]
-        self._pool.release(job.hashes[: job.shared], job.held - job.shared)
-        job.held = job.shared = job.computed = 0
+        self._blocks.release(job)
 
     # -- composing a step ---------------------------------------------------------------------------------------------
 
@@ -335,13 +339,13 @@ class Engine:
         """Steps until a request ends, or blocks run short, or one that waits for blocks may find one shared."""
         steps = min(self._decoding.steps_to_end(), self.longest_run)
         size, decoding = self.spec.block_tokens, len(self._decoding.jobs)
-        if self._is_short_of_blocks or decoding * -(-steps // size) > self._pool.available:
+        if self._is_short_of_blocks or decoding * -(-steps // size) > self._blocks.pool.available:
             steps = min(steps, self._steps_with_room(steps))
         return steps
 
     def _steps_with_room(self, most: int) -> int:
         """Steps, after the first, for which there are blocks, and in which none is shared that another waits for."""
-        filling, room = self._decoding.filling, self._pool.available
+        filling, room = self._decoding.filling, self._blocks.pool.available
         for steps in range(1, most):
             room -= len(filling(steps))
             if room < 0 or (self._is_short_of_blocks and any(map(_will_share, filling(steps + 1)))):
@@ -361,13 +365,12 @@ class Engine:
 
     def _admitted(self, budget: int) -> Iterator[tuple[Job, int]]:
         """First chunks of those whose turn has come."""
-        spec, pool, size = self.spec, self._pool, self.spec.block_tokens
+        spec, blocks = self.spec, self._blocks
         self._is_short_of_blocks = False
         while budget and self._waiting and len(self._running) < spec.max_running:
             job = self._waiting[0]
-            hits = pool.match(job.hashes, (job.target - 1) // size)
-            fresh = -(-job.target // size) - hits
-            if fresh + pool.unpinned(job.hashes[:hits]) > pool.available:
+            hits = blocks.hits(job)
+            if not blocks.fits(job, hits):
                 self._is_short_of_blocks = True
                 return
             self._waiting.popleft()
@@ -378,16 +381,14 @@ class Engine:
             yield job, tokens
 
     def _admit(self, job: Job, hits: int) -> None:
-        self._pool.pin(job.hashes[:hits])
-        job.held = job.shared = hits
-        job.computed = hits * self.spec.block_tokens
+        self._blocks.admit(job, hits)
         job.stage = Stage.PREFILL
         self._running[job] = self._prefilling[job] = None
         if not job.is_resumed:
             job.cached_tokens = job.computed
             self._queries_tokens += job.prompt_tokens
             self._hits_tokens += job.cached_tokens
-            if self.tells_all:
+            if self._tells_all:
                 self._events.append(Started(self._clock, job, job.cached_tokens))
 
     def _compute(self, job: Job, tokens: int) -> bool:
@@ -396,26 +397,21 @@ class Engine:
         if not self._make_room(job, -(-(job.computed + tokens) // size) - job.held):
             return False
         job.computed += tokens
-        self._share(job, job.computed // size)
+        self._blocks.share(job, job.computed // size)
         return True
 
     # -- blocks -------------------------------------------------------------------------------------------------------
 
     def _make_room(self, job: Job, blocks: int) -> bool:
         """Take blocks for a running request, preempting the last ones admitted if need be; False if it was the last."""
-        while self._pool.available < blocks:
+        while self._blocks.pool.available < blocks:
             victim = next(reversed(self._running))
             self._preempt(victim)
             if victim is job:
                 return False
-        self._take(blocks)
+        self._blocks.take(blocks)
         job.held += blocks
         return True
-
-    def _take(self, blocks: int) -> None:
-        forgotten = self._pool.take(blocks)
-        if forgotten and self.tells_all:
-            self._noted.append(forgotten)
 
     def _preempt(self, job: Job) -> None:
         self._leave(job)
@@ -430,27 +426,4 @@ class Engine:
         size, step = self.spec.block_tokens, self._decoding.step
         for job in self._decoding.filling():
             if _will_share(job):
-                self._share(job, (job.computed + step - job.since_step + 1) // size)
-
-    def _share(self, job: Job, full: int) -> None:
-        """Give a request's full blocks their hashes, as far as they are known."""
-        first, last = job.shared, min(full, len(job.hashes))
-        if first >= last:
-            return
-        known = self._pool.share(job.hashes[first:last])
-        job.shared = last
-        if not self.tells_all:
-            return
-        start = first
-        for place in known:
-            if start < first + place:
-                self._noted.append((job, start, first + place))
-            start = first + place + 1
-        if start < last:
-            self._noted.append((job, start, last))
-
-    def _tell_blocks(self, at_s: float) -> None:
-        """Turn what happened to blocks in a step into events, at its end."""
-        for note in self._noted:
-            self._events.append(Removed(at_s, tuple(note)) if isinstance(note, list) else Stored(at_s, *note))
-        self._noted.clear()
+                self._blocks.share(job, (job.computed + step - job.since_step + 1) // size)

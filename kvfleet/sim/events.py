@@ -121,12 +121,13 @@ class Preempted:
 
 @attrs.frozen
 class Stored:
-    """Blocks of a request became shareable: `job.hashes[first:last]`."""
+    """Blocks of a request became shareable: `job.hashes[first:last]`, in one group of layers."""
 
     at_s: float
     job: Job
     first: int
     last: int
+    group: int = 0
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -141,10 +142,11 @@ class Stored:
 
 @attrs.frozen
 class Removed:
-    """Blocks were forgotten."""
+    """Blocks were forgotten, in one group of layers."""
 
     at_s: float
     blocks: tuple[int, ...]
+    group: int = 0
 
 
 @attrs.frozen

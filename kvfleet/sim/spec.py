@@ -32,6 +32,9 @@ class EngineSpec:
             in vLLM.
         cache_blocks: Blocks of the KV cache.
         block_tokens: Tokens in a block.
+        window_tokens: Tokens that some layers of a hybrid model look back on, the one that is computed among them
+            (``sliding_window``); 0 for a model all of whose layers look back on everything.
+        window_cache_blocks: Blocks of those layers' part of the KV cache.
         context_tokens: Longest prompt plus answer.
         step_s: What every step costs: reading the weights, launching, sampling.
         prefill_s_per_token: Seconds for each prompt token computed, beyond the hidden ones.
@@ -47,6 +50,8 @@ class EngineSpec:
     max_waiting: int | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.ge(0)))
     cache_blocks: int = attrs.field(default=8192, validator=attrs.validators.ge(1))
     block_tokens: int = attrs.field(default=16, validator=attrs.validators.ge(1))
+    window_tokens: int = attrs.field(default=0, validator=attrs.validators.ge(0))
+    window_cache_blocks: int = attrs.field(default=2048, validator=attrs.validators.ge(1))
     context_tokens: int = attrs.field(default=131_072, validator=attrs.validators.ge(1))
     step_s: float = attrs.field(default=0.008, validator=attrs.validators.ge(0))
     prefill_s_per_token: float = attrs.field(default=1 / 8000, validator=attrs.validators.ge(0))
@@ -62,6 +67,11 @@ class EngineSpec:
                 f"token_budget ({self.token_budget}) must be at least max_running ({self.max_running}): every decoding"
                 " request takes one token of it in each step"
             )
+
+    @property
+    def all_blocks(self) -> int:
+        """Blocks of all layers."""
+        return self.cache_blocks + (self.window_cache_blocks if self.window_tokens else 0)
 
     @property
     def room_tokens(self) -> int:

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("zmq")
 pytest.importorskip("msgspec")
 
+from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.config.caching import KVEventsConfig, PromptBlocksConfig
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.gateway.server import running
@@ -55,15 +56,19 @@ class Scene:
         cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
         return cached, values[at], modes[at]  # type: ignore[index, return-value]
 
-    async def known(self) -> None:
-        """Wait until everything is known exactly, and what was said has arrived."""
+    async def known(self, http: httpx.AsyncClient) -> None:
+        """Wait until everything is known exactly, and all that the engines have said has arrived."""
         await until(lambda: {one["cache_mode"] for one in self.router.state()["replicas"]} == {"exact"}, 30)
-        await asyncio.sleep(0.05)  # an engine says what it stored a little after it has answered
+        for source in self.router.services.caches.sources:
+            stream = source.states[0]
+            assert isinstance(stream, EventStream)
+            said = (await http.get(f"{source.endpoint}/mock")).json()["kv_batches"]
+            await until(lambda stream=stream, said=said: (stream._last, stream.is_whole) == (said - 1, True), 30)  # type: ignore[misc]
 
 
 @contextlib.asynccontextmanager
-async def engines(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Two engines as a process."""
+async def engines(port: int, **more: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Two engines as a process; `more` are further options."""
     options = {
         "--engines": ENGINES,
         "--port": port,
@@ -73,6 +78,7 @@ async def engines(port: int) -> AsyncIterator[asyncio.subprocess.Process]:
         "--speed": 20,
         "--kv-events-port": port + ENGINES,
         "--kv-replay-port": port + 2 * ENGINES,
+        **{f"--{name.replace('_', '-')}": value for name, value in more.items()},
     }
     words = [str(word) for pair in options.items() for word in pair]
     process = await asyncio.create_subprocess_exec(
@@ -122,6 +128,7 @@ async def test_every_answer_had_cached_what_was_expected() -> None:
             assert wrong == []
             assert hits > 15
         await until(lambda: "exact" not in {one["cache_mode"] for one in scene.router.state()["replicas"]}, 30)
+        await until(lambda: not any(one["healthy"] for one in scene.router.state()["replicas"]), 60)
         async with engines(port):
             await until(lambda: all(one["healthy"] for one in scene.router.state()["replicas"]), 60)
             wrong, hits = await converse(scene, http, rng)
@@ -131,12 +138,26 @@ async def test_every_answer_had_cached_what_was_expected() -> None:
         assert [(one.restarts, one.gaps, one.losses) for one in counts] == [(1, 0, 0)] * ENGINES
 
 
+async def test_engines_with_sliding_windows_had_cached_what_was_expected() -> None:
+    """A hybrid model's: to the token what both of its groups of layers have, which is less than one of them has."""
+    rng, port = random.Random(2), free_ports(3 * ENGINES)
+    async with contextlib.AsyncExitStack() as stack:
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False, timeout=30))
+        await stack.enter_async_context(engines(port, window_tokens=2 * BLOCK + 1, window_cache_tokens=12 * BLOCK))
+        scene = await stack.enter_async_context(gateway(port))
+        wrong, hits = await converse(scene, http, rng)
+        assert wrong == []
+        assert 5 < hits < 35
+        blocks = [one for source in scene.router.services.caches.sources for one in source.blocks()]
+        assert [(one.is_hybrid, one.flaw) for one in blocks] == [(True, "")] * ENGINES
+
+
 async def converse(scene: Scene, http: httpx.AsyncClient, rng: random.Random) -> tuple[list[Any], int]:
     """Forty turns of six conversations: where an expectation was wrong, and how often something was cached."""
     talks = [[{"role": "user", "content": said(rng, rng.randrange(5, 200))}] for _ in range(6)]
     wrong, hits = [], 0
     for turn in range(40):
-        await scene.known()
+        await scene.known(http)
         talk = rng.choice(talks)
         cached, expected, mode = await scene.ask(http, talk)
         hits += cached > 0

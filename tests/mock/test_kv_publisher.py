@@ -171,7 +171,7 @@ class TestOnTheWire:
                     follow(batch, known)
                 assert len(known) * 16 <= 1600
                 assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] <= 1600
-            assert len(known) == server.engine.adapter.live.engine._pool.cached
+            assert len(known) == server.engine.adapter.live.engine._blocks.pool.cached
             await ask(server, "/reset_prefix_cache", {})
             _, _, batch = await subscriber.next()
         assert batch.events == (AllCleared(),)

@@ -20,9 +20,9 @@ from tests.replay.fleets import fleet, replayed, shared_prefix
 SMALL = SimulatedFleet(default=EngineOptions(cache_tokens=40_000))
 
 
-def expectations(config: FleetConfig, tells: bool | None) -> dict[str, list[float]]:
+def expectations(config: FleetConfig, tells: bool | None, simulated: SimulatedFleet = SMALL) -> dict[str, list[float]]:
     """By how many tokens the expectation for the served replica was wrong, by how its cache was known."""
-    run = replayed(shared_prefix(300, prompts=40, rate_per_s=4.0), config, fleet=SMALL, tells=tells)
+    run = replayed(shared_prefix(300, prompts=40, rate_per_s=4.0), config, fleet=simulated, tells=tells)
     traces: dict[str, Trace] = {}
     dispatch = run.router.dispatch
 
@@ -60,6 +60,14 @@ def test_what_engines_tell_is_what_they_then_find_in_their_caches(config: FleetC
     errors = expectations(config, tells=True)
     assert len(errors["exact"]) > 200  # the others: prompts under way, and homes of beginnings that nobody holds
     assert "observed" not in errors
+    assert right(errors["exact"]) > 0.95
+
+
+def test_so_it_is_with_hybrid_models(config: FleetConfig) -> None:
+    """Whose layers with a sliding window forget by themselves, so that less is found than full attention has."""
+    options = attrs.evolve(SMALL.default, window_tokens=1025, window_cache_tokens=6_000)
+    errors = expectations(config, tells=True, simulated=SimulatedFleet(default=options))
+    assert len(errors["exact"]) > 100
     assert right(errors["exact"]) > 0.95
 
 

@@ -375,7 +375,7 @@ def history(
 
 def check(one: Engine) -> None:
     """What holds at every moment: the requests hold exactly the blocks that are held, and no more than there are."""
-    pool = one._pool
+    pool = one._blocks.pool
     running = list(one._running)
     shared = {block for each in running for block in each.hashes[: each.shared]}
     assert pool.held == len(shared) + sum(each.held - each.shared for each in running) <= pool.capacity
