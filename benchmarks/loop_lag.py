@@ -44,7 +44,7 @@ from kvfleet.trace.store import TraceStore
 
 LIMIT_S = 0.005
 LOOK_S = 0.0005
-PATH = "/v1/chat/completions"
+PATH, MESSAGES = "/v1/chat/completions", "/v1/messages"
 MODELS, TENANTS = 200, 3000
 SSE = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
@@ -181,12 +181,32 @@ def _serve(one: socket.socket) -> None:
 
 
 def _answer(line: bytes) -> bytes:
-    choice = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
-    body = orjson.dumps({"id": "c", "model": "m", "choices": [choice], "usage": usage})
-    if b"/chat/" not in line:
-        body = b'{"object":"list","data":[]}'
-    return b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+    """As an engine that has Anthropic's API and not OpenAI's Responses, which are chats to it."""
+    path = line.split()[1].partition(b"/v1/")[2]
+    body = orjson.dumps(_ANSWERS.get(path, {"object": "list", "data": []}))
+    status = b"404 Not Found" if path == b"responses" else b"200 OK"
+    return b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (status, len(body), body)
+
+
+_USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+_ANSWERS: Mapping[bytes, Any] = {
+    b"chat/completions": {
+        "id": "c",
+        "model": "m",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}],
+        "usage": _USAGE,
+    },
+    b"completions": {"id": "c", "choices": [{"index": 0, "text": "Yes.", "finish_reason": "stop"}], "usage": _USAGE},
+    b"messages": {
+        "id": "c",
+        "type": "message",
+        "role": "assistant",
+        "model": "m",
+        "content": [{"type": "text", "text": "Yes."}],
+        "stop_reason": "end_turn",
+        "usage": {"input_tokens": 5, "output_tokens": 2},
+    },
+}
 
 
 def _streamed(body: Mapping[str, Any]) -> bytes:
@@ -206,11 +226,15 @@ class Place:
     connection: http.client.HTTPConnection
     file: Path
 
-    def ask(self, messages: Sequence[Mapping[str, Any]], *, times: int = 1, **more: Any) -> None:
+    def ask(self, messages: Sequence[Mapping[str, Any]], *, times: int = 1, path: str = PATH, **more: Any) -> None:
         """Ask some times."""
         body = orjson.dumps({"model": "auto", "messages": messages, **more})
         for _ in range(times):
-            self._exchange("POST", PATH, body)
+            self._exchange("POST", path, body)
+
+    def say(self, path: str, **body: Any) -> None:
+        """Ask in the words of another path."""
+        self._exchange("POST", path, orjson.dumps({"model": "auto", **body}))
 
     def get(self, path: str) -> bytes:
         """Look."""
@@ -256,6 +280,35 @@ def talk(count: int, size: int) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": f"{i} " + words(size)} for i in range(count | 1)]
 
 
+def works(count: int, size: int) -> list[dict[str, Any]]:
+    """An agent's conversation in Anthropic's words: calls of tools, and what they gave."""
+    said: list[dict[str, Any]] = [{"role": "user", "content": "Go on."}]
+    for i in range(count // 2):
+        call = {"type": "tool_use", "id": f"t{i}", "name": "read", "input": {"path": f"a/{i}", "lines": [1, 2]}}
+        result = {"type": "tool_result", "tool_use_id": f"t{i}", "content": parts(words(size))}
+        said += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    return said
+
+
+def items(count: int, size: int) -> list[dict[str, Any]]:
+    """The same in the words of OpenAI's Responses."""
+    said: list[dict[str, Any]] = [{"role": "user", "content": "Go on."}]
+    for i in range(count // 2):
+        said.append({"type": "function_call", "call_id": f"t{i}", "name": "read", "arguments": "{}"})
+        said.append({"type": "function_call_output", "call_id": f"t{i}", "output": words(size)})
+    return said
+
+
+def tools(count: int, size: int) -> list[dict[str, Any]]:
+    """The same in the words of a chat."""
+    said: list[dict[str, Any]] = [{"role": "user", "content": "Go on."}]
+    for i in range(count // 2):
+        call = {"id": f"t{i}", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+        said.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        said.append({"role": "tool", "tool_call_id": f"t{i}", "content": parts(words(size))})
+    return said
+
+
 def reload_it(place: Place) -> None:
     """Reload twice, with clients that go on meanwhile."""
     for _ in range(2):
@@ -287,7 +340,15 @@ CASES: Mapping[str, Callable[[Place], object]] = {
     "of 4 MB in one message": lambda p: p.ask(says(words(4_000_000))),
     "of 4 MB of Chinese": lambda p: p.ask(says(words(1_300_000, seed="快速的棕色狐狸跳过了懒狗"))),
     "of 4 MB in 2000 messages": lambda p: p.ask(talk(2000, 2000)),
+    "of 4 MB in 2000 calls of tools": lambda p: p.ask(tools(2000, 4000)),
     "of a picture of 4 MB": lambda p: p.ask(shows(4_000_000)),
+    "/v1/messages, 4 MB in one message": lambda p: p.ask(says(words(4_000_000)), path=MESSAGES, max_tokens=9),
+    "/v1/messages, 4 MB in 2000 messages": lambda p: p.ask(talk(2000, 2000), path=MESSAGES, max_tokens=9),
+    "/v1/messages, 4 MB in 2000 calls": lambda p: p.ask(works(2000, 4000), path=MESSAGES, max_tokens=9),
+    "/v1/responses, 4 MB in one text": lambda p: p.say("/v1/responses", input=words(4_000_000)),
+    "/v1/responses, 4 MB in 2000 items": lambda p: p.say("/v1/responses", input=items(2000, 4000)),
+    "/v1/completions, 4 MB": lambda p: p.say("/v1/completions", prompt=words(4_000_000)),
+    "/v1/embeddings, 4 MB in 2000 texts": lambda p: p.say("/v1/embeddings", input=[words(2000)] * 2000),
     "stream with events of 1 KB": lambda p: p.ask(says("Hello"), stream=True, seed=1000),
     "stream with events of 1 MB": lambda p: p.ask(says("Hello"), stream=True, seed=1_000_000),
     "/v1/models": lambda p: p.get("/v1/models"),
@@ -313,8 +374,10 @@ def fleet(engine: str, folder: Path) -> Path:
         }
         for i in range(MODELS)
     ]
+    embedder = {"name": "embedder", "provider": "vllm", "endpoint": f"{engine}/e"}
+    free = {"cost_per_1k_input_tokens": 0.0, "cost_per_1k_output_tokens": 0.0}
     data = {
-        "models": models,
+        "models": [*models, {**embedder, "capabilities": {"model_type": "embedding"}, **free}],
         "policy": {"enabled": True, "pii_detection": True},
         "budget": {"enabled": True, "monthly_budget_usd": 1e9, "per_request_max_usd": None},
         "tenants": {f"tenant-{i}": {"budget": {"enabled": True, "monthly_budget_usd": 1000}} for i in range(TENANTS)},

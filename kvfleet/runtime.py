@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import anyio
+import anyio.to_thread
 
 from kvfleet.adapters.base import (
     EndpointHealth,
     InferenceAdapter,
 )
-from kvfleet.adapters.call import LARGE_BYTES
 from kvfleet.adapters.connections import Connections
-from kvfleet.builtin.facts import PROMPT
+from kvfleet.builtin.facts import PROMPT, PromptFacts
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
 from kvfleet.config.schema import FleetConfig, ModelConfig
@@ -290,7 +290,7 @@ class Router(Conversations):
         if self._background is None:
             await self.open()
         ctx, select = self.prepare(request)
-        if len(request.raw) > LARGE_BYTES:
+        if request.is_large:
             await self._lay_out(ctx)
         route = Route(
             pipeline=self.pipeline,
@@ -416,6 +416,8 @@ class Router(Conversations):
 
     async def _lay_out(self, ctx: RoutingContext) -> None:
         """Have a large prompt made ready for those stages that would take long over it, before it is their turn."""
+        facts = await anyio.to_thread.run_sync(PromptFacts.of, ctx.request)
+        ctx.facts[PROMPT] = facts  # type: ignore[index]  # a fresh mapping, which grows in place
         for stage in self.pipeline.stages:
             if callable(lay_out := getattr(stage.component, "lay_out", None)):
                 ctx.facts[PROMPT] = await lay_out(ctx)  # type: ignore[index]  # a fresh mapping, which grows in place

@@ -24,9 +24,9 @@ from kvfleet.builtin.facts import (
 from kvfleet.config.fields import choice, listing, text
 from kvfleet.errors import ComponentError
 from kvfleet.plugin.component import Component, Services, Stability
-from kvfleet.plugin.contract import Fact, Kind, RoutingContext
+from kvfleet.plugin.contract import Fact, Kind, RouteRequest, RoutingContext
 from kvfleet.plugin.spec import hookimpl
-from kvfleet.policy.pii import PIIDetector
+from kvfleet.policy.pii import PIIDetectionResult, PIIDetector
 from kvfleet.router.language import PromptLanguage, detect_language, primary_language
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
 from kvfleet.router.prototypes import Prototypes, keyword_weights, shipped_prototypes
@@ -63,7 +63,10 @@ class ModalityClassifier:
         """Gives `MODALITY`."""
         if ctx.request.operation is not Operation.CHAT:
             return {MODALITY: TEXT_ONLY}
-        return {MODALITY: detect_modality(messages_of(ctx.request.body))}
+        messages = messages_of(ctx.request.body)
+        if ctx.request.is_large:
+            return {MODALITY: await anyio.to_thread.run_sync(detect_modality, messages)}
+        return {MODALITY: detect_modality(messages)}
 
 
 @attrs.frozen
@@ -153,10 +156,15 @@ class PIIClassifier:
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `PII`."""
+        if ctx.request.is_large:
+            return {PII: await anyio.to_thread.run_sync(self._look_through, ctx.request)}
         texts = all_texts(ctx.request)
         if sum(map(len, texts)) > _MOST_ON_THE_LOOP:
             return {PII: await anyio.to_thread.run_sync(self._detector.detect_all, texts)}
         return {PII: self._detector.detect_all(texts)}
+
+    def _look_through(self, request: RouteRequest) -> PIIDetectionResult:
+        return self._detector.detect_all(all_texts(request))
 
 
 @hookimpl

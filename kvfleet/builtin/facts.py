@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import anyio.to_thread
 import attrs
 
 from kvfleet.adapters.call import Operation
@@ -153,9 +154,8 @@ class PromptFacts:
         return self._blocks
 
     async def blocks_in_turns(self, seed: int, block_bytes: int) -> PromptBlocks:
-        """The same for a large prompt: others have their turn before it is laid out, and before it is hashed."""
-        await asyncio.sleep(0)
-        laid = self._laid_out()
+        """The same for a large prompt: others go on while it is laid out, and have their turn before it is hashed."""
+        laid = await anyio.to_thread.run_sync(self._laid_out)
         await asyncio.sleep(0)
         self._blocks_key = (seed, block_bytes)
         return self._keep(byte_blocks(laid, seed, block_bytes))

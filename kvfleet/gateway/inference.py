@@ -51,13 +51,6 @@ class Inference:
         self._max_body_bytes = config.max_body_bytes
         self._renames_answers = config.response_id == "request"
 
-    async def _body_of(self, exchange: Exchange) -> bytes:
-        """The body; before a large one is parsed, others have their turn."""
-        raw = await exchange.body(self._max_body_bytes)
-        if len(raw) > LARGE_BYTES:
-            await asyncio.sleep(0)
-        return raw
-
     async def infer(self, operation: Operation, exchange: Exchange) -> None:
         """Answer one call of OpenAI's."""
         raw = await exchange.body(self._max_body_bytes)
@@ -96,11 +89,13 @@ class Inference:
     # Other APIs than OpenAI's chat
 
     async def _read_as(self, surface: Surface, exchange: Exchange) -> tuple[Asked, RouteRequest]:
-        raw = await self._body_of(exchange)
-        caller, headers = exchange.caller, exchange.headers
-        asked, request = self._reader.read_as(
-            surface, raw, headers, exchange.request_id, fields=exchange.fields, key=caller.name
-        )
+        raw = await exchange.body(self._max_body_bytes)
+        caller, headers, request_id = exchange.caller, exchange.headers, exchange.request_id
+        fields, key, reader = exchange.fields, caller.name, self._reader
+        if len(raw) <= LARGE_BYTES:
+            asked, request = reader.read_as(surface, raw, headers, request_id, fields=fields, key=key)
+        else:
+            asked, request = await reader.read_as_in_turns(surface, raw, headers, request_id, fields=fields, key=key)
         return asked, bind(request, caller)
 
     async def converse(self, surface: Surface, exchange: Exchange) -> None:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import anyio.to_thread
 import attrs
 import orjson
 import xxhash
@@ -38,6 +39,12 @@ def parse(raw: bytes, most_depth: int = MOST_DEPTH) -> Body:
     Raises:
         BadRequestError: if it is not one; says at which character, never what stands there.
     """
+    body = _loaded(raw)
+    _check_depth(body, raw, most_depth)
+    return body
+
+
+def _loaded(raw: bytes) -> Body:
     if not raw:
         raise BadRequestError("the request has no body; send a JSON object")
     try:
@@ -50,10 +57,13 @@ def parse(raw: bytes, most_depth: int = MOST_DEPTH) -> Body:
     keys = "".join(body)
     if not (keys.isascii() and keys.islower()):
         _check_spelling(body)
+    return body
+
+
+def _check_depth(body: Body, raw: bytes, most_depth: int) -> None:
     # What opens no more brackets than that cannot be deeper: only what opens more is looked at again.
     if _opens_more(raw, most_depth) and _is_deeper(body, most_depth):
         raise BadRequestError(f"the request body is nested deeper than {most_depth} levels", code="invalid_json")
-    return body
 
 
 _READ = frozenset(
@@ -142,11 +152,15 @@ class RequestReader:
     async def read_in_turns(
         self, operation: Operation, raw: bytes, headers: Headers, request_id: str, *, key: str = ""
     ) -> RouteRequest:
-        """The same for a large body: others have their turn before it is parsed, and before it is checked."""
+        """The same for a large body: others have their turn before it is parsed, and go on while it is checked."""
         await asyncio.sleep(0)
-        body = parse(raw, self.most_depth)
-        await asyncio.sleep(0)
-        _CHECKS[operation](body)
+        body = _loaded(raw)
+
+        def check() -> None:
+            _check_depth(body, raw, self.most_depth)
+            _CHECKS[operation](body)
+
+        await anyio.to_thread.run_sync(check)
         return self._request(operation, body, raw, headers=headers, request_id=request_id, key=key)
 
     def read_as(
@@ -164,10 +178,34 @@ class RequestReader:
         Raises:
             BadRequestError: naming the field or header that is wrong.
         """
-        asked = surface.read(parse(raw, self.most_depth), fields)
-        _check_chat(asked.chat)
+        asked = _asked(surface, parse(raw, self.most_depth), fields)
+        return asked, self._as_chat(asked, len(raw), headers, request_id, key)
+
+    async def read_as_in_turns(
+        self,
+        surface: Surface,
+        raw: bytes,
+        headers: Headers,
+        request_id: str,
+        *,
+        fields: Sequence[tuple[bytes, bytes]],
+        key: str = "",
+    ) -> tuple[Asked, RouteRequest]:
+        """The same for a large body, as `read_in_turns`."""
+        await asyncio.sleep(0)
+        body = _loaded(raw)
+
+        def read() -> Asked:
+            _check_depth(body, raw, self.most_depth)
+            return _asked(surface, body, fields)
+
+        asked = await anyio.to_thread.run_sync(read)
+        return asked, self._as_chat(asked, len(raw), headers, request_id, key)
+
+    def _as_chat(self, asked: Asked, size: int, headers: Headers, request_id: str, key: str) -> RouteRequest:
         request = self._request(Operation.CHAT, asked.chat, b"", headers=headers, request_id=request_id, key=key)
-        return asked, request.changed(native=asked.native, session=request.session or asked.session)
+        session = request.session or asked.session
+        return request.changed(native=asked.native, session=session, body_bytes=size)
 
     def read_any(self, raw: bytes, headers: Headers, request_id: str, *, key: str = "") -> RouteRequest:
         """The request of a dry run, whose operation is the one its fields belong to.
@@ -212,6 +250,13 @@ class RequestReader:
             first_byte_s=limits.first_byte_s,
             first_byte_by=limits.first_byte_by,
         )
+
+
+def _asked(surface: Surface, body: Body, fields: Sequence[tuple[bytes, bytes]]) -> Asked:
+    """What is asked over a surface, of which a chat is made that is checked as any other."""
+    asked = surface.read(body, fields)
+    _check_chat(asked.chat)
+    return asked
 
 
 def _model(body: Body) -> str:

@@ -10,10 +10,11 @@ import asyncio
 import math
 from collections.abc import Callable, Mapping
 
+import anyio.to_thread
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import LARGE_BYTES, Call, Reply, Tally, Usage
+from kvfleet.adapters.call import Call, Reply, Tally, Usage
 from kvfleet.adapters.native import fitted
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
@@ -230,13 +231,16 @@ class _One:
         self.started_s = made.clock.now_s()
         if not made.services.health.begin(candidate.endpoint):
             raise BackendError(Fault.CIRCUIT_OPEN, "its circuit breaker is half-open, and another call is its probe")
-        is_large = len(made.request.raw) > LARGE_BYTES
+        is_large = made.request.is_large
         if is_large:
             await asyncio.sleep(0)
         self._reserved = reserved = made.services.load.started(candidate.id, made.begins(candidate))
-        if is_large:
-            await asyncio.sleep(0)
-        call = made.call_for(candidate, self.begun[1], self.named, self.rewrite)
+        if is_large and made.request.native is not None:  # each of its messages may have to be written anew
+            call = await anyio.to_thread.run_sync(made.call_for, candidate, self.begun[1], self.named, self.rewrite)
+        else:
+            if is_large:
+                await asyncio.sleep(0)
+            call = made.call_for(candidate, self.begun[1], self.named, self.rewrite)
         reply = await made.adapters[candidate.id].send(call)
         left = self._limits.heard(reply.headers)
         if left is not None:

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 import attrs
 
-from kvfleet.adapters.call import Native, Operation
+from kvfleet.adapters.call import LARGE_BYTES, Native, Operation
 from kvfleet.config.schema import ModelConfig
 from kvfleet.errors import ContractError
 from kvfleet.router.scoring import Column
@@ -58,7 +58,8 @@ class RouteRequest:
     Attributes:
         operation: What is asked.
         body: The OpenAI body, parsed; never changed in place.
-        raw: The same, as the client sent it; empty if it came from Python.
+        raw: The same, as the client sent it; empty if it came from Python, or in the words of another API.
+        body_bytes: How long the client's own words are, in bytes, where `raw` is not they.
         model: The model asked for; ``auto`` leaves the choice open.
         models: The only models allowed; None for all.
         allowlist: The same as the caller wrote it, before the name of the model asked for narrowed it; filled in as
@@ -83,6 +84,7 @@ class RouteRequest:
     operation: Operation = Operation.CHAT
     body: Mapping[str, Any]
     raw: bytes = b""
+    body_bytes: int = 0
     model: str = "auto"
     models: frozenset[str] | None = None
     allowlist: frozenset[str] | None = None
@@ -106,6 +108,11 @@ class RouteRequest:
     first_byte_by: str = ""
     seed: int | None = None
     native: Native | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """True if what is done with its whole body is to be done in turns of their own, or in a thread."""
+        return (len(self.raw) or self.body_bytes) > LARGE_BYTES
 
     @property
     def patience_s(self) -> float | None:

@@ -7,6 +7,7 @@ import httpx
 import orjson
 import pytest
 
+from kvfleet.adapters.call import LARGE_BYTES
 from kvfleet.config.access import BudgetConfig
 from kvfleet.config.schema import (
     FleetConfig,
@@ -35,6 +36,18 @@ ANSWER = whole(
         }
     )
 )
+NATIVE = whole(
+    orjson.dumps(
+        {
+            "id": "c",
+            "type": "message",
+            "role": "assistant",
+            "content": [{"type": "text", "text": "Yes."}],
+            "stop_reason": "end_turn",
+            "usage": {"input_tokens": 5, "output_tokens": 2},
+        }
+    )
+)
 
 
 @attrs.define
@@ -53,24 +66,80 @@ def fleet(url: str, name: str) -> FleetConfig:
     return FleetConfig(models=(model,), telemetry=QUIET, policy=PolicyConfig(enabled=True, pii_detection=True))
 
 
-@pytest.mark.parametrize("surface", [PATH, "/v1/messages"])
-async def test_a_prompt_of_megabytes_arrives_as_it_was_sent(surface: str) -> None:
+BODIES = {
+    PATH: {"messages": [{"role": "user", "content": LONG}], "max_tokens": 9},
+    "/v1/messages": {"messages": [{"role": "user", "content": LONG}], "max_tokens": 9},
+    "/v1/responses": {"input": LONG, "max_output_tokens": 9},
+    "/v1/completions": {"prompt": LONG, "max_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_prompt_of_megabytes_arrives_as_it_was_sent(path: str) -> None:
     """Byte by byte, but for the model's name; and the next one with that beginning is expected where it was."""
     async with upstream(ANSWER) as engine:
         seen = Seen()
         router = Router(fleet(engine.url, "m"), polls=False, sinks=[seen])
         async with running(router.config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
-            messages = [{"role": "user", "content": LONG}]
-            raw = orjson.dumps({"model": "m", "messages": messages, "max_tokens": 9})
+            raw = orjson.dumps({"model": "m", **BODIES[path]})
             for _ in range(2):
-                answer = await client.post(surface, content=raw, headers={"content-type": "application/json"})
-                assert answer.status_code == 200
+                answer = await client.post(path, content=raw, headers={"content-type": "application/json"})
+                assert answer.status_code == 200, answer.text
             got = engine.requests[-1].partition(b"\r\n\r\n")[2]
-            if surface == PATH:
+            if path in (PATH, "/v1/completions"):
                 assert got == raw.replace(b'"model":"m"', b'"model":"served"')
             else:
-                assert orjson.loads(got)["messages"] == messages
+                assert orjson.loads(got)["messages"] == [{"role": "user", "content": LONG}]
             assert seen.explanations[-1].candidates[0].cached_tokens == pytest.approx(len(LONG) / 4, rel=0.01)
+
+
+CALLS = 3000
+
+
+@pytest.mark.parametrize("speaks", [True, False])
+async def test_an_agents_long_conversation_is_the_same_large_or_small(speaks: bool) -> None:
+    """Thousands of calls of tools over Anthropic's API, to an engine that has it and to one that has chats alone."""
+    said: list[dict[str, object]] = [{"role": "user", "content": "Go on."}]
+    for number in range(CALLS):
+        call = {"type": "tool_use", "id": f"t{number}", "name": "read", "input": {"path": f"a/{number}"}}
+        result = {"type": "tool_result", "tool_use_id": f"t{number}", "content": [{"type": "text", "text": "x" * 200}]}
+        said += [{"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    body = {"model": "m", "max_tokens": 9, "messages": said}
+    assert len(orjson.dumps(body)) > LARGE_BYTES
+    async with upstream(NATIVE if speaks else ANSWER) as engine:
+        config = fleet(engine.url, "m")
+        if speaks:
+            model = attrs.evolve(config.models[0], options={"surfaces": ["messages"]})
+            config = attrs.evolve(config, models=(model,))
+        router = Router(config, polls=False)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            answer = await client.post("/v1/messages", json=body)
+            assert answer.status_code == 200, answer.text
+            got = orjson.loads(engine.requests[-1].partition(b"\r\n\r\n")[2])
+    if speaks:
+        assert got["messages"] == said
+    else:
+        asked, *rest = got["messages"]
+        assert asked == said[0]
+        assert [one["role"] for one in rest] == ["assistant", "tool"] * CALLS
+        assert [one["tool_call_id"] for one in rest[1::2]] == [f"t{number}" for number in range(CALLS)]
+        assert {one["content"] for one in rest[1::2]} == {"x" * 200}
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", PATH])
+async def test_a_large_body_is_checked_as_a_small_one(path: str) -> None:
+    """What is wrong is said in the words of the path, whoever looks; also of what is nested too deep."""
+    deep: object = "x"
+    for _ in range(100):
+        deep = [deep]
+    wrong = {"messages": [{"role": "user", "content": LONG}, {"role": "user", "content": 5}], "input": [5, LONG]}
+    kept = {"/v1/responses": ["input"]}.get(path, ["messages"])
+    async with running(fleet("http://127.0.0.1:9", "m")) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+        bad = await client.post(path, json={"model": "m", **{key: wrong[key] for key in kept}})
+        nested = await client.post(path, json={"model": "m", **BODIES[path], "deep": deep})
+    assert (bad.status_code, nested.status_code) == (400, 400)
+    assert bad.json()["error"]["message"].startswith(("messages[1]", "input[0]"))
+    assert nested.json()["error"]["message"] == "the request body is nested deeper than 64 levels"
 
 
 async def test_events_of_a_megabyte_pass_whole() -> None:
