@@ -117,7 +117,7 @@ class Site:
     async def lags(self) -> Counter[float]:
         """How often the gateway's loop was late, by the bounds of its histogram."""
         said = (await self.get("/metrics")).decode()
-        found = re.findall(r'kvfleet_event_loop_lag_seconds_bucket\{le="([^"]+)"\} (\S+)', said)
+        found = re.findall(r'kvfleet_event_loop_lag_seconds_bucket\{[^}]*le="([^"]+)"[^}]*\} (\S+)', said)
         return Counter({float(bound): int(float(count)) for bound, count in found})
 
 

@@ -41,6 +41,7 @@ from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.policy.shared_minutes import SharedMinute
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.telemetry.kv_metrics import show_caches
+from kvfleet.telemetry.loop_lag import LoopLag
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
 from kvfleet.trace.spans import Span, SpanKind
@@ -137,6 +138,7 @@ class Router(Conversations):
         self._keys = {id(stage.component): stage.key for stage in self.pipeline.all_stages}
         self._lent: frozenset[int] = frozenset(map(id, (self.connections, *given.values()))) if before else frozenset()
         self._turn = Turn()
+        self.lag: LoopLag | None = LoopLag(self.services.metrics) if before is None and polls else None
         if before is None:
             self._turn.begin()
 
@@ -158,6 +160,8 @@ class Router(Conversations):
         """End the background work and close every component and connection; twice is harmless."""
         self._is_closed = True
         self._stop.set()
+        if self.lag is not None:
+            self.lag.stop()
         if self._background is not None:
             task, self._background = self._background, None
             try:
@@ -189,6 +193,8 @@ class Router(Conversations):
         for component in self.pipeline.components:
             if callable(aopen := getattr(component, "aopen", None)):
                 await aopen()
+        if self.lag is not None:
+            self.lag.start()
         async with anyio.create_task_group() as group:
             group.start_soon(self._observing.run)
             if self._polls:
@@ -251,6 +257,7 @@ class Router(Conversations):
         self.services.metrics.succeed(before.services.metrics)
         self.connections.event_bytes = self.config.gateway.limits.max_event_bytes
         self._lent, before._lent = before._lent, self._lent
+        self.lag, before.lag = before.lag, None
         self._turn.begin()
 
     def _publish(self, component: Any, payload: bytes) -> None:

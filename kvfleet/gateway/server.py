@@ -379,6 +379,8 @@ async def _open_router(
         minutes=None if seat is None else seat.minute,
     )
     metrics = router.services.metrics
+    if seat is not None and router.lag is not None:
+        router.lag.worker = seat.number
     if store is not None:
         metrics.read("kvfleet_trace_store_dropped_total", lambda: store.dropped)
     return router

@@ -12,7 +12,6 @@ from kvfleet.config.schema import FleetConfig
 from kvfleet.plugin.component import Services
 from kvfleet.telemetry.collector import Collector
 from kvfleet.telemetry.kv_watch import CacheWatch
-from kvfleet.telemetry.loop_lag import LoopLag
 from kvfleet.telemetry.outliers import Outliers
 
 __all__ = ["Watching"]
@@ -53,7 +52,6 @@ class Watching:
         """Ask and listen until cancelled."""
         services = self.services
         async with anyio.create_task_group() as group:
-            group.start_soon(LoopLag(services.metrics).run)
             group.start_soon(self.collector.run)
             group.start_soon(Outliers(services.health, services.load, self.config.health.outlier_detection).run)
             group.start_soon(self.caches.run)

@@ -136,8 +136,15 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo(
         "kvfleet_event_loop_lag_seconds",
         "histogram",
-        (),
+        ("worker",),
         "How late the event loop was: what one request's work makes others wait.",
+        _OVERHEAD,
+    ),
+    MetricInfo(
+        "kvfleet_event_loop_held_seconds",
+        "histogram",
+        ("worker",),
+        "The part of that in which the gateway had the CPU; the rest is the machine's.",
         _OVERHEAD,
     ),
     MetricInfo(

@@ -23,6 +23,7 @@ from kvfleet.gateway.reload import FleetFile, needs_restart
 from kvfleet.gateway.server import Serving, running
 from kvfleet.plugin.manager import discover
 from kvfleet.runtime import Router
+from kvfleet.telemetry.loop_lag import LOOP_LAG
 
 TABLE = discover()
 ASK = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8}
@@ -147,7 +148,7 @@ async def test_what_was_before_is_closed_and_gone(tmp_path: Path) -> None:
 async def test_a_request_is_answered_to_its_end_by_the_fleet_it_came_to(tmp_path: Path) -> None:
     """A stream of a model that a reload removes goes on to its end, and its replica is known until then."""
     slow = fleet("old")
-    slow["models"][0]["options"] = {"decode_ms_per_token": 20, "reply": "word " * 30}  # type: ignore[index]
+    slow["models"][0]["options"] = {"decode_ms_per_token": 20, "reply": "word " * 150}  # type: ignore[index]
     async with reloadable(tmp_path, slow) as one:
         asked = asyncio.create_task(ask(one.client, "old"))
         before, load = one.serving.router, one.serving.router.services.load
@@ -213,6 +214,24 @@ class TestRefusal:
                 for headers in ({}, {"authorization": "Bearer client-key"}, {"authorization": "Bearer admin-key"})
             ]
         assert statuses == [401, 403, 200]
+
+
+async def test_the_loop_is_watched_on_over_reloads(tmp_path: Path) -> None:
+    """By one watch, which also sees what the change itself takes; by none once the gateway has ended."""
+    async with reloadable(tmp_path, fleet("a")) as one:
+        first = one.serving.router
+        watch = first.lag
+        assert watch is not None
+        for _ in range(3):
+            assert (await one.reload()).status_code == 200
+        assert (first.lag, one.serving.router.lag) == (None, watch)
+        (before,) = await one.metrics("kvfleet_event_loop_lag_seconds_count")
+        await until(lambda: sum(watch.metrics.histogram(LOOP_LAG, "0").counts) > before)
+        (held,) = await one.metrics("kvfleet_event_loop_held_seconds_count")
+        assert held > before
+    ended = sum(watch.metrics.histogram(LOOP_LAG, "0").counts)
+    await asyncio.sleep(0.2)
+    assert sum(watch.metrics.histogram(LOOP_LAG, "0").counts) == ended
 
 
 async def test_no_booking_is_lost_while_accounts_move(tmp_path: Path) -> None:
