@@ -12,7 +12,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.anthropic_blocks import Blocks
-from kvfleet.adapters.call import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage, count_of
 from kvfleet.adapters.faults import from_answer
 from kvfleet.adapters.translation import Chunks, Framing, Translation, arguments_text, wants_usage
 from kvfleet.errors import BackendError
@@ -63,13 +63,15 @@ def usage_of(usage: Mapping[str, Any] | None) -> Usage | None:
     >>> usage_of({"input_tokens": 5, "cache_read_input_tokens": 100, "output_tokens": 7}).prompt_tokens
     105
     """
-    if not usage:
+    if not isinstance(usage, Mapping) or not usage:
         return None
     read, written = usage.get("cache_read_input_tokens"), usage.get("cache_creation_input_tokens")
-    prompt = (usage.get("input_tokens") or 0) + (read or 0) + (written or 0)
-    said = usage.get("output_tokens") or 0
-    thought = (usage.get("output_tokens_details") or {}).get("thinking_tokens")
-    return Usage(prompt, said, prompt + said, read, cache_creation_tokens=written, reasoning_tokens=thought)
+    parts = [count_of(part or 0) for part in (usage.get("input_tokens"), read, written)]
+    if None in parts:
+        return None
+    details = usage.get("output_tokens_details")
+    thought = details.get("thinking_tokens") if isinstance(details, Mapping) else None
+    return Usage.told(sum(part or 0 for part in parts), usage.get("output_tokens"), read, written, thought)
 
 
 @attrs.define(kw_only=True)

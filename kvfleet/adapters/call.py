@@ -11,7 +11,19 @@ from typing import Any
 
 import attrs
 
-__all__ = ["LARGE_BYTES", "OWN_COMMENT", "Call", "Limits", "Native", "Operation", "Reply", "Tally", "Usage"]
+__all__ = [
+    "LARGE_BYTES",
+    "MOST_TOKENS",
+    "OWN_COMMENT",
+    "Call",
+    "Limits",
+    "Native",
+    "Operation",
+    "Reply",
+    "Tally",
+    "Usage",
+    "count_of",
+]
 
 
 OWN_COMMENT = b": kvfleet: "
@@ -34,12 +46,30 @@ class Operation(enum.StrEnum):
         return _PATHS[self]
 
 
+_NOTHING: Mapping[str, Any] = {}
 _PATHS = {
     Operation.CHAT: "/v1/chat/completions",
     Operation.COMPLETION: "/v1/completions",
     Operation.EMBEDDING: "/v1/embeddings",
     Operation.RERANK: "/v1/rerank",
 }
+
+
+MOST_TOKENS = 1_000_000_000
+"""More than any engine reads or writes for one request: a count beyond it is a mistake, and would be money."""
+
+
+def count_of(value: Any) -> int | None:
+    """A number of tokens as an engine tells it; None for what cannot be one.
+
+    >>> [count_of(value) for value in (7, 7.0, 0, -7, 1.5, "7", True, 1e300, float("nan"), None)]
+    [7, 7, 0, None, None, None, None, None, None, None]
+    """
+    if type(value) is int:
+        return value if 0 <= value <= MOST_TOKENS else None
+    if type(value) is float and value.is_integer():
+        return count_of(int(value))
+    return None
 
 
 @attrs.frozen
@@ -60,18 +90,38 @@ class Usage:
     @classmethod
     def from_openai(cls, usage: Mapping[str, Any] | None) -> Usage | None:
         """Read an OpenAI ``usage`` object; None for none."""
-        if not usage:
+        if not isinstance(usage, Mapping) or not usage:
             return None
-        prompt = int(usage.get("prompt_tokens") or 0)
-        completion = int(usage.get("completion_tokens") or 0)
-        details = usage.get("prompt_tokens_details") or {}
+        inward, outward = usage.get("prompt_tokens_details"), usage.get("completion_tokens_details")
+        inward = inward if isinstance(inward, Mapping) else _NOTHING
+        return cls.told(
+            usage.get("prompt_tokens"),
+            usage.get("completion_tokens"),
+            inward.get("cached_tokens"),
+            inward.get("cache_creation_tokens"),
+            outward.get("reasoning_tokens") if isinstance(outward, Mapping) else None,
+            total=usage.get("total_tokens"),
+        )
+
+    @classmethod
+    def told(
+        cls, prompt: Any, said: Any, cached: Any = None, written: Any = None, thought: Any = None, *, total: Any = None
+    ) -> Usage | None:
+        """What an engine says it counted; None if that cannot be, which is as if it had said nothing.
+
+        Of what is missing there were none. More cached tokens than the prompt has are not believed either.
+        """
+        asked, answered = count_of(prompt or 0), count_of(said or 0)
+        if asked is None or answered is None:
+            return None
+        found = count_of(cached)
         return cls(
-            prompt,
-            completion,
-            int(usage.get("total_tokens") or prompt + completion),
-            details.get("cached_tokens"),
-            details.get("cache_creation_tokens"),
-            (usage.get("completion_tokens_details") or {}).get("reasoning_tokens"),
+            asked,
+            answered,
+            count_of(total) or asked + answered,
+            found if found is None or found <= asked else None,
+            count_of(written),
+            count_of(thought),
         )
 
     def to_openai(self) -> dict[str, Any]:

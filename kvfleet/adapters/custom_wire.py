@@ -204,8 +204,7 @@ class CustomCall(Translation):
             look_up(data, path) if path else None for path in (self.paths.prompt_tokens, self.paths.completion_tokens)
         ]
         if any(isinstance(count, int) for count in counts):
-            prompt, said = (count if isinstance(count, int) else 0 for count in counts)
-            self._usage = Usage(prompt, said, prompt + said)
+            self._usage = Usage.told(*[count if isinstance(count, int) else 0 for count in counts])
         elif isinstance(data.get("usage"), Mapping):
             self._usage = Usage.from_openai(data["usage"])
 

@@ -117,11 +117,13 @@ def response_usage(usage: Any) -> Usage | None:
     """
     if not isinstance(usage, Mapping) or not usage:
         return None
-    prompt, said = int(usage.get("input_tokens") or 0), int(usage.get("output_tokens") or 0)
-    inward, outward = usage.get("input_tokens_details") or {}, usage.get("output_tokens_details") or {}
+    inward, outward = usage.get("input_tokens_details"), usage.get("output_tokens_details")
+    inward = inward if isinstance(inward, Mapping) else {}
     written = inward.get("cache_write_tokens") or None
-    thought = outward.get("reasoning_tokens")
-    return Usage(prompt, said, prompt + said, inward.get("cached_tokens"), written, reasoning_tokens=thought)
+    thought = outward.get("reasoning_tokens") if isinstance(outward, Mapping) else None
+    return Usage.told(
+        usage.get("input_tokens"), usage.get("output_tokens"), inward.get("cached_tokens"), written, thought
+    )
 
 
 def _learn_response(answer: Mapping[str, Any], tally: Tally) -> None:

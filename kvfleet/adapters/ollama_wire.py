@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 
-from kvfleet.adapters.call import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage, count_of
 from kvfleet.adapters.ollama_bodies import chat_body, completion_body, embedding_body
 from kvfleet.adapters.translation import Chunks, Framing, Translation, tool_calls, wants_usage
 
@@ -35,7 +35,7 @@ def _usage(answer: Mapping[str, Any]) -> Usage | None:
     prompt, said = answer.get("prompt_eval_count"), answer.get("eval_count")
     if prompt is None and said is None:
         return None
-    return Usage(prompt or 0, said or 0, (prompt or 0) + (said or 0))
+    return Usage.told(prompt, said)
 
 
 def _more(answer: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ class OllamaEmbedding(Translation):
             {"object": "embedding", "index": index, "embedding": pack(vector)}
             for index, vector in enumerate(answer["embeddings"])
         ]
-        tokens = answer.get("prompt_eval_count") or 0
+        tokens = count_of(answer.get("prompt_eval_count")) or 0
         self.chunks.tally.usage, self.chunks.tally.is_complete = Usage(tokens, 0, tokens), True
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         model = answer.get("model") or self.chunks.model

@@ -157,7 +157,7 @@ class EventRelay(RelayedEvents):
         usage = self._read_usage(chunk)
         if usage is not None:
             tally.usage = usage
-        return self._hide_usage and usage is not None and not choices
+        return self._hide_usage and not choices and (usage is not None or bool(chunk.get("usage")))
 
 
 def _may_begin(line: bytes) -> bool:

@@ -186,10 +186,7 @@ class GenerateCall(_Call):
 
 
 def _counted(prompt: Any, said: Any) -> Usage | None:
-    if said is None:
-        return None
-    tokens = int(prompt or 0)
-    return Usage(tokens, int(said), tokens + int(said))
+    return None if said is None else Usage.told(prompt, said)
 
 
 @attrs.define(kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 import orjson
 
-from kvfleet.adapters.call import Operation, Usage
+from kvfleet.adapters.call import Operation, Usage, count_of
 from kvfleet.adapters.refusals import refuse, text_only
 from kvfleet.adapters.translation import Chunks, Framing, Translation, wants_usage
 from kvfleet.errors import BackendError, Fault
@@ -174,8 +174,8 @@ class GenerateCall(Translation):
 
     def _count(self, data: Mapping[str, Any]) -> None:
         """Token counts and finish reason, where the model gives them; output tokens come piece by piece."""
-        self._input_tokens = int(_first(data.get(self.dialect.input_tokens_field)) or self._input_tokens)
-        self._output_tokens += int(_first(data.get(self.dialect.output_tokens_field)) or 0)
+        self._input_tokens = count_of(_first(data.get(self.dialect.input_tokens_field))) or self._input_tokens
+        self._output_tokens += count_of(_first(data.get(self.dialect.output_tokens_field))) or 0
         reason = _first(data.get(self.dialect.finish_field))
         if isinstance(reason, str) and reason not in ("", "None"):  # the vLLM backend sends a printed None until then
             self._reason = "length" if reason == "length" else "stop"

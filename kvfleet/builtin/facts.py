@@ -9,7 +9,7 @@ from typing import Any
 import anyio.to_thread
 import attrs
 
-from kvfleet.adapters.call import Operation
+from kvfleet.adapters.call import MOST_TOKENS, Operation
 from kvfleet.cache.blocks import Laid, PromptBlocks, byte_blocks, render_messages
 from kvfleet.cache.fingerprints import PromptFingerprint, PromptFingerprinter, estimate_tokens
 from kvfleet.config.schema import ModelConfig
@@ -326,7 +326,8 @@ def answer_tokens(ctx: RoutingContext, usual: int) -> int:
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
     tokens = asked if isinstance(asked, int) and asked > 0 else usual
     choices = body.get("n")
-    return tokens * choices if isinstance(choices, int) and choices > 1 else tokens
+    whole = tokens * choices if isinstance(choices, int) and choices > 1 else tokens
+    return min(whole, MOST_TOKENS)  # a client may ask for any number, and no engine writes more
 
 
 def work_of(ctx: RoutingContext, model: ModelConfig) -> Work:

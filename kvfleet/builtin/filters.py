@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import attrs
 
-from kvfleet.adapters.call import Native, Operation
+from kvfleet.adapters.call import MOST_TOKENS, Native, Operation
 from kvfleet.builtin.facts import LANGUAGE, MODALITY, PROMPT
 from kvfleet.config.fields import number
 from kvfleet.config.schema import ModelConfig
@@ -215,7 +215,7 @@ _VISION, _AUDIO, _VIDEO = _Need.VISION.value, _Need.AUDIO.value, _Need.VIDEO.val
 def _answer_tokens(body: Mapping[str, Any]) -> int:
     """The longest answer the request allows; 0 if it does not say."""
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
-    return asked if isinstance(asked, int) and asked > 0 else 0
+    return min(asked, MOST_TOKENS) if isinstance(asked, int) and asked > 0 else 0
 
 
 @attrs.define

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from kvfleet.config.access import BudgetConfig
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
-from tests.gateway.upstream import SSE_HEAD, chunk, upstream
+from tests.gateway.upstream import SSE_HEAD, chunk, upstream, whole
 
 QUIET = TelemetryConfig(trace_store=TraceStoreConfig(enabled=False))
 LINE_ENDS = {"LF": b"\n", "CRLF": b"\r\n"}
@@ -81,3 +83,54 @@ async def test_done_without_a_finish_reason_is_no_end(line_end: str) -> None:
     last = answer.text.strip().splitlines()[-1]
     assert "[DONE]" not in answer.text
     assert json.loads(last[6:])["error"]["code"] == "stream_interrupted"
+
+
+USAGES: dict[str, Any] = {
+    "negative": {"prompt_tokens": -300_000, "completion_tokens": -2},
+    "endless": {"prompt_tokens": 3, "completion_tokens": 1e300},
+    "beyond 64 bits": {"prompt_tokens": 2**64 - 1, "completion_tokens": 2**63},
+    "text": {"prompt_tokens": "12", "completion_tokens": [2]},
+    "a detail that is none": {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": 5},
+    "no object": [3, 2],
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("usage", USAGES)
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_wrong_usage_harms_nobody(usage: str, is_stream: bool, tmp_path: Path) -> None:
+    """The answer is whole, the budget is charged for what was expected, and the next requests are answered too."""
+    told = {"id": "c", "object": "chat.completion.chunk", "choices": [], "usage": USAGES[usage]}
+    message = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
+    whole_answer = whole(json.dumps({**told, "object": "chat.completion", "choices": [message]}).encode())
+    streamed = stream((*WHOLE, json.dumps(told).encode(), b"[DONE]"))
+    async with upstream(streamed if is_stream else whole_answer) as engine:
+        model = ModelConfig(name="m", endpoint=engine.url, cost_per_1k_input_tokens=1, cost_per_1k_output_tokens=1)
+        config = FleetConfig(models=(model,), budget=BudgetConfig(enabled=True, monthly_budget_usd=50), telemetry=QUIET)
+        router = Router(config, polls=False, state_dir=tmp_path)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            asked = {"messages": [{"role": "user", "content": "Is it?"}], "stream": is_stream, "max_tokens": 100}
+            for _ in range(3):
+                answer = await client.post("/v1/chat/completions", json=asked)
+                assert answer.status_code == 200
+                assert b'"error"' not in answer.content
+                assert not (is_stream and USAGES[usage] and b'"usage"' in answer.content)  # nobody asked for it
+            (account,) = (await client.get("/v1/tenants")).json()["data"]
+    assert account["requests"] == 3
+    assert account["spent_usd"] > 0
+
+
+async def test_a_client_may_ask_for_any_number_of_tokens(tmp_path: Path) -> None:
+    """Also of a free engine that counts none, whose answers are booked as they were expected."""
+    message = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
+    async with upstream(whole(json.dumps({"id": "c", "choices": [message]}).encode())) as engine:
+        model = ModelConfig(name="m", endpoint=engine.url, private=True, cost_per_1k_input_tokens=0)
+        config = FleetConfig(models=(model,), budget=BudgetConfig(enabled=True, monthly_budget_usd=50), telemetry=QUIET)
+        router = Router(config, polls=False, state_dir=tmp_path)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            for tokens in (2**64 - 1, 2**63, 10):
+                asked = {"messages": [{"role": "user", "content": "Is it?"}], "max_tokens": tokens}
+                answer = await client.post("/v1/chat/completions", json=asked)
+                assert answer.status_code == 200, answer.text
+            (account,) = (await client.get("/v1/tenants")).json()["data"]
+    assert account["requests"] == 3

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import sqlite3
 from pathlib import Path
 
+import attrs
 import pytest
 
 from kvfleet.policy.budget import Spending
-from kvfleet.policy.ledger import Ledger, LedgerError, read_month
+from kvfleet.policy.ledger import Ask, Ledger, LedgerError, Standing, read_month
 
 ONE = Spending(nano_usd=5, requests=1, prompt_tokens=10, completion_tokens=2, cached_tokens=4)
 MONTH = "2026-11"
@@ -88,6 +90,24 @@ def test_no_file_is_an_empty_month(tmp_path: Path) -> None:
     """And reading makes none."""
     assert read_month(tmp_path / "none.sqlite", MONTH) == {}
     assert not (tmp_path / "none.sqlite").exists()
+
+
+def test_figures_no_file_can_hold_stop_nobody(tmp_path: Path) -> None:
+    """They are lost, and it is counted; who asks for a grant afterwards gets one, and what comes later is written."""
+    path = tmp_path / "budgets.sqlite"
+    ledger = Ledger(path)
+    ledger.open(MONTH)
+    told: queue.Queue[Standing | None] = queue.Queue()
+    ledger.book("fleet", MONTH, attrs.evolve(ONE, nano_usd=2**70))
+    ledger.ask(Ask(account="fleet", month=MONTH, limit=1000, needed=10), told.put)
+    told.get(timeout=10)
+    ledger.book("fleet", MONTH, ONE)
+    ledger.ask(Ask(account="fleet", month=MONTH, limit=10**12, needed=10), told.put)
+    standing = told.get(timeout=10)
+    ledger.close()
+    assert standing is not None
+    assert (standing.spent, ledger.failed) == (ONE, 1)
+    assert read_month(path, MONTH) == {"fleet": ONE}
 
 
 def test_a_failing_disk_loses_nothing_while_the_process_lives(tmp_path: Path) -> None:
