@@ -61,6 +61,7 @@ class StageRecord:
         reasons: Why it is known no better; empty for those of which there is nothing to say.
         panic: Models of which a filter lets all replicas through because too few are well.
         terms: Parts of a choice's totals, by name, in the order of `scored`.
+        instead: What other choices would have come to, by name, in the unit of the totals.
         mode: How the first was chosen.
         is_answer: True if the stage answered the request itself.
         match, similarity, age_s: How its answer was found, and how old it is, if the stage says so.
@@ -88,6 +89,7 @@ class StageRecord:
     reasons: tuple[str, ...] = ()
     panic: tuple[str, ...] = ()
     terms: Mapping[str, tuple[float, ...]] = attrs.field(factory=dict)
+    instead: Mapping[str, float] = attrs.field(factory=dict)
     mode: str = ""
     is_answer: bool = False
     match: str = ""
@@ -124,6 +126,11 @@ class StageRecord:
             reasons=texts(a, names.SCORE_REASONS),
             panic=texts(a, names.PANIC),
             terms={term: numbers(a, names.TERM_PREFIX + term) for term in with_prefix(a, names.TERM_PREFIX)},
+            instead={
+                choice: value
+                for choice in with_prefix(a, names.INSTEAD_PREFIX)
+                if (value := number(a, names.INSTEAD_PREFIX + choice)) is not None
+            },
             mode=text(a, names.SELECT_MODE),
             is_answer=flag(a, names.ANSWERED),
             match=text(a, names.ANSWER_MATCH),
@@ -173,6 +180,7 @@ class StageRecord:
             "unit": self.unit if self.scored else "",
             "modes": dict(zip(self.scored, self.modes, strict=False)),
             "reasons": {who: why for who, why in zip(self.scored, self.reasons, strict=False) if why},
+            "instead": dict(self.instead),
             "mode": self.mode,
             "answered": self.is_answer,
             "match": self.match,

@@ -237,6 +237,12 @@ def _ranking(explanation: Explanation, stage: StageRecord, paint: Paint, most: i
         yield [(head, style), *((f"{term} {value:.3g}", paint.dim) for term, value in c.terms.items())]
     if len(ranked) > len(shown):
         yield [(f"      … and {len(ranked) - len(shown):,} more", paint.dim)]
+    if stage.instead:
+        others = [
+            (f"{choice.removesuffix('_s').replace('_', ' ')} {quantity(value, stage.unit)}", paint.dim)
+            for choice, value in stage.instead.items()
+        ]
+        yield [("      instead", paint.dim), *others]
 
 
 def _attempt(explanation: Explanation, attempt: AttemptRecord, paint: Paint) -> _Pieces:

@@ -108,6 +108,15 @@ def test_why_caches_are_known_no_better() -> None:
     assert explanation.stages[0].to_dict()["reasons"] == {A1: "degraded: lost", A2: "degraded: lost"}
 
 
+def test_what_other_choices_would_have_come_to() -> None:
+    """Stands below the ranking in the totals' unit; JSON has it by the choices' names."""
+    choice = stage("select", "expected_latency", 1, 9, SCORED=(A1, B), SCORE_VALUES=(0.25, 0.5), SCORE_UNIT="s")
+    choice.attributes |= {"kvfleet.instead.second_choice_s": 0.5, "kvfleet.instead.round_robin_s": 0.375}
+    explanation = Explanation(route(choice, took_us=20, outcome="answered", CANDIDATES=(A1, B)))
+    assert render(explanation).splitlines()[-1] == "        instead  second choice 500 ms  round robin 375 ms"
+    assert explanation.stages[0].to_dict()["instead"] == {"second_choice_s": 0.5, "round_robin_s": 0.375}
+
+
 def test_a_stage_that_failed() -> None:
     """A stage that failed and was skipped says so, in red."""
     broken = stage("score", "moon", 1, 9, STAGE_SKIPPED=True)

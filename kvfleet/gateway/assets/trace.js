@@ -27,6 +27,8 @@ function notesOf(stage) {
       `${who} ${quantity(value, stage.unit)}${modes[who] ? ` (${modes[who]})` : ""}`).join(" · "));
   }
   for (const [who, why] of Object.entries(stage.reasons || {}).slice(0, 12)) add(`${who} ${why}`, "warn");
+  const instead = Object.entries(stage.instead || {});
+  if (instead.length) add(`instead: ${instead.map(([choice, value]) => `${words(choice.replace(/_s$/, ""))} ${quantity(value, stage.unit)}`).join(" · ")}`);
   if (stage.mode) add(`mode: ${stage.mode}`);
   if (stage.answered) add("had the answer", "good");
   if (stage.refusal) add(`refused: ${stage.refusal}${stage.retry_after_s ? `, try again in ${duration(stage.retry_after_s * 1000)}` : ""}`, "bad");
