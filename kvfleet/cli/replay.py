@@ -8,6 +8,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -15,9 +16,11 @@ import click
 
 from kvfleet.cli import render
 from kvfleet.cli.options import read_fleet, reports
-from kvfleet.config.findings import Origin
+from kvfleet.config.findings import Origin, did_you_mean
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
+from kvfleet.errors import ComponentError
+from kvfleet.plugin.contract import Kind
 from kvfleet.plugin.manager import ComponentTable, discover
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.replay.driver import Replay
@@ -50,6 +53,27 @@ _COLUMNS = (
 )
 
 
+def _is_writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written, before hours are replayed for it."""
+    if path is not None and path.is_dir():
+        raise click.BadParameter(f"{path} is a directory", ctx, param)
+    if path is not None and not path.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no directory {path.absolute().parent}", ctx, param)
+    return path
+
+
+def _strategy_names(ctx: click.Context, param: click.Parameter, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse what no strategy is called."""
+    table = discover() if names else None
+    for name in names:
+        try:
+            assert table is not None  # noqa: S101 - there are names
+            table.find_stage(f"{Kind.SELECT}.{name}")
+        except ComponentError as error:
+            raise click.BadParameter(str(error), ctx, param) from error
+    return names
+
+
 @click.command()
 @click.argument("trace")
 @click.option(
@@ -62,7 +86,12 @@ _COLUMNS = (
     help="A fleet file; give several to compare them.",
 )
 @click.option(
-    "-s", "--strategy", "strategies", multiple=True, help="Replay each file also with this strategy; may be repeated."
+    "-s",
+    "--strategy",
+    "strategies",
+    multiple=True,
+    callback=_strategy_names,
+    help="Replay each file also with this strategy; may be repeated.",
 )
 @click.option("--fleet", type=click.Path(path_type=Path), help="A YAML file that says which engine each replica is.")
 @click.option(
@@ -97,8 +126,20 @@ _COLUMNS = (
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
 @click.option("-j", "--jobs", type=click.IntRange(1), help="Replays at once; as many as there are cores if absent.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the figures there, as JSON.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Write a report there, with plots.")
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    callback=_is_writable,
+    help="Write the figures there, as JSON.",
+)
+@click.option(
+    "--html",
+    "html_path",
+    type=click.Path(path_type=Path),
+    callback=_is_writable,
+    help="Write a report there, with plots.",
+)
 @click.pass_context
 @reports
 def replay(
@@ -136,19 +177,16 @@ def replay(
     expectations = [parse_expectation(text, list(variants)) for text in expected]
     requests = _trace(trace, form or "", limit, seed)
     engines = _engines(fleet, variants) if fleet else {}
-    runs = {
-        label: Replay(
-            config=config,
-            trace=requests,
-            fleet=engines.get(label),
-            table=table,
-            seed=seed,
-            speed=speed,
-            is_closed_loop=None if loop is None else loop == "closed",
-            tells=events,
-        )
-        for label, config in variants.items()
-    }
+    make = partial(
+        Replay,
+        trace=requests,
+        table=table,
+        seed=seed,
+        speed=speed,
+        is_closed_loop=None if loop is None else loop == "closed",
+        tells=events,
+    )
+    runs = {label: make(config=config, fleet=engines.get(label)) for label, config in variants.items()}
     render.echo(
         f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
         f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
@@ -157,10 +195,7 @@ def replay(
         results = replay_all(runs, jobs or cores(), progress)
     comparison = Comparison.of(results, level, speed=speed, seed=seed)
     verdicts = [verdict for one in expectations for verdict in one.check(comparison.figures)]
-    if json_path:
-        json_path.write_text(json.dumps(comparison.to_dict(verdicts), indent=2) + "\n", encoding="utf-8")
-    if html_path:
-        html_path.write_text(html_report(comparison, verdicts), encoding="utf-8")
+    _keep(comparison, verdicts, json_path, html_path)
     render.echo(_table(comparison.standings))
     _tell_errors(comparison.standings)
     if failed := [verdict for verdict in verdicts if not verdict.holds]:
@@ -188,8 +223,22 @@ def _engines(path: Path, variants: Mapping[str, FleetConfig]) -> dict[str, Simul
     return {label: described.only(names_of(replicas)) for label, replicas in models.items()}
 
 
+def _keep(comparison: Comparison, verdicts: Sequence[Verdict], json_path: Path | None, html_path: Path | None) -> None:
+    """Write what is to be kept."""
+    if json_path:
+        json_path.write_text(json.dumps(comparison.to_dict(verdicts), indent=2) + "\n", encoding="utf-8")
+    if html_path:
+        html_path.write_text(html_report(comparison, verdicts), encoding="utf-8")
+
+
 def _trace(name: str, form: str, limit: int | None, seed: int) -> RequestTrace:
-    if name.partition(":")[0] in GENERATORS and not Path(name).exists():
+    word, is_file = name.partition(":")[0], Path(name).exists()
+    if not is_file and word not in GENERATORS and "." not in name:
+        names = sorted(GENERATORS)
+        raise click.UsageError(f"{name}: no such file, nor is a generated trace called so; {did_you_mean(word, names)}")
+    if word in GENERATORS and not is_file:
+        if form:
+            raise click.UsageError("--format is a file's, and this trace is generated")
         found = generator_from(name).generate(seed)
         return attrs.evolve(found, requests=found.requests[:limit])
     return read_trace(Path(name), form, limit)

@@ -112,16 +112,19 @@ def test_files_of_one_name_are_told_apart(write: Callable[..., Path], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("args", "words"),
+    ("args", "status", "words"),
     [
-        (("nowhere.jsonl",), "nowhere.jsonl: no such file"),
-        (("burst:requests=1",), "burst:requests=1: no such file"),
-        ((TRACE, "-s", "best"), "best"),
-        ((TRACE, "--slo", "ttft"), "--slo:1:1: cannot be read"),
+        (("nowhere.jsonl",), 1, "nowhere.jsonl: no such file"),
+        (("burst:requests=1",), 2, "burst:requests=1: no such file, nor is a generated trace called so; did you mean"),
+        ((TRACE, "--format", "azure"), 2, "--format is a file's"),
+        ((TRACE, "-s", "best"), 2, "there is no select.best"),
+        ((TRACE, "--slo", "ttft"), 1, "--slo:1:1: cannot be read"),
+        ((TRACE, "--html", "/nowhere/page.html"), 2, "there is no directory /nowhere"),
+        ((TRACE, "--json", "/"), 2, "/ is a directory"),
     ],
 )
-def test_what_is_wrong_is_told(pipeline: Path, args: tuple[str, ...], words: str) -> None:
-    """In a line, without a traceback."""
-    code, _, err = run("replay", *args, "-p", pipeline)
-    assert code == 1
-    assert words in err
+def test_what_is_wrong_is_told(pipeline: Path, args: tuple[str, ...], status: int, words: str) -> None:
+    """In a line, without a traceback, and before anything is replayed."""
+    code, out, err = run("replay", *args, "-p", pipeline)
+    assert (code, out) == (status, "")
+    assert words in " ".join(err.split())
