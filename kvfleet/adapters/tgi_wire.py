@@ -171,7 +171,8 @@ class GenerateCall(_Call):
         inner: dict[str, Any] = {"text": text}
         if self.operation is Operation.CHAT:
             inner = {"message": {"role": "assistant", "content": text}}
-        usage = _counted(self.headers.get("x-prompt-tokens"), details.get("generated_tokens"))
+        told = str(self.headers.get("x-prompt-tokens") or 0)
+        usage = _counted(int(told) if told.isdecimal() else None, details.get("generated_tokens"))
         return self.chunks.whole({**inner, "finish_reason": reason}, usage)
 
     def event(self, data: Any) -> bytes:
