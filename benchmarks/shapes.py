@@ -264,10 +264,10 @@ async def readers(count: int = 1000) -> dict[str, Any]:
     told: dict[str, Any] = {"streams": count, "MB a stream would be": STREAM_BYTES / 1e6}
     loop = asyncio.get_running_loop()
     async with site({}) as one:
-        before_mb, began_s = one.rss_mb, time.perf_counter()
-        open_ones = [await one.connect(buffer=4096) for _ in range(count)]
-        for sock in open_ones:
-            await loop.sock_sendall(sock, _post(STREAM))
+        before_mb, began_s, before_kernel_mb, open_ones = one.rss_mb, time.perf_counter(), _kernel_mb(), []
+        for _ in range(count):  # one by one, for who has connected has 10 s to send a head
+            open_ones.append(await one.connect(buffer=4096))
+            await loop.sock_sendall(open_ones[-1], _post(STREAM))
             await asyncio.sleep(0.01)  # else the engine here is too busy to accept, and its breaker opens
         sent, by_s = -1, time.perf_counter() + 60
         while time.perf_counter() < by_s and sent != one.engine.sent:
@@ -277,9 +277,11 @@ async def readers(count: int = 1000) -> dict[str, Any]:
         told["seconds until nothing moved"] = round(time.perf_counter() - began_s - 2, 1)
         told["MB that engines got rid of, a stream"] = round(sent / count / 1e6, 2)
         told["KB of the gateway's, a stream"] = round((one.rss_mb - before_mb) * 1024 / count, 1)
+        told["KB of the system's for sockets, a stream"] = round((_kernel_mb() - before_kernel_mb) * 1024 / count)
         async with ordinarily(one, told):
             await asyncio.sleep(10)
         told["KB of the gateway's, a stream, 10 s later"] = round((one.rss_mb - before_mb) * 1024 / count, 1)
+        told["answers that began"] = dict(Counter([(await _said(sock))[9:12].decode() for sock in open_ones]))
         _close(open_ones)
         began_s = time.perf_counter()
         with contextlib.suppress(TimeoutError):
@@ -325,6 +327,12 @@ async def _said(sock: socket.socket) -> bytes:
         return b"open"
     except OSError:
         return b"reset"
+
+
+def _kernel_mb() -> float:
+    """What the system holds in the sockets of all processes, the engine's and the clients' here included."""
+    found = re.search(r"TCP:.* mem (\d+)", Path("/proc/net/sockstat").read_text(encoding="ascii"))
+    return 0.0 if found is None else int(found[1]) * resource.getpagesize() / 2**20
 
 
 def _close(sockets: Sequence[socket.socket]) -> None:

@@ -20,6 +20,10 @@ HIGH_WATER_BYTES = 64 * 1024
 DRAIN_BYTES = 64 * 1024
 DRAIN_S = 1.0
 JOIN_BELOW_BYTES = 64 * 1024
+_MOST_UNREAD_BYTES = 256 * 1024
+"""Of an answer that nobody takes, the system holds twice as much at most; left to itself 33 MB (`tcp_rmem`), and some
+hundred such answers use up the memory that all of the machine's connections share (`benchmarks/shapes.py`). Over 100 ms
+of network it still lets 2.5 MB a second through, far more than any stream has."""
 
 _FREE, _HEAD, _BODY, _ENDED = range(4)
 
@@ -233,6 +237,7 @@ class Connection(asyncio.Protocol):
         with contextlib.suppress(OSError, AttributeError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MOST_UNREAD_BYTES)
 
     def data_received(self, data: bytes) -> None:
         if self._state in (_FREE, _ENDED):  # an answer to nothing: whose is it?

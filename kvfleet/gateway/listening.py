@@ -26,6 +26,7 @@ __all__ = [
     "url_of",
 ]
 
+_MOST_UNSENT_BYTES = 128 * 1024
 _BACKLOG = 2048
 _SO_ATTACH_FILTER = 26
 _NO_BEGINNINGS = b"".join(
@@ -117,6 +118,7 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> list[socket.socket
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            _hold_little(one)
             taken = found[0].getsockname()[1] if len(found) > 1 else port
             one.bind((address[0], taken, *address[2:]))
             one.listen(_BACKLOG)
@@ -127,6 +129,18 @@ def bind(host: str, port: int, *, is_shared: bool = False) -> list[socket.socket
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise OSError(error.errno, f"cannot listen on {host or '*'}:{port}: {reason}") from error
     return found
+
+
+def _hold_little(one: socket.socket) -> None:
+    """Have the system hold little of what a client does not read; connections have it from the socket they came by.
+
+    Else it takes up to 4 MB for each (`tcp_wmem`), and 400 clients that read nothing use up the memory that all of the
+    machine's connections share: then it drops what others send (`benchmarks/shapes.py`). What is on its way to a client
+    that reads does not count, so nobody is slower.
+    """
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        with contextlib.suppress(OSError):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MOST_UNSENT_BYTES)
 
 
 def let_nobody_in(one: socket.socket) -> None:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
 
 from kvfleet.adapters.call import Reply
+from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.httpd import Server
 from kvfleet.gateway.listening import bind
+from kvfleet.gateway.server import running
 from kvfleet.plugin.contract import RouteRequest
+from kvfleet.runtime import Router
 from tests.gateway.fleet import FakeRouter, fleet, gateway
+from tests.gateway.upstream import SSE_HEAD, chunk
 
 SHORT = Patience(head_s=0.05, body_s=0.05, read_s=0.05)
 LONG = Patience()
@@ -133,6 +139,42 @@ async def test_a_client_that_reads_nothing_is_given_up() -> None:
         await asyncio.wait_for(closed.wait(), 5)
         writer.close()
     assert sent * 65_536 < 32 * 1024 * 1024
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others have other buffers")
+async def test_the_system_holds_little_of_what_a_client_does_not_read() -> None:
+    """Its memory for sockets is all connections'; left to itself it takes 4 MB of such a stream, and more."""
+    sent, is_stuck = 0, asyncio.Event()
+    event = chunk(b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % (b"x" * 4000))
+
+    async def torrent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * 1024)
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(SSE_HEAD)
+            while True:
+                writer.write(event)
+                await asyncio.wait_for(writer.drain(), 0.5)
+                sent += len(event)
+        is_stuck.set()
+        writer.close()
+
+    engine = await asyncio.start_server(torrent, "127.0.0.1", 0)
+    url = "http://{}:{}".format(*engine.sockets[0].getsockname())
+    config = FleetConfig(models=(ModelConfig(name="m", endpoint=url, provider="openai_compat"),))
+    async with engine, running(config, router=Router(config, polls=False)) as serving:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(serving.url.rpartition(":")[2])))
+        body = b'{"stream":true,"messages":[{"role":"user","content":"Hi"}]}'
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+        client.sendall(head % len(body) + body)
+        async with asyncio.timeout(30):
+            await is_stuck.wait()
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
+        client.close()
+    assert 64 * 1024 < sent < 2 * 1024 * 1024
 
 
 async def test_an_answer_that_takes_long_is_not_a_stall() -> None:
