@@ -6,15 +6,17 @@ An engine's page has 57 to 85 KB and is read every second for every replica. A f
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 
 import attrs
 
-__all__ = ["Rate", "Reader", "Sample", "Samples", "totals"]
+__all__ = ["Rate", "Reader", "Sample", "Samples", "totals", "whole_of"]
 
+_MOST_DIGITS = 12
 _LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
+_MOST = 1e12
+"""No engine counts more, nothing less than nothing, and NaN is neither: a decision must not compute with it."""
 _NOT_TOTALS = (b"_bucket", b"_created")
 
 
@@ -74,7 +76,7 @@ class Samples:
         for name in names:
             found = self.by_name.get(name)
             if found:
-                return [sample.value for sample in found if not math.isnan(sample.value)]
+                return [sample.value for sample in found if 0 <= sample.value <= _MOST]
         return []
 
 
@@ -121,9 +123,18 @@ def totals(page: bytes, prefix: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in pattern.findall(b"\n" + page):
         sample = None if name.endswith(_NOT_TOTALS) else _sample(b"", value)
-        if sample is not None and not math.isnan(sample.value):
+        if sample is not None and 0 <= sample.value <= _MOST:
             found[name.decode()] = found.get(name.decode(), 0.0) + sample.value
     return found
+
+
+def whole_of(text: str | None) -> int | None:
+    """A label's whole number; None for what is none, or too large to be one of blocks or tokens.
+
+    >>> whole_of("16"), whole_of("None"), whole_of("9" * 400)
+    (16, None, None)
+    """
+    return int(text) if text is not None and len(text) <= _MOST_DIGITS and text.isdecimal() else None
 
 
 @attrs.define

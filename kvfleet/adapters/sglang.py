@@ -9,7 +9,7 @@ import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
-from kvfleet.adapters.exposition import Reader, Samples
+from kvfleet.adapters.exposition import Reader, Samples, whole_of
 from kvfleet.adapters.metered import MeteredAdapter, tokens_of
 from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError, Fault
@@ -50,8 +50,8 @@ class SGLangAdapter(MeteredAdapter):
             running=samples.count(_RUNNING),
             waiting=samples.count(_WAITING),
             kv_usage=samples.mean(_KV_USAGE),
-            cache_blocks=pages if pages is not None else _whole(labels.get("num_pages")),
-            block_tokens=round(page_size) if page_size is not None else _whole(labels.get("page_size")),
+            cache_blocks=pages if pages is not None else whole_of(labels.get("num_pages")),
+            block_tokens=round(page_size) if page_size is not None else whole_of(labels.get("page_size")),
             prefix_queries_tokens=samples.total(_PROMPT),
             prefix_hits_tokens=samples.total(_CACHED),
             tokens_per_second=samples.total(_THROUGHPUT),
@@ -96,7 +96,3 @@ def load_of_ranks(ranks: Any, rank: int | None = None) -> EngineLoad:
 def _sum(rows: list[Mapping[str, Any]], key: str) -> float | None:
     values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
     return sum(values) if values else None
-
-
-def _whole(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdecimal() else None

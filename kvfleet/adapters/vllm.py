@@ -9,7 +9,7 @@ import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.adapters.call import Operation
-from kvfleet.adapters.exposition import Reader, Samples
+from kvfleet.adapters.exposition import Reader, Samples, whole_of
 from kvfleet.adapters.metered import MeteredAdapter, tokens_of
 from kvfleet.config.models import rank_of
 from kvfleet.errors import BackendError
@@ -105,6 +105,6 @@ class VLLMAdapter(MeteredAdapter):
 def _cache_size(samples: Samples) -> tuple[int | None, int | None]:
     """Blocks of all engines together, and tokens in one block."""
     configs = [sample.labels for sample in samples.all(_CONFIG)]
-    blocks = [int(labels["num_gpu_blocks"]) for labels in configs if labels.get("num_gpu_blocks", "").isdecimal()]
-    sizes = [int(labels["block_size"]) for labels in configs if labels.get("block_size", "").isdecimal()]
+    blocks = [blocks for one in configs if (blocks := whole_of(one.get("num_gpu_blocks"))) is not None]
+    sizes = [size for one in configs if (size := whole_of(one.get("block_size")))]
     return sum(blocks) if blocks else None, sizes[0] if sizes else None

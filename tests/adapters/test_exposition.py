@@ -62,6 +62,14 @@ def test_sums_and_means_leave_nan_out() -> None:
     assert (only_nan.total("a"), only_nan.mean("a"), only_nan.count("a")) == (None, None, None)
 
 
+def test_what_cannot_be_a_count_is_left_out() -> None:
+    """Less than nothing, and more than anybody has: an engine that reports it is one whose load is not known."""
+    found = Reader(["a"]).read(b"a -5\na +Inf\na 1e308\na 3\n")
+    assert (found.total("a"), found.mean("a"), found.count("a")) == (3.0, 3.0, 3)
+    assert Reader(["a"]).read(b"a 1e308\n").count("a") is None
+    assert totals(b"v:a -Inf\nv:b 2\n", "v:") == {"v:b": 2.0}
+
+
 def test_only_some_ranks() -> None:
     """Ranks that repeat one engine's figures are left out; lines without the label stay."""
     page = b'a{tp_rank="0",dp_rank="0"} 1\na{tp_rank="1",dp_rank="0"} 1\na{tp_rank="0",dp_rank="1"} 2\na 4\na{tp_rank="00"} 8\n'
