@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from kvfleet.config.overload import QueueOptions
 from kvfleet.config.schema import FleetConfig, KeyConfig, ModelConfig, StageConfig
 
 __all__ = ["part_of"]
@@ -16,63 +17,84 @@ _COUNTED = {
     "admit.queue": frozenset({"max_in_flight", "max_queue"}),
 }
 """The options of stages that are counted by each worker."""
+_USUAL = {"admit.queue": {"max_queue": attrs.fields(QueueOptions).max_queue.default}}
+"""Limits that a stage has if its options are written and these are not."""
 
 
-def part_of(config: FleetConfig, workers: int) -> FleetConfig:
-    """A fleet as one of so many workers serves it: with an equal part, rounded up, of each limit it counts by itself.
+def part_of(config: FleetConfig, workers: int, number: int) -> FleetConfig:
+    """A fleet as one of so many workers serves it: with an equal part of each limit that it counts by itself.
 
-    These are requests in flight, and the requests and tokens that providers allow in a minute. Together the workers let
-    in as many as the file says, and at most one more for each worker but one.
+    These are connections, requests in flight, those that wait, and what providers allow in a minute. What does not come
+    out even goes to the first of them, so that together they let in what the file says, and no more; but of what is no
+    limit if 0 each has one at least.
 
-    >>> part_of(FleetConfig(models=(ModelConfig(name="m", rpm=100),)), 3).models[0].rpm
-    34
+    Args:
+        config: The fleet.
+        workers: How many there are.
+        number: Which of them it is, from 0.
+
+    >>> [part_of(FleetConfig(models=(ModelConfig(name="m", rpm=100),)), 3, n).models[0].rpm for n in range(3)]
+    [34, 33, 33]
     """
     if workers == 1:
         return config
+    part = _Part(workers, number)
     gateway, limits, overload = config.gateway, config.rate_limits, config.overload
     return attrs.evolve(
         config,
-        models=tuple(_model(one, workers) for one in config.models),
+        models=tuple(part.model(one) for one in config.models),
         rate_limits=attrs.evolve(
-            limits, default_rpm=_part(limits.default_rpm, workers), default_tpm=_part(limits.default_tpm, workers)
+            limits, default_rpm=part.of(limits.default_rpm), default_tpm=part.of(limits.default_tpm)
         ),
         gateway=attrs.evolve(
             gateway,
-            max_concurrent=_part(gateway.max_concurrent, workers),
-            keys={name: _key(one, workers) for name, one in gateway.keys.items()},
+            max_concurrent=part.of(gateway.max_concurrent),
+            keys={name: part.key(one) for name, one in gateway.keys.items()},
+            limits=attrs.evolve(gateway.limits, max_connections=part.of(gateway.limits.max_connections)),
         ),
         overload=attrs.evolve(
             overload,
-            max_in_flight=_part(overload.max_in_flight, workers),
-            max_queue=_part(overload.max_queue, workers),
+            max_in_flight=part.of(overload.max_in_flight),
+            max_queue=part.exactly(overload.max_queue),
         ),
-        pipeline=tuple(_stage(one, workers) for one in config.pipeline),
+        pipeline=tuple(part.stage(one) for one in config.pipeline),
     )
 
 
-def _part(limit: int, workers: int) -> int:
-    return -(-limit // workers)
+@attrs.frozen
+class _Part:
+    """One worker's part of whatever it is."""
 
+    workers: int
+    number: int
 
-def _model(model: ModelConfig, workers: int) -> ModelConfig:
-    if not model.rpm and not model.tpm:
-        return model
-    rpm, tpm = (None if limit is None else _part(limit, workers) for limit in (model.rpm, model.tpm))
-    return attrs.evolve(model, rpm=rpm, tpm=tpm)
+    def exactly(self, limit: int) -> int:
+        """Of a limit of which a worker may have nothing."""
+        return limit // self.workers + (self.number < limit % self.workers)
 
+    def of(self, limit: int) -> int:
+        """Of a limit of which 0 is none."""
+        return max(self.exactly(limit), 1) if limit else 0
 
-def _key(key: KeyConfig, workers: int) -> KeyConfig:
-    return attrs.evolve(key, max_concurrent=_part(key.max_concurrent, workers))
+    def model(self, model: ModelConfig) -> ModelConfig:
+        if not model.rpm and not model.tpm:
+            return model
+        rpm, tpm = (None if limit is None else self.of(limit) for limit in (model.rpm, model.tpm))
+        return attrs.evolve(model, rpm=rpm, tpm=tpm)
 
+    def key(self, key: KeyConfig) -> KeyConfig:
+        return attrs.evolve(key, max_concurrent=self.of(key.max_concurrent))
 
-def _stage(stage: StageConfig, workers: int) -> StageConfig:
-    counted = _COUNTED.get(stage.use, frozenset())
-    options = {name: _option(one, workers) if name in counted else one for name, one in stage.options.items()}
-    return attrs.evolve(stage, options=options) if counted else stage
+    def stage(self, stage: StageConfig) -> StageConfig:
+        counted = _COUNTED.get(stage.use, frozenset())
+        written = {**_USUAL.get(stage.use, {}), **stage.options} if stage.options else stage.options
+        options = {name: self._option(name, one) if name in counted else one for name, one in written.items()}
+        return attrs.evolve(stage, options=options) if counted else stage
 
-
-def _option(value: Any, workers: int) -> Any:
-    """A limit, or limits by name; what is neither is left to whoever checks it."""
-    if isinstance(value, Mapping):
-        return {name: _option(one, workers) for name, one in value.items()}
-    return _part(value, workers) if isinstance(value, int) and not isinstance(value, bool) else value
+    def _option(self, name: str, value: Any) -> Any:
+        """A limit, or limits by name; what is neither is left to whoever checks it."""
+        if isinstance(value, Mapping):
+            return {key: self._option(key, one) for key, one in value.items()}
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        return self.exactly(value) if name == "max_queue" else self.of(value)

@@ -294,7 +294,7 @@ class _House:
         if self.file is None:
             return self
         file = self.file
-        return attrs.evolve(self, file=attrs.evolve(file, read=lambda: part_of(file.read(), seat.count)))
+        return attrs.evolve(self, file=attrs.evolve(file, read=lambda: part_of(file.read(), seat.count, seat.number)))
 
     def begin_with(self, config: FleetConfig, seat: Seat | None) -> FleetConfig:
         """The configuration to begin with: a worker that is started again takes the file as it is now."""
@@ -305,7 +305,7 @@ class _House:
                 return self.file.read()
             except (KVFleetError, OSError) as error:
                 _log.error("worker begins with the configuration of the start, for the file is refused: %s", error)
-        return part_of(config, seat.count)
+        return part_of(config, seat.count, seat.number)
 
     def check_exposure(self, config: FleetConfig) -> None:
         """Refuse to listen beyond loopback without a key.
