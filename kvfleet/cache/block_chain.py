@@ -10,12 +10,13 @@ that differ in what they keep have chains of their own: `kvfleet.cache.engine_bl
 
 An engine may also tell again of what it has: vLLM does for requests with ``kv_cache_report_mode: full``, in the same
 words (``BlockPool.emit_cached_block_events``, 0.32). Such a report begins with the prompt's first block, which an
-engine that looks into its cache first does not compute twice, unless another group of layers lacks it.
+engine that looks into its cache first does not compute twice, unless another group of layers lacks it, or it is all of
+the prompt: so a single block counts as told again only if several were before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import attrs
@@ -136,6 +137,7 @@ class BlockChain:
     engine_block_tokens: int = attrs.field(init=False, default=0)
     is_torn: bool = attrs.field(init=False, default=False)
     is_cut: bool = attrs.field(init=False, default=False)
+    _tells_again: bool = attrs.field(init=False, default=False)
     _skipped: set[int] = attrs.field(init=False, factory=set, repr=False)
     _blocks: dict[int, int | _Block] = attrs.field(init=False, factory=dict, repr=False)
     _slots: dict[tuple[str, int], dict[int, int]] = attrs.field(init=False, factory=dict, repr=False)
@@ -151,7 +153,7 @@ class BlockChain:
         self._shared.clear()
         self._skipped.clear()
         self.copies = 0
-        self.is_torn = self.is_cut = False
+        self.is_torn = self.is_cut = self._tells_again = False
 
     def key_of(self, block: int) -> int | None:
         """Our hash of all before the end of one of the engine's blocks; None if that is not known."""
@@ -171,15 +173,15 @@ class BlockChain:
 
         Args:
             event: Which.
-            may_repeat: True if several of them at the beginning of a prompt, of which the first is there, are told
-                again rather than kept twice.
+            may_repeat: True if blocks at the beginning of a prompt, of which the first is there, are told again rather
+                than kept twice.
         """
         parent = event.parent
         if not event.is_dense or not self._fits(event.block_tokens):
             self._take_again(event)
         elif parent is None or parent in self._blocks or self.key_of(parent) is not None:
             self.engine_block_tokens = max(self.engine_block_tokens, event.block_tokens)
-            self._take_in(event, may_repeat=may_repeat and parent is None and len(event.hashes) > 1)
+            self._take_in(event, may_repeat=may_repeat and parent is None)
         elif self.has_skipped(parent):
             self._skip(event.hashes)
         else:
@@ -220,7 +222,7 @@ class BlockChain:
 
     def _take_in(self, event: BlockStored, *, may_repeat: bool) -> None:
         slot = self._slot(event.tier, event.group)
-        is_again = may_repeat and event.hashes[0] in slot and all(group == event.group for _, group in self._slots)
+        is_again = may_repeat and self._is_again(event, slot)
         size, tokens, claimed = event.block_tokens * _WORD, event.tokens, list[int]()
         parent, extras = event.parent, event.extras
         last = self._last(parent, event.salt)
@@ -245,6 +247,13 @@ class BlockChain:
             parent, last = block, known
         if claimed:
             self.index.store(self.holder, claimed, event.tier)
+
+    def _is_again(self, event: BlockStored, slot: Mapping[int, int]) -> bool:
+        """True for blocks at the beginning of a prompt that are told again."""
+        if event.hashes[0] not in slot or any(group != event.group for _, group in self._slots):
+            return False
+        self._tells_again = self._tells_again or len(event.hashes) > 1
+        return self._tells_again
 
     def _last(self, parent: int | None, salt: str) -> int | _Block:
         """The block before an event's first, which is known."""

@@ -90,6 +90,7 @@ class EngineBlocks:
         block_tokens: Tokens in a block of ours.
         lora: Only blocks computed with this adapter count; empty for those computed without one.
         max_blocks: Most blocks of the engine's that are remembered for each kind of layers.
+        chunk_tokens: Tokens in a chunk of attention, which no event says; 0 if that is not known.
 
     Attributes:
         flaw: Why what is claimed may be more, or less, than what the engine finds; empty if it is just that.
@@ -100,6 +101,7 @@ class EngineBlocks:
     block_tokens: int
     lora: str = ""
     max_blocks: int = 1_000_000
+    chunk_tokens: int = 0
     flaw: str = attrs.field(init=False, default="")
     _whole: BlockChain = attrs.field(init=False, repr=False)
     _groups: dict[int, _Group] = attrs.field(init=False, factory=dict, repr=False)
@@ -230,6 +232,10 @@ class EngineBlocks:
             window = Window.sliding(event.window, event.block_tokens, step)
         elif event.kind == "mamba":
             window = Window(step, 1)
+        elif (
+            event.kind == "chunked_local_attention" and self.chunk_tokens and not self.chunk_tokens % event.block_tokens
+        ):
+            window = Window(step, self.chunk_tokens // event.block_tokens, is_chunk=True)
         else:
             what = event.kind[:_LONGEST_KIND].replace("_", " ")
             self.flaw = f"some layers keep only the latest blocks, and it does not say how many ({what})"

@@ -190,6 +190,7 @@ class CacheKnowledge:
                     block_tokens=model.prompt_blocks.block_tokens,
                     lora=model.kv_events.lora if model.kv_events is not None else "",
                     max_blocks=settings.max_blocks,
+                    chunk_tokens=settings.attention_chunk_tokens,
                 )
                 for model in models
             ]

@@ -3,8 +3,9 @@
 vLLM's rule (``vllm/v1/core/kv_cache_coordinator.py`` and ``single_type_kv_cache_manager.py``, 0.32): a beginning of a
 prompt is found if every group of layers with full attention has all of its blocks, every group with a sliding window
 the blocks that hold the last ``window - 1`` tokens before its end, and every group with a state (Mamba) the state at
-its end; and if it ends where blocks of all groups do. The longest such beginning is the one. (A draft model's layers
-drop one block more; events do not say that there are any.)
+its end; and if it ends where blocks of all groups do. Groups with chunks of attention (Llama 4) need the blocks of the
+chunk in which it ends. The longest such beginning is the one. (A draft model's layers drop one block more; events do
+not say that there are any.)
 
 An index knows the holders of each block as the bits of one integer. So who has the last *n* blocks is the AND of *n*
 integers, for all replicas at once, and takes log2 *n* passes over a prompt for all of its ends.
@@ -14,12 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from itertools import accumulate, repeat
 from operator import and_
 
 import attrs
 
-__all__ = ["Resuming", "Window", "last_held", "resumable"]
+__all__ = ["Resuming", "Window", "chunk_held", "last_held", "resumable"]
 
 
 @attrs.frozen
@@ -29,6 +30,7 @@ class Window:
     Attributes:
         step: Blocks of ours in one of the engine's.
         blocks: How many of the engine's they need: those of a sliding window, or 1 for a state.
+        is_chunk: True if they need those since the last multiple of so many, and none at one.
 
     >>> Window.sliding(512, 16, 1)
     Window(step=1, blocks=32)
@@ -36,6 +38,7 @@ class Window:
 
     step: int
     blocks: int
+    is_chunk: bool = False
 
     @classmethod
     def sliding(cls, tokens: int, block_tokens: int, step: int) -> Window:
@@ -84,7 +87,8 @@ def resumable(
     for window in resuming.windows:
         skip = step // window.step
         ends = map(held(window).get, hashes[window.step - 1 : rounds * step : window.step], repeat(0))
-        there = last_held(list(ends), window.blocks)[skip - 1 :: skip]
+        held_to = chunk_held if window.is_chunk else last_held
+        there = held_to(list(ends), window.blocks)[skip - 1 :: skip]
         good = there if good is None else list(map(and_, good, there))
     found: list[tuple[int, int]] = []
     waiting, left = 0, len(depths)
@@ -100,6 +104,20 @@ def resumable(
             here ^= bit
         if not waiting and not left:
             break
+    return found
+
+
+def chunk_held(masks: list[int], count: int) -> list[int]:
+    """For each place: who is in all of the masks up to it since the last multiple of `count`; all at a multiple itself.
+
+    >>> chunk_held([0b11, 0b01, 0b11, 0b10, 0b11], 3)
+    [3, 1, -1, 2, 2]
+    """
+    found: list[int] = []
+    for start in range(0, len(masks), count):
+        found += accumulate(masks[start : start + count], and_)
+        if len(found) == start + count:
+            found[-1] = -1
     return found
 
 

@@ -71,6 +71,13 @@ class KVEventsConfig:
     silence_seconds: float = number(
         10, gt=0, unit="s", doc="How long an engine at work may tell nothing before it is asked, or not believed."
     )
+    attention_chunk_tokens: int = number(
+        0,
+        ge=0,
+        unit="tokens",
+        doc="Tokens in a chunk of attention of the model's (`attention_chunk_size`; 8192 for Llama 4), which no event"
+        " says; 0 if it has none.",
+    )
     max_blocks: int = number(
         1_000_000, ge=1, doc="Most blocks remembered of one rank's cache; each takes about 300 bytes."
     )

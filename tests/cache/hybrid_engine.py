@@ -23,11 +23,19 @@ Prompt = tuple[int, ...]
 
 @attrs.frozen
 class Layers:
-    """A group of layers: its kind as events name it, tokens in a block, and for a sliding window its size."""
+    """A group of layers: its kind as events name it, tokens in a block, and the size of a sliding window, or a chunk.
+
+    Events do not say a chunk's.
+    """
 
     kind: str
     block_tokens: int
     window: int = 0
+
+    @property
+    def told_window(self) -> int:
+        """What events say of it."""
+        return self.window if self.kind == "sliding_window" else 0
 
 
 @attrs.define(eq=False)
@@ -61,7 +69,7 @@ class HybridEngine:
                     block_tokens=size,
                     group=number,
                     kind=layers.kind,
-                    window=layers.window,
+                    window=layers.told_window,
                 )
             )
         return events
@@ -99,6 +107,9 @@ class HybridEngine:
         if layers.kind == "full_attention":
             whole = has.index(False) if False in has else len(has)
             return whole * size // align * align
+        if layers.kind == "chunked_local_attention":
+            start = most // layers.window * layers.window // size
+            return next((at for at in range(start, len(has)) if not has[at]), len(has)) * size
         wanted = 1 if layers.kind == "mamba" else max(1, math.ceil((layers.window - 1) / size))
         for at in range(len(has), 0, -1):
             if not at * size % align and all(has[max(0, at - wanted) : at]):

@@ -91,6 +91,15 @@ class TestBlocks:
         blocks.removed(removed(3, 2, 1))
         assert (held(index, PROMPT), len(blocks), blocks.counts.strangers) == (0, 0, 0)
 
+    def test_one_block_is_told_again_by_who_tells_again(self, blocks: EngineBlocks, index: Noted) -> None:
+        """Else it is a prompt of one block, whose last token is always computed: kept twice."""
+        blocks.stored(stored([1, 2], PROMPT[:8]))
+        blocks.stored(stored([1], PROMPT[:4]))
+        assert blocks.copies == 3
+        blocks.stored(stored([1, 2], PROMPT[:8]))
+        blocks.stored(stored([1], PROMPT[:4]))
+        assert blocks.copies == 3
+
     def test_a_hybrid_engine_may_compute_anew_what_it_has(self, index: Noted) -> None:
         """Its other layers lack it: then it keeps a block of full attention twice."""
         blocks = EngineBlocks(index=index, holder="a", block_tokens=4)
