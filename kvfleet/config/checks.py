@@ -12,6 +12,7 @@ from kvfleet.config.cache_checks import check_caches
 from kvfleet.config.expand import section_path
 from kvfleet.config.findings import Finding, Origin, Path
 from kvfleet.config.key_checks import check_keys
+from kvfleet.config.port_checks import check_ports
 from kvfleet.config.schema import AUTO_MODEL, SELF_HOSTED_PROVIDERS, FleetConfig
 
 __all__ = ["check_data", "check_stages", "model_names"]
@@ -98,7 +99,7 @@ def _check_aliases(data: Mapping[str, Any], origin: Origin) -> Iterator[Finding]
 def check_stages(config: FleetConfig) -> list[Finding]:
     """A stage's options stand in one place, a section that guards something is used, and keys can be told apart."""
     found = [*_check_options(config), *_check_guards(config), *_check_switch(config)]
-    return [*found, *check_budgets(config), *check_caches(config), *check_keys(config)]
+    return [*found, *check_budgets(config), *check_caches(config), *check_keys(config), *check_ports(config)]
 
 
 def _check_options(config: FleetConfig) -> Iterator[Finding]:

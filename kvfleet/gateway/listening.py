@@ -9,6 +9,7 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from kvfleet.config.findings import Finding
@@ -23,6 +24,7 @@ __all__ = [
     "is_loopback",
     "let_nobody_in",
     "listening_at",
+    "naming",
     "url_of",
 ]
 
@@ -69,6 +71,20 @@ def is_loopback(host: str) -> bool:
     except OSError:
         return False
     return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
+
+
+@contextlib.contextmanager
+def naming(setting: str, host: str, port: int) -> Iterator[None]:
+    """Say of a port that cannot be had which setting asked for it.
+
+    Raises:
+        OSError: instead of the one that was raised in the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"cannot listen on {host or '*'}:{port}: {reason}; take another {setting}") from error
 
 
 def bind_for(workers: int, host: str, port: int) -> list[list[socket.socket]]:

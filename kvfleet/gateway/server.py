@@ -23,7 +23,7 @@ from kvfleet.gateway.file_watch import files_of, watch
 from kvfleet.gateway.guard import Patience
 from kvfleet.gateway.headers import read_by_conditions
 from kvfleet.gateway.hosts import Hosts
-from kvfleet.gateway.listening import bind, bind_for, check_exposure, is_loopback, url_of
+from kvfleet.gateway.listening import bind, bind_for, check_exposure, is_loopback, naming, url_of
 from kvfleet.gateway.logs import set_up_logging
 from kvfleet.gateway.memory import calm_memory
 from kvfleet.gateway.news import News
@@ -283,11 +283,16 @@ class _House:
     def bind(self, config: FleetConfig, workers: int, stack: contextlib.ExitStack) -> Sockets:
         """The listening sockets."""
         admin = config.gateway.admin
-        clients = bind_for(workers, self.host, self.port)
-        found = Sockets(clients, [] if admin.port is None else bind(admin.host, admin.port))
+        found = Sockets(bind_for(workers, self.host, self.port), [])
         for one in found.all:
             stack.callback(one.close)
-        return found
+        if admin.port is None:
+            return found
+        with naming("gateway.admin.port", admin.host, admin.port):
+            operators = bind(admin.host, admin.port)
+        for one in operators:
+            stack.callback(one.close)
+        return attrs.evolve(found, operators=operators)
 
     def for_worker(self, seat: Seat) -> _House:
         """The same for one of several workers, which has a part of each limit that it counts by itself."""
@@ -395,7 +400,8 @@ def _serve_metrics(
         return
     metrics.port = telemetry.prometheus_port
     merged = None if siblings is None else siblings.registry(metrics.registry)
-    metrics.start_server(config.gateway.admin.host, merged)
+    with naming("telemetry.prometheus_port", config.gateway.admin.host, telemetry.prometheus_port):
+        metrics.start_server(config.gateway.admin.host, merged)
     stack.callback(metrics.stop_server)
 
 

@@ -82,6 +82,26 @@ def test_a_key_may_be_a_reference(fleet: Path) -> None:
     assert "KVFLEET_NO_SUCH_KEY" in err
 
 
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("gateway: {port: 0, admin: {port: %d}}", "gateway.admin.port"),
+        ("gateway: {port: 0}\ntelemetry: {prometheus_port: %d}", "telemetry.prometheus_port"),
+    ],
+)
+def test_another_port_that_is_taken_is_told_by_its_setting(tmp_path: Path, section: str, setting: str) -> None:
+    """Which address, and what to change: `--port` would not help."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        file = tmp_path / "fleet.yaml"
+        file.write_text("models: [{name: a, provider: mock}]\n" + section % port + "\n")
+        status, _, err = run("run", file)
+    assert status == 1
+    assert err == f"Error: cannot listen on 127.0.0.1:{port}: Address already in use; take another {setting}\n"
+
+
 def test_a_port_that_is_taken_is_told(fleet: Path) -> None:
     """Exit status 1 and the address; no traceback."""
     with socket.socket() as taken:
