@@ -30,7 +30,7 @@ from kvfleet.runtime import Router
 from kvfleet.trace import names
 from kvfleet.trace.spans import Span, Trace
 from tests.cache.tokenizing import save
-from tests.gateway.kv_engine import HybridKVEngine, KVEngine, RankedEngine
+from tests.gateway.kv_engine import DraftingKVEngine, HybridKVEngine, KVEngine, RankedEngine
 from tests.telemetry.zmq_engine import until
 
 SYSTEM = "You answer in verse, and you never say more than you must. " * 4
@@ -189,6 +189,35 @@ async def test_an_engine_that_restarts(tmp_path: Path) -> None:
         await scene.ask("Hello.")
         assert {mode for _, mode in scene.expected().values()} <= {"exact", "none"}
         assert max(tokens for tokens, _ in scene.expected().values()) <= 1
+
+
+async def test_the_trace_says_why_a_cache_is_not_known_exactly(tmp_path: Path) -> None:
+    """Of the engine whose events are lost, while it still answers; and nothing where there is nothing to say."""
+    async with live(tmp_path) as scene:
+        await scene.ask("Hello.")
+        assert names.SCORE_REASONS not in scene.stage("affinity.prefix").attributes
+        scene.engines[0].wire.restart()
+        await until(lambda: scene.modes().count("exact") == 1)
+        await scene.ask("Hello.")
+        given = scene.stage("affinity.prefix").attributes
+        reasons = dict(zip(given[names.SCORED], given[names.SCORE_REASONS], strict=True))  # type: ignore[arg-type]
+        lost = f"m@{scene.engines[0].url}"
+        assert {one for one, why in reasons.items() if why} == {lost}
+        assert reasons[lost].endswith(": the connection is lost")
+
+
+async def test_an_engine_that_drops_its_last_block(tmp_path: Path) -> None:
+    """As those do whose model drafts: after eight answers as much is expected as it has."""
+    async with live(tmp_path, kind=DraftingKVEngine) as scene:
+        for _ in range(200):  # a few more than that, because what was learned is looked at every twentieth of a second
+            await scene.ask("Hello.")
+            await until(lambda: _told(scene) == [engine.publisher.seq for engine in scene.engines])
+            served = max(scene.engines, key=lambda engine: len(engine.asked))
+            expected, cached = scene.expected()[served.name], served.asked[-1][1]
+            if cached and expected == (float(cached), "exact"):
+                break
+        assert len(served.asked) > 8
+        assert (cached > 0, expected) == (True, (float(cached), "exact"))
 
 
 async def test_an_engine_that_falls_silent(tmp_path: Path) -> None:
