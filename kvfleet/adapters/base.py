@@ -177,6 +177,8 @@ class EngineLoad:
         kv_usage: Share of the KV cache in use, 0..1.
         cache_blocks: Size of the KV cache, in blocks.
         block_tokens: Tokens in one block.
+        cache_tokens: Tokens of prompts and answers that fit into it, where it says so: a hybrid model's take blocks of
+            several groups of layers.
         prefix_queries_tokens, prefix_hits_tokens: Running totals of prompt tokens looked up and found in the cache.
         tokens_per_second: Generation throughput.
     """
@@ -186,9 +188,17 @@ class EngineLoad:
     kv_usage: float | None = None
     cache_blocks: int | None = None
     block_tokens: int | None = None
+    cache_tokens: int | None = None
     prefix_queries_tokens: float | None = None
     prefix_hits_tokens: float | None = None
     tokens_per_second: float | None = None
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Tokens that fit into its cache."""
+        if self.cache_tokens or not self.cache_blocks or not self.block_tokens:
+            return self.cache_tokens or None
+        return self.cache_blocks * self.block_tokens
 
     @property
     def prefix_hit_rate(self) -> float | None:

@@ -141,10 +141,10 @@ class MockAdapter(InferenceAdapter):
     def spec(self) -> EngineSpec:
         """Size and pace of the engine."""
         context_tokens = self.context_tokens or _CONTEXT_TOKENS
-        window: dict[str, int] = {
-            "window_tokens": self.window_tokens,
-            "window_cache_blocks": max(1, self.window_cache_tokens // self.block_tokens),
-        }
+        window: dict[str, int] = {}
+        if self.window_tokens:
+            blocks = max(1, self.window_cache_tokens // self.block_tokens)
+            window = {"window_tokens": self.window_tokens, "window_cache_blocks": blocks}
         if self.preset != _NO_PRESET:
             sized = PRESETS[self.preset].sized(self.block_tokens, context_tokens=context_tokens, speed=self.speed)
             return attrs.evolve(sized, max_waiting=self.max_queue, **window)

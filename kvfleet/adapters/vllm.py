@@ -56,6 +56,7 @@ class VLLMAdapter(MeteredAdapter):
             kv_usage=samples.mean(*_KV_USAGE),
             cache_blocks=blocks,
             block_tokens=block_tokens,
+            cache_tokens=_cache_tokens(samples),
             prefix_queries_tokens=samples.total(*_QUERIES),
             prefix_hits_tokens=samples.total(*_HITS),
             tokens_per_second=self.throughput(samples.total(_GENERATED)) if throughput is None else throughput,
@@ -108,3 +109,10 @@ def _cache_size(samples: Samples) -> tuple[int | None, int | None]:
     blocks = [blocks for one in configs if (blocks := whole_of(one.get("num_gpu_blocks"))) is not None]
     sizes = [size for one in configs if (size := whole_of(one.get("block_size")))]
     return sum(blocks) if blocks else None, sizes[0] if sizes else None
+
+
+def _cache_tokens(samples: Samples) -> int | None:
+    """Tokens that fit into the caches of all engines, as vLLM itself reckons with a hybrid model's groups (0.32)."""
+    sizes = [whole_of(sample.labels.get("kv_cache_size_tokens")) for sample in samples.all(_CONFIG)]
+    known = [size for size in sizes if size]
+    return sum(known) if known and len(known) == len(sizes) else None

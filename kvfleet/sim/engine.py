@@ -184,6 +184,7 @@ class Engine:
             kv_usage=pool.held / pool.capacity,
             cache_blocks=self.spec.all_blocks,
             block_tokens=self.spec.block_tokens,
+            cache_tokens=self.spec.cache_blocks * self.spec.block_tokens if self.spec.window_tokens else None,
             prefix_queries_tokens=float(self._queries_tokens),
             prefix_hits_tokens=float(self._hits_tokens),
             tokens_per_second=len(self._decoding.jobs) / run.first_s if run else 0.0,

@@ -219,8 +219,9 @@ class FleetLoad:
             known = self._replicas[replica_id]
             known.reported = load
             known.reported_in_flight, known.reported_queue = len(known.open), len(known.prefilling)
-            if load.cache_blocks and load.block_tokens:
-                known.capacity_tokens = load.cache_blocks * load.block_tokens
+            capacity_tokens = load.capacity_tokens
+            if capacity_tokens:
+                known.capacity_tokens = capacity_tokens
 
     def engine(self, endpoint: str) -> EngineLoad | None:
         """What the engine last said, however old; None if it never did."""

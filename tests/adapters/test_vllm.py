@@ -54,6 +54,7 @@ async def test_load_of_a_recorded_engine() -> None:
         kv_usage=0.0,
         cache_blocks=16384,
         block_tokens=32,
+        cache_tokens=524_288,
         prefix_queries_tokens=0.0,
         prefix_hits_tokens=0.0,
     )
@@ -245,3 +246,11 @@ async def test_an_answer_without_tokens(answer: bytes) -> None:
     with pytest.raises(BackendError) as raised:
         await adapter.prompt_tokens(Operation.CHAT, {"messages": []})
     assert raised.value.kind is Fault.PROTOCOL
+
+
+async def test_the_size_of_a_hybrid_models_cache() -> None:
+    """Is what vLLM itself reckons: its blocks are those of several groups of layers, so their tokens are too many."""
+    page = b'vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="110",kv_cache_size_tokens="1184"} 1\n'
+    adapter, _ = paged(VLLMAdapter, {"/metrics": page})
+    load = await adapter.get_load()
+    assert (load.cache_blocks, load.block_tokens, load.capacity_tokens) == (110, 32, 1184)
