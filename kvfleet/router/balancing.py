@@ -32,6 +32,8 @@ _MOST_CURSORS = 1024
 class RoundRobinStrategy:
     """Take the replicas in turn.
 
+    What nginx does unless told otherwise (https://nginx.org/en/docs/http/load_balancing.html).
+
     Each set of candidates has a turn of its own, so that requests which not every replica can serve do not upset the
     turns of those which all can. A dry run shows whose turn it is and does not take it.
     """
@@ -63,7 +65,10 @@ class RoundRobinStrategy:
 
 @attrs.define
 class RandomStrategy:
-    """Choose any replica, each with the same chance."""
+    """Choose any replica, each with the same chance.
+
+    With round robin what most balancers offer, vllm-router among them (https://github.com/vllm-project/router).
+    """
 
     reads: ClassVar = NO_COLUMNS
     _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
@@ -164,6 +169,8 @@ def _beginning(context: ScoringContext) -> str:
 @attrs.define
 class SessionStrategy:
     """Keep each conversation where it began; a new one begins where the fewest requests are.
+
+    llm-d's session affinity (https://github.com/llm-d/llm-d-router), as a strategy of its own.
 
     A conversation is known by the request's session, or else by its beginning. What is remembered is bounded, the
     oldest is forgotten first.
