@@ -31,7 +31,7 @@ function replicas(list) {
     ["Check", (r) => duration(r.latency_ms), true],
     ["Ours in flight", (r) => r.in_flight, true], ["Running", (r) => r.running, true], ["Waiting", (r) => r.waiting, true],
     ["KV cache in use", (r) => gauge(r.kv_usage)], ["Rate limit left", (r) => gauge(r.rate_limit_left)], ["Prefix hits", (r) => percent(r.prefix_hit_rate), true],
-    ["Cache known", (r) => r.cache_mode], ["Expected first byte", (r) => duration(r.expected_ttfb_s ? r.expected_ttfb_s * 1000 : null), true],
+    ["Cache known", (r) => (r.cache_why ? `${r.cache_mode}: ${r.cache_why}` : r.cache_mode)], ["Expected first byte", (r) => duration(r.expected_ttfb_s ? r.expected_ttfb_s * 1000 : null), true],
   ], "No replicas are known.");
 }
 function models(stats) {
