@@ -131,10 +131,11 @@ class OpenAICompatAdapter(HTTPAdapter):
     def _whole(self, call: Call, incoming: Incoming, kind: str, body: bytes) -> Reply:
         if kind not in _JSON_TYPES:
             raise BackendError(Fault.PROTOCOL, f"the backend answered with {kind}, not JSON", status=incoming.status)
-        answer = parsed(body, incoming.status) if len(body) < READ_WHOLE_BELOW_BYTES else _end_of(body)
+        is_read = len(body) < READ_WHOLE_BELOW_BYTES
+        answer = parsed(body, incoming.status) if is_read else _end_of(body)
         if isinstance(answer, dict) and (answer.get("error") or answer.get("object") == "error"):
             raise self.error_of(incoming.status, incoming.headers, body)
-        if not _fits(call.operation, answer):
+        if is_read and not _fits(call.operation, answer):
             raise BackendError(Fault.PROTOCOL, f"the backend's answer is none to {call.operation}")
         return Reply(status=incoming.status, headers=incoming.headers, body=body, tally=self._tally(answer))
 
@@ -180,17 +181,26 @@ def _kind_of(incoming: Incoming) -> str:
 
 
 def _fits(operation: Operation, answer: Any) -> bool:
+    """True if it answers at all: a list of choices without one, or with one that says nothing, is no answer."""
     if operation is Operation.RERANK:
         return isinstance(answer, dict | list)
-    key = "data" if operation is Operation.EMBEDDING else "choices"
-    return isinstance(answer, dict) and isinstance(answer.get(key), list)
+    if not isinstance(answer, dict):
+        return False
+    if operation is Operation.EMBEDDING:
+        return isinstance(answer.get("data"), list)
+    choices = answer.get("choices")
+    return isinstance(choices, list) and bool(choices) and all(map(_says_something, choices))
+
+
+def _says_something(choice: Any) -> bool:
+    return isinstance(choice, dict) and (isinstance(choice.get("message"), dict) or isinstance(choice.get("text"), str))
 
 
 def _end_of(body: bytes) -> dict[str, Any]:
     """What the last keys of a large answer say; its bulk is not looked at."""
     if not (body.lstrip()[:1] == b"{" and body.rstrip()[-1:] == b"}"):
         raise BackendError(Fault.PROTOCOL, "the backend's answer is not JSON")
-    found: dict[str, Any] = {"choices": [], "data": []}
+    found: dict[str, Any] = {}
     at = body.rfind(b'"usage"', len(body) - _TAIL_BYTES)
     if at >= 0:
         with contextlib.suppress(orjson.JSONDecodeError):

@@ -44,8 +44,9 @@ class RelayedEvents(abc.ABC):
         if self._is_over:
             raise StopAsyncIteration
         try:
-            if self._failed is not None:
-                raise self._failed
+            refused = self._failed or self._splitter.refused
+            if refused is not None:
+                raise refused
             while data := await self._take():
                 piece = self._feed(data)
                 if piece and (out := self._passed(piece)):

@@ -22,9 +22,13 @@ class _Splitter:
 
     Args:
         max_bytes: Longest event or line.
+
+    Attributes:
+        refused: Why nothing more is to be read, once what was whole before has been given out.
     """
 
     max_bytes: int = MAX_EVENT_BYTES
+    refused: BackendError | None = attrs.field(init=False, default=None)
     _held: bytearray = attrs.field(init=False, factory=bytearray)
 
     @property
@@ -35,9 +39,12 @@ class _Splitter:
     def _hold(self, data: bytes, *, has_given: bool = False) -> None:
         """Hold back; what was whole before is given out first, and then what follows is refused."""
         self._held += data
-        if len(self._held) > self.max_bytes and not has_given:
+        if len(self._held) > self.max_bytes:
             limit = f"{self.max_bytes} bytes (gateway.limits.max_event_bytes)"
-            raise BackendError(Fault.PROTOCOL, f"the backend sent an event of more than {limit}", received=True)
+            error = BackendError(Fault.PROTOCOL, f"the backend sent an event of more than {limit}", received=True)
+            if not has_given:
+                raise error
+            self.refused = error
 
 
 @attrs.define
@@ -70,6 +77,7 @@ class EventSplitter(_Splitter):
             return b""
         whole = bytes(self._held[:end])
         del self._held[:end]
+        self._hold(b"", has_given=True)
         return whole
 
 

@@ -105,6 +105,8 @@ async def events_of(
     async for piece in incoming:
         for event in _single(splitter.feed(piece)):
             yield event
+        if splitter.refused is not None:
+            raise splitter.refused
     # engines forget the last line's end now and then, and some answer a refusal that is no event under a 200; what was
     # cut off cannot be read
     rest = splitter.rest.strip()

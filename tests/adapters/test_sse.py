@@ -116,6 +116,23 @@ def test_any_cuts_and_line_ends(at: list[int], is_crlf: bool) -> None:
     assert tally == Tally(Usage(3, 1, 4), "stop", "m", "a", 6, is_complete=True)
 
 
+@pytest.mark.parametrize("pieces", [(FIRST + b"data: " + b"x" * 100,), (FIRST[:5], FIRST[5:] + b"data: " + b"x" * 100)])
+def test_an_event_too_long_is_refused_at_once(pieces: tuple[bytes, ...]) -> None:
+    """Also if whole ones came with its beginning, and nothing comes after it: nobody waits for more of it."""
+
+    async def main() -> tuple[bytes, BackendError]:
+        made, _, _ = relay(*pieces, error=httpx.ReadError("nothing more"))
+        made._splitter.max_bytes = 50
+        out = await anext(made)
+        with pytest.raises(BackendError) as caught:
+            await anext(made)
+        return out, caught.value
+
+    out, error = asyncio.run(main())
+    assert (out, error.kind) == (FIRST, Fault.PROTOCOL)
+    assert "more than 50 bytes" in str(error)
+
+
 def test_done_alone_is_no_end() -> None:
     """Without a finish reason nobody knows that an answer is whole, whatever the engine says last."""
     out, tally, failed = run(FIRST + TEXT + DONE)

@@ -31,7 +31,7 @@ from kvfleet.gateway.server import Serving, running
 from kvfleet.runtime import Router
 from tests.gateway.upstream import SSE_HEAD, chunk, upstream, whole
 
-ANSWER = whole(b'{"id":"1","object":"chat.completion","choices":[]}')
+ANSWER = whole(b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{"content":"Yes"}}]}')
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 

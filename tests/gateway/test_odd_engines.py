@@ -85,6 +85,19 @@ async def test_done_without_a_finish_reason_is_no_end(line_end: str) -> None:
     assert json.loads(last[6:])["error"]["code"] == "stream_interrupted"
 
 
+@pytest.mark.parametrize(
+    "choices", [[], [None], [5], [{}], [{"message": None}], [{"index": 0, "finish_reason": "stop"}]]
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/completions"])
+async def test_choices_that_say_nothing_are_no_answer(choices: list[Any], path: str) -> None:
+    """Under a 200 too: it is the engine's failure, which another replica may make good, and not an empty answer."""
+    async with gateway_of(whole(json.dumps({"id": "c", "choices": choices}).encode())) as client:
+        body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Is it?"}], "prompt": "Is it?"}
+        answer = await client.post(path, json=body)
+    assert answer.status_code == 502
+    assert answer.json()["error"]["kvfleet"]["attempts"] == [{"model": "m", "fault": "protocol"}]
+
+
 USAGES: dict[str, Any] = {
     "negative": {"prompt_tokens": -300_000, "completion_tokens": -2},
     "endless": {"prompt_tokens": 3, "completion_tokens": 1e300},
