@@ -29,7 +29,7 @@ from kvfleet.telemetry.cost import Price, with_known_prices
 from kvfleet.telemetry.metrics import MetricsExporter
 from kvfleet.trace import names
 from kvfleet.trace.spans import AttributeValue
-from kvfleet.turns import Steps, at_once
+from kvfleet.turns import Steps, at_once, in_turns
 
 __all__ = ["BudgetAdmission", "BudgetFilter", "ledger_path"]
 
@@ -172,21 +172,27 @@ class BudgetAdmission:
         """Read what this month came to so far, and share the accounts with whoever else has the file open."""
         if self._ledger is None:
             return
-        self._take_over(await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns())))
-        for account in self._books.every():
+        found = await anyio.to_thread.run_sync(self._ledger.open, month_of(self._clock.time_ns()))
+        self._grants = Grants(self._ledger, await in_turns(self._opened(found)))
+
+    def _opened(self, found: Mapping[str, Spending]) -> Steps[dict[str, Account]]:
+        """The accounts, which begin with what was spent and no grant, by name."""
+        by_name = {}
+        for account in self._books.each():
+            _begin_with(account, found)
             if account.config.throttle_on_exceed:
                 account.granted = 0
-        self._grants = Grants(self._ledger, {account.name: account for account in self._books.each()})
-
-    def _take_over(self, found: Mapping[str, Spending]) -> None:
-        for account in self._books.every():
-            account.spent = found.get(account.name, account.spent)
-            # Reached before this process began: the alert has been given.
-            account.is_alerted = account.reaches_threshold
+            by_name[account.name] = account
+            yield
+        return by_name
 
     def inherit_ahead(self, before: BudgetAdmission) -> Steps[None]:
         """Find out how to go on with the accounts of before a reload: there may be thousands."""
         self._next = before, (yield from self._books.going_on_from(before._books))
+        unused = self._grants.accounts if self._grants is not None else {}
+        while unused:
+            unused.popitem()
+            yield
 
     def inherit(self, before: BudgetAdmission) -> None:
         """Go on with the accounts that stood before a reload: what they spent, and what they hold for requests."""
@@ -199,7 +205,7 @@ class BudgetAdmission:
         if self._grants is not None and before._ledger is not None:
             self._share(before._ledger, succession.by_name)
 
-    def _share(self, ledger: Ledger, accounts: Mapping[str, Account]) -> None:
+    def _share(self, ledger: Ledger, accounts: dict[str, Account]) -> None:
         """Use the ledger that the accounts' grants are held by, and let go of the one that was opened beside it."""
         if self._ledger is not None and self._ledger.path == ledger.path:
             ledger.users += 1
@@ -278,7 +284,8 @@ class BudgetAdmission:
 
     def statements_of(self, spent: Mapping[str, Spending]) -> list[dict[str, object]]:
         """The same for a month's spending that a ledger tells, without any reservation."""
-        self._take_over(spent)
+        for account in self._books.each():
+            _begin_with(account, spent)
         return self.statements()
 
     def state(self) -> Mapping[str, Any]:
@@ -292,6 +299,11 @@ class BudgetAdmission:
         failed = 0 if self._ledger is None else self._ledger.failed
         shown = [account.statement() for account in every[:most]]
         return {"accounts": shown, "accounts_more": max(len(every) - most, 0), "ledger_failures": failed}
+
+
+def _begin_with(account: Account, found: Mapping[str, Spending]) -> None:
+    account.spent = found.get(account.name, account.spent)
+    account.is_alerted = account.reaches_threshold  # reached before this process began: the alert has been given
 
 
 def _refusal(denial: Denial) -> Refusal:

@@ -178,8 +178,9 @@ class Gateway:
         self.phase = before.phase
 
     async def retire(self) -> None:
-        """Close the router of a gateway that another one has taken over from."""
-        await self.router.aclose()
+        """End a gateway that another one has taken over from; nobody may ask it anything any more."""
+        await self.router.retire()
+        vars(self).clear()
 
     def drain(self) -> None:
         """Be not ready any more, but go on answering; only dashboards, which never end by themselves, end here."""

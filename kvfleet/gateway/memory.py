@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
 
-__all__ = ["calm_memory"]
+__all__ = ["calm_memory", "keep_what_is_there", "undisturbed"]
 
 _MIB = 1024 * 1024
+_SELDOM = (10_000, 10, 10)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LONGEST_IN_A_THREAD_S = 0.001
 """For so long a thread may keep the event loop waiting, when both have work to do; Python's default is 5 ms."""
@@ -22,6 +25,24 @@ def calm_memory() -> None:
     sys.setswitchinterval(_LONGEST_IN_A_THREAD_S)
 
 
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Do not look for cycles while so much is made at once, all of which stays, that each look would be a long one."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def keep_what_is_there() -> None:
+    """Look no more at what lives as long as a fleet does, if this process is calm; what goes is freed none the less."""
+    if gc.get_threshold() == _SELDOM:  # to count what is frozen would take 10 ms
+        gc.freeze()
+
+
 def _calm_garbage_collector() -> None:
     """Look for cycles less often, and not among what lives as long as the process.
 
@@ -31,7 +52,7 @@ def _calm_garbage_collector() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
+    gc.set_threshold(*_SELDOM)
 
 
 def _keep_large_pieces() -> None:

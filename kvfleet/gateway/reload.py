@@ -9,8 +9,10 @@ findings changes nothing.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -25,6 +27,7 @@ from kvfleet.errors import ConfigError, KVFleetError, RouteError
 from kvfleet.gateway.app import Gateway
 from kvfleet.gateway.doors import Doors
 from kvfleet.gateway.health import Phase
+from kvfleet.gateway.memory import keep_what_is_there, undisturbed
 from kvfleet.gateway.siblings import Siblings
 from kvfleet.runtime import Router
 from kvfleet.turns import in_turns
@@ -98,6 +101,8 @@ class Reloader:
         self._retiring: set[asyncio.Task[None]] = set()
         self._asked: asyncio.Task[None] | None = None
         self._siblings = siblings
+        self._gone: list[weakref.ref[Any]] = []
+        self._may_keep = True
         doors.gateway.reload = self.reload
 
     async def reload(self, why: str) -> Mapping[str, Any]:
@@ -117,11 +122,16 @@ class Reloader:
     async def reload_here(self, why: str) -> Mapping[str, Any]:
         """The same for this worker alone."""
         async with self._lock:
-            try:
-                gateway = await self._beside()
-            except (KVFleetError, OSError) as error:
-                raise self._refused(error, why) from error
-            return await self._change(gateway, why)
+            self._look_after_those_before()
+            with undisturbed():
+                try:
+                    gateway = await self._beside()
+                except (KVFleetError, OSError) as error:
+                    raise self._refused(error, why) from error
+                done = await self._change(gateway, why)
+                if self._may_keep:
+                    keep_what_is_there()
+            return done
 
     def soon(self) -> None:
         """Reload, at a signal; what comes of it is in the log. One is enough for signals that come meanwhile."""
@@ -212,9 +222,20 @@ class Reloader:
                 _log.warning("gateway before a reload gives up requests in_flight=%d", len(late))
                 await asyncio.wait(late)
         finally:
+            gone = [weakref.ref(one) for one in before.router.pipeline.components if hasattr(one, "__weakref__")]
             await before.retire()
+            self._gone += gone
             if self._retiring <= {this}:
                 self._doors.gateway.router.forget_others()
+
+    def _look_after_those_before(self) -> None:
+        """Components that hold themselves are the garbage collector's, which must see those to come too, then."""
+        held = [type(one).__name__ for one in (gone() for gone in self._gone) if one is not None]
+        self._gone = []
+        if held and self._may_keep:
+            self._may_keep = False
+            gc.unfreeze()
+            _log.info("components of before a reload are left to the garbage collector held=%s", ",".join(held))
 
     def _refused(self, error: KVFleetError | OSError, why: str) -> RouteError:
         self._doors.gateway.meters.reloads["refused"] += 1

@@ -150,3 +150,10 @@ class Services:
     state_dir: Path | None = None
     news: Callable[[Any, bytes], None] | None = None
     minutes: Callable[[str], SharedMinute] | None = None
+
+    def let_go(self) -> None:
+        """Know nothing more of the pipeline, which has ended: who has these services is a part of it."""
+        for field in attrs.fields(Services):
+            if not isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]  # a class, in spite of its stub
+                setattr(self, field.name, field.default)
+        self.adapters = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import attrs
 
@@ -33,7 +33,7 @@ class Grants:
     """
 
     ledger: Ledger
-    accounts: Mapping[str, Account] = attrs.field(repr=False)
+    accounts: dict[str, Account] = attrs.field(repr=False)
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, repr=False, factory=asyncio.get_running_loop)
     _asking: dict[str, asyncio.Future[None]] = attrs.field(init=False, factory=dict, repr=False)
     _looking: dict[str, asyncio.TimerHandle] = attrs.field(init=False, factory=dict, repr=False)

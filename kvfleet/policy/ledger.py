@@ -98,6 +98,10 @@ Booked = Mapping[tuple[str, str], Spending]
 """What was booked, by account and month."""
 
 
+def _nobody(booked: Booked) -> None:
+    """Told of what was written; who knows of nobody else lets go of whoever was told before."""
+
+
 @attrs.define
 class Ledger:
     """Keeps bookings and grants in a file; `book` and `ask` never wait and never raise.
@@ -112,7 +116,7 @@ class Ledger:
 
     path: Path
     failed: int = attrs.field(init=False, default=0)
-    written: Callable[[Booked], None] = attrs.field(init=False, default=lambda _: None, repr=False)
+    written: Callable[[Booked], None] = attrs.field(init=False, default=_nobody, repr=False)
     users: int = attrs.field(init=False, default=0)
     time_s: Callable[[], float] = attrs.field(default=time.time, kw_only=True, repr=False)
     running_s: Callable[[], float] = attrs.field(default=time.monotonic, kw_only=True, repr=False)
@@ -168,12 +172,13 @@ class Ledger:
         self._stop.set()
         self._wake.set()
         thread.join(deadline_s)
+        self.written = _nobody
         if thread.is_alive():
             log.warning("ledger_close_timeout path=%s", self.path)
 
     def abandon(self) -> None:
         """Stop without waiting for the writer, which has nothing to write: nobody has used this one."""
-        self.users, self._thread = 0, None
+        self.users, self._thread, self.written = 0, None, _nobody
         self._stop.set()
         self._wake.set()
 

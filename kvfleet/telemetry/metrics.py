@@ -85,6 +85,11 @@ class MetricsExporter:
             self.registry.unregister(before._state)
             self.registry.register(self._state)
 
+    def forget(self) -> None:
+        """Read nothing any more: another one has succeeded this one, whose state's owners end."""
+        state = self._state
+        state.kept, state.told, state.counters, state.gauges = {}, {}, {}, {}
+
     def start_server(self, host: str = "127.0.0.1", instead: Collector | None = None) -> int:
         """Serve ``/metrics`` on a port of its own, from a thread; the port it got (of use if `port` is 0).
 
