@@ -13,6 +13,7 @@ from kvfleet.errors import BackendError, Fault
 
 __all__ = ["FallbackRules"]
 
+_USUAL_S = attrs.fields(ModelConfig).timeout_seconds.default
 _TIMEOUTS = (Fault.TIMEOUT, Fault.CONNECT_TIMEOUT)
 _NO_TIME = (Fault.DEADLINE, Fault.CANCELLED)
 
@@ -26,8 +27,9 @@ class FallbackRules:
         None,
         gt=0,
         unit="ms",
-        doc="Longest wait for a stream's first token in one attempt; the model's `timeout_seconds` if absent. "
-        "A whole answer, whose first byte is its last, may always take the model's `timeout_seconds`.",
+        doc="Longest wait for a stream's first token in one attempt; the model's `timeout_seconds` if that is absent, "
+        "or given and shorter. A whole answer, whose first byte is its last, may always take the model's "
+        "`timeout_seconds`.",
     )
     promote_on_timeout: bool = flag(True, doc="A timeout also moves on to the next candidate.")
     fallback_order: tuple[str, ...] = listing(
@@ -68,11 +70,16 @@ class FallbackRules:
         return [model for name in wanted for model in ranked if model.name == name]
 
     def timeout_s(self, candidate: ModelConfig, *, is_stream: bool) -> float | None:
-        """Seconds to the first byte of this attempt; None for the model's own limit."""
+        """Seconds to the first byte of this attempt; None for the model's own limit.
+
+        That one counts too where it was given and is shorter: who says of a model that it has five seconds means it.
+        """
         if self.timeout_ms is None:
             return None
-        limit_s = self.timeout_ms / 1000
-        return limit_s if is_stream else max(limit_s, candidate.timeout_seconds)
+        limit_s, own_s = self.timeout_ms / 1000, candidate.timeout_seconds
+        if own_s < limit_s and own_s != _USUAL_S:
+            return own_s
+        return limit_s if is_stream else max(limit_s, own_s)
 
     def worth_trying(self, queue: list[ModelConfig], failed: ModelConfig, error: BackendError) -> list[ModelConfig]:
         """Who may still answer after this failure."""

@@ -188,6 +188,14 @@ async def test_a_whole_answer_may_take_the_models_own_time() -> None:
     assert whole.tried[0][2] == A.timeout_seconds == 60
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_models_own_shorter_limit_counts(stream: bool) -> None:
+    """Also below `timeout_ms`, whose default of ten seconds nobody has written: five seconds are five seconds."""
+    hasty, attempts = model("hasty", timeout_seconds=5), Attempts()
+    await run(Fallback(timeout_ms=10_000), attempts, hasty, stream=stream)
+    assert attempts.tried[0][2] == 5
+
+
 async def test_after_a_refusal_those_it_holds_for_too_come_last() -> None:
     """Other models of the same account would refuse as well; they are tried only when nobody else is left."""
     one, two = (model(name, "http://cloud", shared_rate_limit=True) for name in ("one", "two"))
