@@ -50,15 +50,18 @@ class PromptTokens:
     Attributes:
         chains: By model; one for each whose tokens are known.
         missing: By model: why its tokens are not.
+        estimate: Where none are known, how many it is likely to have, by other prompts; 0 if that is not known either.
     """
 
     chains: Mapping[str, TokenChain] = attrs.field(factory=dict)
     missing: Mapping[str, str] = attrs.field(factory=dict)
+    estimate: int = 0
 
 
 def _describe(found: PromptTokens) -> Sequence[str]:
     known = [f"{model}: {chain.tokens} tokens" for model, chain in found.chains.items()]
-    return (*known, *(f"{model}: by bytes, {why}" for model, why in found.missing.items()))
+    missing = [f"{model}: by bytes, {why}" for model, why in found.missing.items()]
+    return (*known, *missing, *([f"counted as about {found.estimate} tokens"] if found.estimate else ()))
 
 
 TOKENS: Fact[PromptTokens] = Fact("tokens", _describe)
@@ -105,8 +108,8 @@ class _Maker:
         self.estimated = _MEMORY * self.estimated + estimate
 
     def usual(self, estimate: int) -> int:
-        """How many tokens a prompt is likely to have whose bytes come to so many."""
-        return round(estimate * self.made / self.estimated) if self.estimated else estimate
+        """How many tokens a prompt is likely to have whose bytes come to so many; 0 if no prompt was measured."""
+        return round(estimate * self.made / self.estimated) if self.estimated else 0
 
     def make(self, operation: Operation, body: Mapping[str, Any]) -> TokenChain:
         """A prompt's blocks, made here; for a thread."""
@@ -172,26 +175,27 @@ class TokensClassifier:
         missing = {name: one for name in names if isinstance(one := found[name], str)}
         for name in missing:
             self._metrics.count("kvfleet_prompt_tokens_missing_total", name)
-        self._count(ctx, chains, missing)
-        return {TOKENS: PromptTokens(chains, missing)}
+        return {TOKENS: PromptTokens(chains, missing, self._count(ctx, chains, missing))}
 
-    def _count(self, ctx: RoutingContext, chains: Mapping[str, TokenChain], missing: Mapping[str, str]) -> None:
+    def _count(self, ctx: RoutingContext, chains: Mapping[str, TokenChain], missing: Mapping[str, str]) -> int:
         """Let the prompt have as many tokens as its engine counts; of models that count otherwise, the most.
 
         Where its tokens are not known they are estimated by those of others, so that queues, caches and learned paces
-        have one unit all the same.
+        have one unit all the same. Gives that estimate; 0 if there is none, or none is needed.
         """
         prompt = ctx.fact_or_none(PROMPT)
         if prompt is None:
-            return
+            return 0
         estimate = prompt.token_estimate
         if not chains:
-            prompt.counted(max([self._makers[name].usual(estimate) for name in missing]))
-            return
+            likely = max([self._makers[name].usual(estimate) for name in missing])
+            prompt.counted(likely)
+            return likely
         if not ctx.dry_run and isinstance(ctx.request.body.get("prompt"), str | None):  # not given as tokens already
             for name, chain in chains.items():
                 self._makers[name].measure(estimate, chain.tokens)
         prompt.counted(max([chain.tokens for chain in chains.values()]))
+        return 0
 
     async def observe(self, outcome: Outcome) -> None:
         """Compare the number of tokens with what the engine counted."""

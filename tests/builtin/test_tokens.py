@@ -213,7 +213,8 @@ class TestThere:
         fleet.teller.takes_s = 0
         await fleet.find(user("b" * 400))
         fleet.teller.takes_s = 5
-        assert (await fleet.find(user("c" * 800))).missing
+        found = await fleet.find(user("c" * 800))
+        assert TOKENS.describe(found) == ("m: by bytes, not made within 20 ms", "counted as about 300 tokens")
         blocks = prompt_of(fleet.ctx).blocks(0, 64)
         assert (prompt_tokens(fleet.ctx), blocks.tokens) == (300, 300)
         assert blocks.block_tokens * len(blocks.hashes) == pytest.approx(300, rel=0.1)
