@@ -30,6 +30,7 @@ _CONTENT_POLICY = re.compile(
 # A URL, and an address with its port, also as Python writes the pair: ('10.0.0.5', 8000).
 _URL = re.compile(r"""\b(?:https?|wss?)://\S+|\b(?:\d{1,3}\.){3}\d{1,3}(?::|["'], ?)\d{1,5}\b""")
 _MAX_MESSAGE = 2000
+_STATUS_DIGITS = 3
 
 # What a status means where the body does not say more. 402, 405 and 501 are no fault of the caller or of the replica's
 # health: an unpaid account, a path that is not there, a feature that is not built in.
@@ -97,7 +98,8 @@ def _detail(detail: Any) -> str:
 
 
 def _failed_field(item: Mapping[str, Any]) -> str:
-    where = ".".join(str(step) for step in item.get("loc", ()) if step != "body")
+    loc = item.get("loc")
+    where = ".".join(str(step) for step in loc if step != "body") if isinstance(loc, list | tuple) else ""
     return f"{where}: {item.get('msg', '')}" if where else str(item.get("msg", ""))
 
 
@@ -160,6 +162,8 @@ def from_answer(status: int, headers: Mapping[str, str], body: bytes, *, receive
         status = _status_within(found)
     kind = _kind(status, found)
     message = f"{_SAYS[kind]} (status {status})"
+    if found is not None and not found["message"]:
+        found = {**found, "message": message}  # an error that says nothing helps nobody
     return BackendError(
         kind,
         message,
@@ -181,7 +185,8 @@ def _json(body: bytes) -> Any:
 def _status_within(found: Mapping[str, Any]) -> int:
     """An error sent under a 200 may carry its true status as its code."""
     code = found.get("code")
-    number = int(code) if isinstance(code, int | str) and str(code).isdecimal() else 0
+    told = str(code) if isinstance(code, int | str) else ""
+    number = int(told) if len(told) == _STATUS_DIGITS and told.isdecimal() else 0
     return number if 400 <= number < 600 else 500
 
 

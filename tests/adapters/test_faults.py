@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import time
 from typing import Any
 
 import httpx
 import orjson
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from kvfleet.adapters import faults
 from kvfleet.errors import Fault
@@ -82,6 +85,30 @@ def test_refusals(status: int, body: Any, kind: Fault) -> None:
     assert error.kind is kind
     assert error.received is False
     assert (error.body is not None) == (kind.is_callers and body not in (None, {}))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "detail", "message", "code", "type", "loc", "msg"]), inner, max_size=4
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from([200, 302, 400, 401, 404, 413, 422, 429, 500, 503]), JSON)
+@example(422, {"detail": [{"loc": 5, "msg": None}]})
+@example(200, {"error": {"message": "m", "code": "4" * 5000}})
+def test_any_error_object_can_be_read(status: int, body: Any) -> None:
+    """Whatever shape it has: the status says what it is, and the caller is told something."""
+    error = faults.from_answer(status, {}, json.dumps(body).encode())
+    assert str(error)
+    assert error.status == status or 400 <= (error.status or 0) < 600
+    if error.body is not None:
+        assert error.body["message"]
 
 
 def test_the_backends_error_object_is_kept() -> None:
