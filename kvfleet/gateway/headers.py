@@ -96,7 +96,7 @@ class HeaderNames:
         for name, value in headers:
             if name in wanted:
                 if name not in found:
-                    found[name] = value
+                    found[name] = value.strip(b" \t")  # what stands around it counts for nothing (RFC 9110, 5.5)
                 elif name in self._single:
                     raise BadRequestError(f"the header {name.decode()} is sent twice", code="duplicate_header")
                 else:

@@ -206,6 +206,23 @@ def test_however_the_network_cuts_it(cuts: list[int]) -> None:
     asyncio.run(check())
 
 
+async def test_white_space_around_a_value_counts_for_nothing() -> None:
+    """A proxy may leave some behind it (RFC 9110, 5.5)."""
+    asked: list[RouteRequest] = []
+
+    async def keep(request: RouteRequest) -> Reply:
+        asked.append(request)
+        return Reply(body=b"{}")
+
+    async with served(FakeRouter(fleet(), keep)) as (_, address):
+        client = await Client.to(address)
+        client.send(post(BODY, b"X-KVFleet-Timeout: \t 50000 \t", b"X-Session-ID:  mine ", b"X-Request-ID: r1 "))
+        status, headers, _ = await client.answer()
+        client.close()
+    assert (status, headers["x-request-id"]) == (200, "r1")
+    assert (asked[0].timeout_s, asked[0].session) == (50.0, "mine")
+
+
 async def test_an_old_client_gets_no_chunks() -> None:
     """HTTP/1.0 knows none: a stream ends with the connection, and is kept open only if it asks and can be."""
     async with served() as (_, address):
