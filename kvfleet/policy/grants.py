@@ -30,10 +30,12 @@ class Grants:
     Args:
         ledger: Shared with other processes.
         accounts: Those of this process, by name.
+        answer_s: Longest wait for the ledger, which itself waits up to five seconds for its file.
     """
 
     ledger: Ledger
     accounts: dict[str, Account] = attrs.field(repr=False)
+    answer_s: float = 15.0
     _loop: asyncio.AbstractEventLoop = attrs.field(init=False, repr=False, factory=asyncio.get_running_loop)
     _asking: dict[str, asyncio.Future[None]] = attrs.field(init=False, factory=dict, repr=False)
     _looking: dict[str, asyncio.TimerHandle] = attrs.field(init=False, factory=dict, repr=False)
@@ -79,10 +81,14 @@ class Grants:
 
     async def _ask_for(self, account: Account, amount: int) -> None:
         """Ask once, after whoever asks already; those that come meanwhile are in the same demand."""
-        while (under_way := self._asking.get(account.name)) is not None:
-            await asyncio.shield(under_way)
-        if account.lacks(amount):
-            await asyncio.shield(self._ask(account))
+        try:
+            async with asyncio.timeout(self.answer_s):
+                while (under_way := self._asking.get(account.name)) is not None:
+                    await asyncio.shield(under_way)
+                if account.lacks(amount):
+                    await asyncio.shield(self._ask(account))
+        except TimeoutError:
+            account.granted = None  # as where the file cannot be used: this process goes on by what it knows
 
     def _ask(self, account: Account, *, spares: bool = True) -> asyncio.Future[None]:
         future: asyncio.Future[None] = self._loop.create_future()

@@ -234,13 +234,15 @@ class Ledger:
                 connection.execute("UPDATE held SET until_s = ? WHERE holder = ?", (now_s + _LEASE_S, self.holder))
             found = [self._grant(connection, ask, now_s) for ask, _ in asked]
             connection.execute("COMMIT")
-        except (sqlite3.Error, OverflowError) as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
+        except Exception as error:  # noqa: BLE001 - whatever SQLite's module raises must not end the thread
+            with contextlib.suppress(sqlite3.Error):
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
                 self._put_back(batch, error)
             else:  # no file could ever take it, and whoever waits for a grant must not wait for ever
-                log.error("ledger_lost path=%s bookings=%d error=figures too large", self.path, len(batch))  # noqa: TRY400 - no trace of ours is of use
+                name = type(error).__name__
+                log.error("ledger_lost path=%s bookings=%d error=%s", self.path, len(batch), name)  # noqa: TRY400
                 self.failed += 1
         else:
             standings, self._renewed_s = list(found), now_s if is_time else self._renewed_s

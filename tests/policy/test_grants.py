@@ -329,3 +329,21 @@ async def test_what_was_granted_for_one_and_taken_by_another_is_asked_for_again(
     ledger.say(8)
     await asyncio.wait_for(first, 5)
     assert not isinstance(reserve([account], 5, 0), Denial)
+
+
+class Dumb(Ledger):
+    """A ledger that never answers."""
+
+    def ask(self, ask: Ask, done: Any) -> None:
+        """Hear, and say nothing."""
+
+
+async def test_a_ledger_that_never_answers_stops_nobody(tmp_path: Path) -> None:
+    """After a while requests are let in by what this process knows, also those that waited behind the first."""
+    account = Account(name="fleet", config=BudgetConfig(enabled=True, monthly_budget_usd=5), clock=SystemClock())
+    account.granted = 0
+    grants = Grants(Dumb(tmp_path / "budgets.sqlite"), {"fleet": account}, answer_s=0.01)
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(grants.obtain([account], DOLLAR) for _ in range(3)))
+    assert not account.lacks(DOLLAR)
+    assert isinstance(reserve((account,), 9 * DOLLAR, 0), Denial)
