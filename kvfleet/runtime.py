@@ -45,7 +45,7 @@ from kvfleet.telemetry.loop_lag import LoopLag
 from kvfleet.trace.explanation import Explanation, TraceSink
 from kvfleet.trace.otel import Bridge, OwnBridge
 from kvfleet.trace.spans import Span, SpanKind
-from kvfleet.turns import Steps, at_once
+from kvfleet.turns import Steps, at_once, in_turns
 
 __all__ = ["Dispatch", "RouteStream", "Router"]
 
@@ -187,11 +187,9 @@ class Router(Conversations):
         await self.aclose()
         self.services.metrics.forget()
         self.services.let_go()
-        parts = [*self.pipeline.components, *vars(self).values()]
+        parts = [*self.pipeline.components, *self.config.tenants.values(), *self.models, *vars(self).values()]
         vars(self).clear()
-        while parts:  # to free a large one takes milliseconds, so each has a turn of its own
-            parts.pop()
-            await asyncio.sleep(0)
+        await in_turns(_let_go_of(parts))
 
     async def close(self) -> None:
         """The documented name of `aclose`."""
@@ -451,3 +449,10 @@ class Router(Conversations):
 
     def _finished(self, outcome: Outcome) -> None:
         self.table.route_finished(outcome)
+
+
+def _let_go_of(parts: list[Any]) -> Steps[None]:
+    """One after the other: to free all of a large fleet at once would take tens of milliseconds."""
+    while parts:
+        parts.pop()
+        yield
