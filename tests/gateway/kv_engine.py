@@ -247,12 +247,14 @@ async def serving(port: int, answer: Callable[[list[bytes], str, bytes], Awaitab
 
 
 def free_ports(count: int) -> int:
-    """The first of so many ports in a row that are free."""
+    """The first of so many ports in a row that are free.
+
+    They are below those that the system gives to whoever connects, so that they are still free when an engine that was
+    killed is started again.
+    """
     while True:
+        first = random.SystemRandom().randrange(20_000, 32_000)
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            for above in range(1, count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port + above))
-            return port
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
