@@ -8,6 +8,7 @@ from typing import Any
 
 import anyio.to_thread
 import attrs
+import orjson
 
 from kvfleet.adapters.call import MOST_TOKENS, Operation
 from kvfleet.cache.blocks import Laid, PromptBlocks, byte_blocks, render_messages
@@ -233,17 +234,30 @@ _FINGERPRINTER = PromptFingerprinter()
 
 
 def estimate_prompt(operation: Operation, body: Mapping[str, Any]) -> int:
-    """About how many tokens a request's prompt has: a quarter of its UTF-8 bytes; exact where it is given as tokens."""
+    """About how many tokens a request's prompt has: a quarter of its UTF-8 bytes; exact where it is given as tokens.
+
+    Tools are a part of it, as chat templates write them: an agent's are often longer than all its messages.
+    """
     if operation is Operation.CHAT:
-        messages = messages_of(body)
-        # Almost every content is one string, and that is three times as fast without a generator.
-        plain = [m["content"] for m in messages if isinstance(m.get("content"), str)]
-        if len(plain) == len(messages):
-            calls = [t for m in messages if m.get("tool_calls") for t in _call_texts(m)]
-            return sum(map(estimate_tokens, plain)) + sum(map(estimate_tokens, calls))
+        tools = body.get("tools") or body.get("functions")
+        return _estimate_chat(body) + (estimate_tokens(_written(tools)) if tools else 0)
     given = body.get("prompt" if operation is Operation.COMPLETION else "input")
     counted = _count_ids(given) if isinstance(given, list | tuple) else 0
     return counted or sum(map(estimate_tokens, prompt_texts(operation, body)))
+
+
+def _written(tools: Any) -> str:
+    return orjson.dumps(tools, default=str).decode()
+
+
+def _estimate_chat(body: Mapping[str, Any]) -> int:
+    messages = messages_of(body)
+    # Almost every content is one string, and that is three times as fast without a generator.
+    plain = [m["content"] for m in messages if isinstance(m.get("content"), str)]
+    if len(plain) == len(messages):
+        calls = [t for m in messages if m.get("tool_calls") for t in _call_texts(m)]
+        return sum(map(estimate_tokens, plain)) + sum(map(estimate_tokens, calls))
+    return sum(map(estimate_tokens, prompt_texts(Operation.CHAT, body)))
 
 
 def _count_ids(value: Sequence[Any]) -> int:

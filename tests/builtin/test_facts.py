@@ -67,6 +67,16 @@ def test_tokens_are_estimated_and_given_ones_counted(operation: Operation, body:
     assert estimate_prompt(operation, body) == tokens
 
 
+def test_tools_are_a_part_of_the_prompt() -> None:
+    """As long as in the blocks that are looked for in caches: an agent's tools are often longer than its messages."""
+    tool = {"type": "function", "function": {"name": "look", "description": "It looks. " * 400, "parameters": {}}}
+    alone, body = {"messages": ASK}, {"messages": ASK, "tools": [tool, tool]}
+    facts = PromptFacts(estimate_prompt(Operation.CHAT, body), body=body)
+    assert facts.token_estimate == pytest.approx(facts.blocks(0, 64).tokens, rel=0.01)
+    assert facts.token_estimate > 100 * estimate_prompt(Operation.CHAT, alone)
+    assert estimate_prompt(Operation.CHAT, {"messages": ASK, "functions": [tool["function"]]}) > 1000
+
+
 def test_a_conversation_names_itself() -> None:
     """By a header, or by OpenAI's own parameter; the header wins."""
     body = {"messages": [], "prompt_cache_key": "key"}
