@@ -129,7 +129,9 @@ async def test_no_failure_tells_what_it_should_not(
 
 async def test_the_backend_gets_its_own_key_and_not_the_gateways() -> None:
     """The client's credential stays here; request id, trace context and chosen headers travel on."""
-    async with upstream(whole(b'{"id":"1","object":"chat.completion","choices":[]}')) as backend:
+    async with upstream(
+        whole(b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{}}]}')
+    ) as backend:
         config = FleetConfig(
             models=(ModelConfig(name="m", endpoint=backend.url, provider="openai_compat", api_key=BACKEND_KEY),),
             gateway=GatewayConfig(api_key=GATEWAY_KEY, passthrough_headers=("X-Correlation-ID",)),
@@ -150,7 +152,11 @@ async def test_the_backend_gets_its_own_key_and_not_the_gateways() -> None:
                     "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
                 },
             )
-    assert answer.json() == {"id": "my-trace-001", "object": "chat.completion", "choices": []}
+    assert answer.json() == {
+        "id": "my-trace-001",
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": {}}],
+    }
     head, _, body = backend.requests[0].partition(b"\r\n\r\n")
     sent = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:])
     assert sent[b"authorization"] == f"bearer {BACKEND_KEY}".lower().encode()

@@ -184,12 +184,12 @@ async def test_leaving_gives_the_place_back() -> None:
 
 async def test_a_client_that_stays_keeps_its_backend_connection() -> None:
     """Without a departure, the next request reuses the connection: nothing was closed too early."""
-    answer = b'{"id":"1","object":"chat.completion","choices":[]}'
+    answer = b'{"id":"1","object":"chat.completion","choices":[{"index":0,"message":{}}]}'
     head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     async with upstream(head % len(answer) + answer) as backend, gateway_to(backend.url) as serving:
         for _ in range(3):
             caller = await Caller.of(serving, stream=False)
-            await asyncio.wait_for(caller.reader.readuntil(b'"choices":[]}'), 5)
+            await asyncio.wait_for(caller.reader.readuntil(b'"message":{}}]}'), 5)
             caller.writer.close()
         assert len(backend.requests) == 3
         assert not backend.left.is_set()
