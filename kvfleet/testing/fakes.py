@@ -232,6 +232,7 @@ class _Stream(AsyncIterator[bytes]):
             self._tally.usage = self._usage
             self._tally.finish_reason = self._finish_reason
         self._tally.events += event.count(b"\n\n")
+        await anyio.lowlevel.checkpoint()  # as from a network: others have their turn, too
         return event
 
     def leave(self) -> bool:
