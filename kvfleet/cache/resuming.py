@@ -33,7 +33,7 @@ class Window:
         is_chunk: True if they need those since the last multiple of so many, and none at one.
 
     >>> Window.sliding(512, 16, 1)
-    Window(step=1, blocks=32)
+    Window(step=1, blocks=32, is_chunk=False)
     """
 
     step: int

@@ -33,7 +33,7 @@ def least_ttft_s(trace: RequestTrace, engines: Collection[EngineSpec], *, waits:
 def alone_s(spec: EngineSpec, prompt_tokens: int, cached_tokens: int) -> float:
     """How long an idle engine takes for a prompt of which it has the first tokens.
 
-    >>> alone_s(EngineSpec(token_budget=256, step_s=0.04, prefill_s_per_token=0.001), 300, 100)
+    >>> round(alone_s(EngineSpec(token_budget=256, step_s=0.04, prefill_s_per_token=0.001), 300, 100), 3)
     0.24
     """
     seconds, done = 0.0, cached_tokens
