@@ -198,8 +198,10 @@ async def test_the_trace_says_why_a_cache_is_not_known_exactly(tmp_path: Path) -
         assert names.SCORE_REASONS not in scene.stage("affinity.prefix").attributes
         scene.engines[0].wire.restart()
         await until(lambda: scene.modes().count("exact") == 1)
-        await scene.ask("Hello.")
         given = scene.stage("affinity.prefix").attributes
+        while names.SCORE_REASONS not in given:  # what is known of engines is looked at every twentieth of a second
+            await scene.ask("Hello.")
+            given = scene.stage("affinity.prefix").attributes
         reasons = dict(zip(given[names.SCORED], given[names.SCORE_REASONS], strict=True))  # type: ignore[arg-type]
         lost = f"m@{scene.engines[0].url}"
         assert {one for one, why in reasons.items() if why} == {lost}

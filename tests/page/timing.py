@@ -1,33 +1,34 @@
-"""How long something computes at its best, since a machine may be busy with other things."""
+"""Whether something takes less than a millisecond, on machines that are slow, or busy with other things."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
 
-__all__ = ["a_millisecond_s", "fastest_s"]
+__all__ = ["takes_less_than_a_millisecond"]
 
-TRIES = 300
-
-
-async def fastest_s(work: Callable[[], Awaitable[object]], enough_s: float) -> float:
-    """The shortest of up to 300 tries, in seconds of this thread's own; no more are made once it is short enough."""
-    best = float("inf")
-    for _ in range(TRIES):
-        started_s = time.thread_time()
-        await work()
-        best = min(best, time.thread_time() - started_s)
-        if best < enough_s:
-            break
-    return best
+_TRIES = 300
 
 
-async def a_millisecond_s() -> float:
-    """A millisecond, or what it is worth on a slow or busy machine: the time of a loop that takes one on an old core."""
+async def takes_less_than_a_millisecond(work: Callable[[], Awaitable[object]]) -> bool:
+    """True if some work took less than a millisecond, or than a loop that takes one on an old core, just before or after.
 
-    async def loop() -> None:
-        total = 0
-        for number in range(50_000):
-            total += number
+    They take turns, in this thread's own time, because a machine may be slower from one second to the next.
+    """
+    for _ in range(_TRIES):
+        before_s, took_s, after_s = await _timed_s(_loop), await _timed_s(work), await _timed_s(_loop)
+        if took_s < max(0.001, before_s, after_s):
+            return True
+    return False
 
-    return max(0.001, await fastest_s(loop, 0.001))
+
+async def _loop() -> None:
+    total = 0
+    for number in range(50_000):
+        total += number
+
+
+async def _timed_s(work: Callable[[], Awaitable[object]]) -> float:
+    started_s = time.thread_time()
+    await work()
+    return time.thread_time() - started_s

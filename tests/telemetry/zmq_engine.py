@@ -98,8 +98,10 @@ class ZmqEngine:
             await self._pub.recv()
 
     async def send(self, message: tuple[int, bytes]) -> None:
-        """Publish."""
+        """Publish; it is lost while the door is closed."""
         seq, payload = message
+        if self._pub.closed:
+            return
         await self._pub.send_multipart([self.topic, seq.to_bytes(8, "big"), payload])
 
     async def send_frames(self, *frames: bytes) -> None:
