@@ -62,8 +62,15 @@ class Scene:
         for source in self.router.services.caches.sources:
             stream = source.states[0]
             assert isinstance(stream, EventStream)
-            said = (await http.get(f"{source.endpoint}/mock")).json()["kv_batches"]
-            await until(lambda stream=stream, said=said: (stream._last, stream.is_whole) == (said - 1, True), 30)  # type: ignore[misc]
+            told = -1
+            while (said := await batches(http, source.endpoint)) != told:  # the last of an answer may come after it
+                told = said
+                await until(lambda stream=stream, told=told: (stream._last, stream.is_whole) == (told - 1, True), 30)  # type: ignore[misc]
+
+
+async def batches(http: httpx.AsyncClient, endpoint: str) -> int:
+    """How many messages an engine has published."""
+    return int((await http.get(f"{endpoint}/mock")).json()["kv_batches"])
 
 
 @contextlib.asynccontextmanager
