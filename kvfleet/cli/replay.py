@@ -16,7 +16,8 @@ import click
 
 from kvfleet.cli import render
 from kvfleet.cli.options import read_fleet, reports
-from kvfleet.config.findings import Origin, did_you_mean
+from kvfleet.config.findings import did_you_mean
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.errors import ComponentError

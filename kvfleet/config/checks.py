@@ -10,8 +10,9 @@ import attrs
 from kvfleet.config.budget_checks import check_budgets
 from kvfleet.config.cache_checks import check_caches
 from kvfleet.config.expand import section_path
-from kvfleet.config.findings import Finding, Origin, Path
+from kvfleet.config.findings import Finding, Path
 from kvfleet.config.key_checks import check_keys
+from kvfleet.config.origin import Origin
 from kvfleet.config.port_checks import check_ports
 from kvfleet.config.schema import AUTO_MODEL, SELF_HOSTED_PROVIDERS, FleetConfig
 

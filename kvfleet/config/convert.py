@@ -21,8 +21,9 @@ import attrs
 import cattrs
 
 from kvfleet.config.fields import FieldInfo
-from kvfleet.config.findings import NOWHERE, Finding, Origin, Path, did_you_mean
+from kvfleet.config.findings import Finding, Path, did_you_mean
 from kvfleet.config.options import Option, options
+from kvfleet.config.origin import NOWHERE, Origin
 from kvfleet.config.plain import to_plain
 from kvfleet.config.schema import GatewayConfig, StageConfig
 from kvfleet.config.secrets import Problem, Secret, SecretReader

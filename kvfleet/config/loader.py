@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 from kvfleet.config.checks import check_data, check_stages, model_names
 from kvfleet.config.convert import read, unstructure
 from kvfleet.config.env import Layers
-from kvfleet.config.findings import Finding, Origin
+from kvfleet.config.findings import Finding
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.secrets import Resolver, SecretReader
 from kvfleet.config.wording import wanted

@@ -14,7 +14,7 @@ from typing import Any
 import attrs
 
 from kvfleet.config.fields import FieldInfo, info_of, options_of
-from kvfleet.config.findings import NOWHERE
+from kvfleet.config.origin import NOWHERE
 from kvfleet.errors import ComponentError
 
 __all__ = ["Option", "option_types", "options"]

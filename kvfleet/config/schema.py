@@ -16,7 +16,6 @@ import attrs
 
 from kvfleet.config.access import AdminConfig, BudgetConfig, GatewayConfig, KeyConfig, TenantConfig
 from kvfleet.config.fields import choice, flag, listing, mapping, number, section, text
-from kvfleet.config.findings import NOWHERE, Origin
 from kvfleet.config.health import HealthConfig
 from kvfleet.config.measuring import OtlpConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.config.models import (
@@ -28,6 +27,7 @@ from kvfleet.config.models import (
     ModelConfig,
     ProviderType,
 )
+from kvfleet.config.origin import NOWHERE, Origin
 from kvfleet.config.overload import OverloadConfig
 from kvfleet.config.simulation import SimulatedFleet
 

@@ -26,7 +26,8 @@ from ruamel.yaml.events import (
 )
 from ruamel.yaml.reader import ReaderError
 
-from kvfleet.config.findings import Finding, Origin, Path
+from kvfleet.config.findings import Finding, Path
+from kvfleet.config.origin import Origin
 
 __all__ = ["Parsed", "parse_yaml", "scalar_value"]
 

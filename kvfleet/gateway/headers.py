@@ -9,7 +9,8 @@ from typing import Any
 
 import attrs
 
-from kvfleet.config.findings import NOWHERE, Finding, Origin
+from kvfleet.config.findings import Finding
+from kvfleet.config.origin import NOWHERE, Origin
 from kvfleet.config.schema import DATA_CLASSES, GatewayConfig
 from kvfleet.errors import BadRequestError, ConfigError
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kvfleet.config.findings import Finding, Origin, Path
+from kvfleet.config.findings import Finding, Path
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import StageConfig
 from kvfleet.plugin.component import Component
 from kvfleet.plugin.contract import Fact, Kind

@@ -19,7 +19,7 @@ import attrs
 
 from kvfleet.builtin.facts import PROMPT, PromptFacts
 from kvfleet.builtin.tokens import TOKENS, PromptTokens
-from kvfleet.config.findings import NOWHERE
+from kvfleet.config.origin import NOWHERE
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.errors import BackendError, RouteError

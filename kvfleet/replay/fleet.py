@@ -9,8 +9,9 @@ from typing import Any
 import attrs
 
 from kvfleet.config.convert import structure
-from kvfleet.config.findings import NOWHERE, Origin, did_you_mean
 from kvfleet.config.findings import Path as Place
+from kvfleet.config.findings import did_you_mean
+from kvfleet.config.origin import NOWHERE, Origin
 from kvfleet.config.schema import ModelConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.config.yaml import parse_yaml

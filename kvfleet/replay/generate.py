@@ -13,7 +13,8 @@ import attrs
 
 from kvfleet.config.convert import structure
 from kvfleet.config.fields import number
-from kvfleet.config.findings import Origin, did_you_mean
+from kvfleet.config.findings import did_you_mean
+from kvfleet.config.origin import Origin
 from kvfleet.config.yaml import scalar_value
 from kvfleet.errors import ConfigError
 from kvfleet.replay.traces import RequestTrace, TracedRequest, chained

@@ -17,9 +17,10 @@ import attrs
 
 from kvfleet.config.convert import structure
 from kvfleet.config.fields import listing, text
-from kvfleet.config.findings import Finding, Origin
+from kvfleet.config.findings import Finding
 from kvfleet.config.findings import Path as Place
 from kvfleet.config.loader import check_config
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import FleetConfig
 from kvfleet.config.secrets import Problem, Secret, SecretReader, is_reference
 from kvfleet.config.yaml import parse_yaml

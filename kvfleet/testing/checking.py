@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator
 
 import attrs
 
-from kvfleet.config.findings import Finding, Origin, Path, did_you_mean
+from kvfleet.config.findings import Finding, Path, did_you_mean
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import AUTO_MODEL, FleetConfig
 from kvfleet.pipeline.build import read
 from kvfleet.plugin.contract import Kind

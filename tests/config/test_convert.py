@@ -12,7 +12,8 @@ import pytest
 
 from kvfleet.config.convert import read, structure, unstructure
 from kvfleet.config.fields import choice, flag, listing, mapping, number, secret, section, text
-from kvfleet.config.findings import Finding, Origin
+from kvfleet.config.findings import Finding
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import FleetConfig, ModelConfig, PolicyRule, StageConfig
 from kvfleet.config.secrets import Secret, SecretReader
 from kvfleet.errors import ComponentError, ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
-from kvfleet.config.findings import Origin
+from kvfleet.config.origin import Origin
 from kvfleet.config.schema import StageConfig
 from kvfleet.pipeline.order import check_facts, check_order
 from kvfleet.plugin.component import Component

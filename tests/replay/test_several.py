@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from kvfleet.config.findings import NOWHERE
+from kvfleet.config.origin import NOWHERE
 from kvfleet.config.schema import FleetConfig, ModelConfig
 from kvfleet.plugin.manager import discover
 from kvfleet.replay.driver import Replay, ReplayResult
