@@ -27,6 +27,7 @@ from kvfleet.plugin.component import Component, Services, Stability
 from kvfleet.plugin.contract import Fact, Kind, RouteRequest, RoutingContext
 from kvfleet.plugin.spec import hookimpl
 from kvfleet.policy.pii import PIIDetectionResult, PIIDetector
+from kvfleet.policy.texts import may_have_files
 from kvfleet.router.language import PromptLanguage, detect_language, primary_language
 from kvfleet.router.multimodal import TEXT_ONLY, detect_modality
 from kvfleet.router.prototypes import Prototypes, keyword_weights, shipped_prototypes
@@ -156,7 +157,7 @@ class PIIClassifier:
 
     async def classify(self, ctx: RoutingContext) -> Mapping[Fact[Any], Any]:
         """Gives `PII`."""
-        if ctx.request.is_large:
+        if ctx.request.is_large or may_have_files(ctx.request.raw):
             return {PII: await anyio.to_thread.run_sync(self._look_through, ctx.request)}
         texts = all_texts(ctx.request)
         if sum(map(len, texts)) > _MOST_ON_THE_LOOP:

@@ -15,8 +15,9 @@ import orjson
 
 from kvfleet.adapters.call import Reply
 from kvfleet.adapters.splitters import data_of
+from kvfleet.policy.embedded import rewritten
 from kvfleet.policy.pii import PIIDetector
-from kvfleet.policy.texts import is_text
+from kvfleet.policy.texts import is_text, may_have_files, strings_of
 
 __all__ = ["Redaction", "RestoredEvents"]
 
@@ -46,10 +47,14 @@ class Redaction:
     def of(cls, body: Mapping[str, Any], detector: PIIDetector) -> Redaction | None:
         """Take personal data out of every text of an OpenAI body; None if there is none.
 
-        Texts are all strings but names of things (`model`, `role`, `type`), keys, and embedded files.
+        Texts are all strings but names of things (`model`, `role`, `type`), keys, and embedded files that are no text.
         """
-        taken = _Taken(detector, orjson.dumps(body).decode())
-        redacted = taken.redact(body)
+        raw = orjson.dumps(body)
+        whole = raw.decode()
+        if may_have_files(raw):
+            whole = "\n".join([whole, *strings_of(body)])
+        taken = _Taken(detector, whole)
+        redacted = {name: value if name == "model" else taken.redact(value, name) for name, value in body.items()}
         if not taken.placeholders:
             return None
         values = {placeholder: value for value, placeholder in taken.placeholders.items()}
@@ -107,7 +112,7 @@ class _Taken:
     def redact(self, value: Any, key: str = "") -> Any:
         """A part of the body without personal data."""
         if isinstance(value, str):
-            return self._redact_text(value) if is_text(key, value) else value
+            return rewritten(key, value, self._redact_text) if is_text(key, value) else value
         if isinstance(value, Mapping):
             return {name: self.redact(item, name) for name, item in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, bytes):

@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["is_text", "strings_of", "texts_beside"]
+from kvfleet.policy.embedded import has_files, read
 
-_NAMES = frozenset({"model", "role", "type", "object", "format", "encoding_format"})
+__all__ = ["is_text", "may_have_files", "strings_of", "texts_beside"]
+
+_NAMES = frozenset({"role", "type", "object", "format", "encoding_format"})
 _PLAIN = frozenset({"role", "content"})
-_EMBEDDED = re.compile(r"data:[\w.+/-]*(?:;[\w.=+-]+)*;base64,[A-Za-z0-9+/=_-]*", re.ASCII)
-_BASE64 = re.compile(r"[A-Za-z0-9+/=_-]{32,}", re.ASCII)
-_HEAD = 200  # characters by which an embedded file is told from a text
 _SHORTEST = 4
+_LONGEST_NAME = 14  # the shortest bank account's number has a letter more
 _BETWEEN = "\n\x1e\n"
 """Between two texts that are looked through as one: no pattern reaches over it."""
 
 
 def is_text(key: str, value: str) -> bool:
-    """True unless it names something (a role, a type), or is an embedded file.
+    """True unless it names something (a role, a type), or is too short for anything.
 
-    >>> is_text("content", "data: see below"), is_text("url", "data:image/png;base64,iVBORw0K"), is_text("role", "user")
-    (True, False, False)
+    >>> is_text("content", "see below"), is_text("role", "user"), is_text("role", "ada@example.com")
+    (True, False, True)
     """
-    if key in _NAMES or len(value) < _SHORTEST:
-        return False
-    if key == "data" and _BASE64.fullmatch(value[:_HEAD]):
-        return False
-    return not (value.startswith("data:") and _EMBEDDED.fullmatch(value[:_HEAD]))
+    length = len(value)
+    return length >= _SHORTEST and (key not in _NAMES or length > _LONGEST_NAME or not value.isidentifier())
+
+
+def may_have_files(raw: bytes) -> bool:
+    """True if a body as it was sent looks as if files were in it: then it takes longer to look through."""
+    return b"data:" in raw or b'data"' in raw
 
 
 def strings_of(value: Any, key: str = "") -> Iterator[str]:
-    """Every text in a JSON value, in order; of keys those that are no plain names."""
+    """Every text in a JSON value, in order, those in embedded files too; of keys those that are no plain names."""
     if isinstance(value, str):
         if is_text(key, value):
-            yield value
+            yield from read(key, value) if has_files(value, key) else (value,)
     elif isinstance(value, Mapping):
         for name, item in value.items():
             if not name.isidentifier():
@@ -55,7 +56,7 @@ def texts_beside(known: Sequence[str], *bodies: Mapping[str, Any]) -> str:
         bodies: A request's body, and the same in its client's own words.
     """
     seen = frozenset(map(id, known))
-    rest = ({name: _unknown(item, seen) for name, item in body.items()} for body in bodies)
+    rest = ({name: _unknown(item, seen) for name, item in body.items() if name != "model"} for body in bodies)
     return _BETWEEN.join([text for body in rest for text in strings_of(body) if id(text) not in seen])
 
 
@@ -63,8 +64,10 @@ def _unknown(value: Any, seen: frozenset[int]) -> Any:
     """A list without the messages of which everything is known, which are nearly all: a third of the time."""
     if type(value) is not list:
         return value
-    return [
-        item
-        for item in value
-        if type(item) is not dict or not (item.keys() <= _PLAIN and id(item.get("content")) in seen)
-    ]
+    return [item for item in value if type(item) is not dict or not (item.keys() <= _PLAIN and _is_known(item, seen))]
+
+
+def _is_known(message: Mapping[str, Any], seen: frozenset[int]) -> bool:
+    """True if its text is looked at anyway, and has none within it."""
+    content: Any = message.get("content")
+    return id(content) in seen and not has_files(content)

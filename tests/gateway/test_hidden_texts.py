@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -20,7 +22,7 @@ QUIET = TelemetryConfig(trace_store=TraceStoreConfig(enabled=False))
 CHOICE = {"index": 0, "message": {"role": "assistant", "content": "Yes."}, "finish_reason": "stop"}
 ANSWER = whole(json.dumps({"id": "c", "choices": [CHOICE]}).encode())
 HELLO = {"role": "user", "content": "Hello"}
-ABLE = ModelCapabilities(supports_tools=True)
+ABLE = ModelCapabilities(supports_tools=True, supports_vision=True, supports_audio=True)
 PII = PolicyConfig(enabled=True, pii_detection=True)
 REDACTING = tuple(StageConfig(use=use) for use in ("score.quality", "select.quality_first", "execute.redacting"))
 
@@ -35,7 +37,24 @@ def said(**fields: Any) -> bytes:
     return chat(messages=[{"role": "assistant", "content": "So?", **fields}, HELLO])
 
 
+def shown(**fields: Any) -> bytes:
+    """A chat with a part that is a file."""
+    return chat(messages=[{"role": "user", "content": [{"type": "text", "text": "Look"}, fields]}])
+
+
+PICTURE = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(3000)).decode()
+FILE = base64.b64encode(f"What is known of {SSN} is in here.".encode()).decode()
 PLACES: Mapping[str, bytes] = {
+    "behind a picture": shown(type="image_url", image_url={"url": f"data:image/png;base64,{PICTURE} {SSN}"}),
+    "behind a sound": shown(type="input_audio", input_audio={"data": f"{PICTURE}\n{SSN}", "format": "wav"}),
+    "a file": shown(type="file", file={"file_data": f"data:text/csv;base64,{FILE}", "filename": "a.csv"}),
+    "a file of no name": shown(type="file", file={"file_data": FILE}),
+    "a file in percents": shown(
+        type="file", file={"file_data": f"data:text/plain,{quote(SSN, safe='').replace('-', '%2D')}"}
+    ),
+    "a file in a text": shown(type="text", text=f"Read data:text/plain;base64,{FILE} to me"),
+    "a file in a message": chat(messages=[{"role": "user", "content": f"Read data:text/plain;base64,{FILE} to me"}]),
+    "a type": chat(metadata={"type": SSN}),
     "a name": said(name=SSN),
     "arguments of a function": said(function_call={"name": "f", "arguments": SSN}),
     "a refusal": said(refusal=SSN),
@@ -73,7 +92,8 @@ async def test_a_model_that_is_not_private_sees_none(place: str, redacts: bool) 
                 answer = await client.post("/v1/chat/completions", content=sent)
                 assert answer.status_code == 200
         assert len(cloud.requests) >= 1
-        assert SSN.encode() not in b"".join(cloud.requests)
+        seen = b"".join(cloud.requests)
+        assert not any(one.encode() in seen for one in (SSN, SSN.replace("-", "%2D"), FILE))
 
 
 @pytest.mark.parametrize("field", ["Model", "MESSAGES", "Stream", "me\u017f\u017fages"])

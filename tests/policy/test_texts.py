@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ BODY: dict[str, Any] = {
 
 def test_what_is_a_text() -> None:
     """Contents, names, tools, tags, keys that hold something; no roles and types, no files, no numbers."""
-    assert list(strings_of(BODY)) == [
+    assert list(strings_of({name: item for name, item in BODY.items() if name != "model"})) == [
         *("a question", "a name", "a part", "look", "a tool"),
         *("ada@example.com", "a tag", "50256", "stop it"),
     ]
@@ -58,3 +59,16 @@ def test_no_place_hides_a_text(value: Any) -> None:
     names = ("model", "role", "type", "object", "format", "encoding_format")
     if not any(repr(name) in str(value) for name in names):
         assert list(strings_of({"body": value})).count("a text") == places
+
+
+@pytest.mark.parametrize("key", ["role", "type", "object", "format", "encoding_format"])
+def test_only_a_name_is_left_out(key: str) -> None:
+    """What stands where a name should is a text, if it is none; a bank account's number looks like one but is longer."""
+    body = {"a": [{key: "assistant"}, {key: "ada@example.com"}, {key: "NO9386011117947"}, {"model": "123-45-6789"}]}
+    assert list(strings_of(body)) == ["ada@example.com", "NO9386011117947", "123-45-6789"]
+
+
+def test_files_in_known_texts_are_read() -> None:
+    """The text is looked at anyway, and what can be read in it here."""
+    text = "see data:text/plain;base64,SSBhbSBBZGE= and go on"
+    assert texts_beside([text], {"messages": [{"role": "user", "content": text}]}) == "I am Ada"
