@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import orjson
 
+from kvfleet.adapters.places import without_places
 from kvfleet.errors import BackendError, Fault
 
 __all__ = ["error_object", "from_answer", "from_exception", "retry_after_s"]
@@ -27,9 +28,8 @@ _TOO_LONG = re.compile(
 _CONTENT_POLICY = re.compile(
     r"content[_ ](?:filter|policy|management)|responsible\s?ai|moderation_blocked", re.IGNORECASE
 )
-# A URL, and an address with its port, also as Python writes the pair: ('10.0.0.5', 8000).
-_URL = re.compile(r"""\b(?:https?|wss?)://\S+|\b(?:\d{1,3}\.){3}\d{1,3}(?::|["'], ?)\d{1,5}\b""")
 _MAX_MESSAGE = 2000
+_LONGEST_WAIT_S = 3600.0
 _STATUS_DIGITS = 3
 
 # What a status means where the body does not say more. 402, 405 and 501 are no fault of the caller or of the replica's
@@ -60,6 +60,7 @@ _SAYS = {
     Fault.CONTENT_POLICY: "the backend refused the request for its content",
     Fault.PROTOCOL: "the backend's answer makes no sense",
 }
+_WANTS_CREDENTIAL = "the backend wants a credential and was sent none: give its model an `api_key`"
 
 
 def error_object(data: Any) -> dict[str, Any] | None:
@@ -107,7 +108,7 @@ def _openai_error(found: Mapping[str, Any]) -> dict[str, Any]:
     message = found.get("message")
     text = message if isinstance(message, str) else orjson.dumps(message).decode() if message else ""
     out: dict[str, Any] = {
-        "message": _URL.sub("[address]", text)[:_MAX_MESSAGE],
+        "message": without_places(text[: 2 * _MAX_MESSAGE])[:_MAX_MESSAGE],
         "type": _word(found.get("type")),
         "param": _word(found.get("param")),
         "code": found.get("code") if isinstance(found.get("code"), int) else _word(found.get("code")),
@@ -120,7 +121,15 @@ def _word(value: Any) -> str | None:
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds a backend asked to wait: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date."""
+    """Seconds a backend asked to wait: ``retry-after-ms``, or ``Retry-After`` as seconds or as a date.
+
+    An hour at most: who says more is asked again after that, and a slip of a backend's closes it for no hundred days.
+    """
+    found = _told_s(headers)
+    return None if found is None else min(found, _LONGEST_WAIT_S)
+
+
+def _told_s(headers: Mapping[str, str]) -> float | None:
     exact = _number(headers.get("retry-after-ms"))
     if exact is not None:
         return exact / 1000
@@ -145,7 +154,9 @@ def _number(value: str | None) -> float | None:
     return number if 0 <= number < 1e7 else None
 
 
-def from_answer(status: int, headers: Mapping[str, str], body: bytes, *, received: bool = False) -> BackendError:
+def from_answer(
+    status: int, headers: Mapping[str, str], body: bytes, *, received: bool = False, has_credential: bool = True
+) -> BackendError:
     """The error that a refusing answer stands for.
 
     The backend's own error object is kept only where it concerns the caller; what an engine says of its own trouble, of
@@ -156,12 +167,14 @@ def from_answer(status: int, headers: Mapping[str, str], body: bytes, *, receive
         headers: The answer's headers, lower-case.
         body: The answer's body, or its beginning.
         received: True if parts of an answer had arrived before.
+        has_credential: False if the backend was sent none, because none is configured.
     """
     found = error_object(_json(body))
     if found is not None and status < 300:
         status = _status_within(found)
     kind = _kind(status, found)
-    message = f"{_SAYS[kind]} (status {status})"
+    says = _SAYS[kind] if has_credential or status not in {401, 403} else _WANTS_CREDENTIAL
+    message = f"{says} (status {status})"
     if found is not None and not found["message"]:
         found = {**found, "message": message}  # an error that says nothing helps nobody
     return BackendError(

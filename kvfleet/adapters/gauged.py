@@ -12,6 +12,7 @@ import httpx
 from kvfleet.adapters import faults
 from kvfleet.adapters.base import EndpointHealth, EngineLoad
 from kvfleet.adapters.connections import Route
+from kvfleet.adapters.control import answer_within
 from kvfleet.adapters.exposition import Reader, Samples, totals
 from kvfleet.adapters.translated import TranslatedAdapter
 from kvfleet.errors import BackendError, Fault
@@ -75,6 +76,7 @@ class GaugedAdapter(TranslatedAdapter):
         url = httpx.URL(address)
         client = self.shared_connections().client_for(Route(f"{url.scheme}://{url.netloc.decode('ascii')}"))
         try:
-            return await client.get(url, timeout=PAGE_TIMEOUT_S)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            request = client.build_request("GET", url, timeout=PAGE_TIMEOUT_S)
+        except httpx.InvalidURL as error:
             raise faults.from_exception(error) from error
+        return await answer_within(client, request)

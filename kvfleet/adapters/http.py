@@ -14,6 +14,7 @@ goes wrong is already a `BackendError`.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,8 @@ from kvfleet.adapters import faults
 from kvfleet.adapters.base import EndpointHealth, InferenceAdapter
 from kvfleet.adapters.call import Limits
 from kvfleet.adapters.connections import Connections, Route
-from kvfleet.adapters.incoming import Incoming, Source, parsed, send_timed
+from kvfleet.adapters.control import MAX_CONTROL_BYTES, answer_within
+from kvfleet.adapters.incoming import MAX_BODY_BYTES, Incoming, Source, parsed, send_timed
 from kvfleet.adapters.transport import Origin, Payload, PooledTransport
 from kvfleet.config.fields import flag, secret
 from kvfleet.errors import BackendError, ComponentError
@@ -35,6 +37,7 @@ __all__ = ["HTTPAdapter"]
 
 MAX_ERROR_BYTES = 64 * 1024
 HEALTH_TTL_S = 5.0
+_CREDENTIAL = re.compile(r"auth|key|token|secret|cookie", re.IGNORECASE)
 
 # What a caller's header may never set: the credential, the framing, and what belongs to one hop (RFC 9110, 7.6.1).
 _NOT_PASSED = frozenset(
@@ -85,7 +88,8 @@ class HTTPAdapter(InferenceAdapter):
 
     def error_of(self, status: int, headers: Mapping[str, str], body: bytes, *, received: bool = False) -> BackendError:
         """The error that a refusing answer stands for; engines with odd refusals add theirs."""
-        return faults.from_answer(status, headers, body, received=received)
+        has_credential = bool(self.api_key) or any(map(_CREDENTIAL.search, self.headers))
+        return faults.from_answer(status, headers, body, received=received, has_credential=has_credential)
 
     # What a subclass uses
 
@@ -146,20 +150,28 @@ class HTTPAdapter(InferenceAdapter):
             return incoming
         raise await self._refused(incoming)
 
-    async def control(self, method: str, path: str, payload: Any = None, *, timeout_s: float = 5.0) -> httpx.Response:
+    async def control(
+        self,
+        method: str,
+        path: str,
+        payload: Any = None,
+        *,
+        timeout_s: float = 5.0,
+        limit_bytes: int = MAX_CONTROL_BYTES,
+    ) -> httpx.Response:
         """One control call (health, metrics, lists), its body read, whatever its status.
 
         Raises:
-            BackendError: if there is no answer.
+            BackendError: if there is no answer, or one beyond the limit.
         """
         client = self.shared_connections().client_for(self._route)
         content = b"" if payload is None else orjson.dumps(payload)
+        fixed = list(self._fixed)
         try:
-            return await client.request(
-                method, self._url(path), content=content, headers=list(self._fixed), timeout=timeout_s
-            )
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            request = client.build_request(method, self._url(path), content=content, headers=fixed, timeout=timeout_s)
+        except httpx.InvalidURL as error:
             raise faults.from_exception(error) from error
+        return await answer_within(client, request, limit_bytes)
 
     async def control_json(self, method: str, path: str, payload: Any = None, *, timeout_s: float = 5.0) -> Any:
         """The same, for an answer that must be a JSON one of status 2xx.
@@ -186,7 +198,7 @@ class HTTPAdapter(InferenceAdapter):
 
     async def drain_kv_events(self) -> bytes:
         """See `InferenceAdapter.drain_kv_events`; at the path where TensorRT-LLM has them."""
-        response = await self.control("POST", "/kv_cache_events")
+        response = await self.control("POST", "/kv_cache_events", limit_bytes=MAX_BODY_BYTES)
         if not response.is_success:
             raise self._refusal(response)
         return response.content

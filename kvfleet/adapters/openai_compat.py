@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
@@ -25,6 +26,8 @@ __all__ = ["OpenAICompatAdapter"]
 # Parsing some megabytes of vectors would hold up everybody else for what stands in their last hundred bytes.
 READ_WHOLE_BELOW_BYTES = 256 * 1024
 _TAIL_BYTES = 4096
+_LOOKED_INTO_BYTES = 1024 * 1024
+_ERROR = re.compile(rb'\s*\{\s*"(?:error"\s*:\s*[{"]|(?:object|type)"\s*:\s*"error")')
 _OPENAI = "api.openai.com"
 
 # Some engines and proxies leave the type out, or say less than they could.
@@ -133,6 +136,8 @@ class OpenAICompatAdapter(HTTPAdapter):
             raise BackendError(Fault.PROTOCOL, f"the backend answered with {kind}, not JSON", status=incoming.status)
         is_read = len(body) < READ_WHOLE_BELOW_BYTES
         answer = parsed(body, incoming.status) if is_read else _end_of(body)
+        if not is_read and (_begins_as_error(body) or not _may_fit(call.operation, body)):
+            raise self.error_of(incoming.status, incoming.headers, body if len(body) <= _LOOKED_INTO_BYTES else b"")
         if isinstance(answer, dict) and (answer.get("error") or answer.get("object") == "error"):
             raise self.error_of(incoming.status, incoming.headers, body)
         if is_read and not _fits(call.operation, answer):
@@ -206,6 +211,17 @@ def _end_of(body: bytes) -> dict[str, Any]:
         with contextlib.suppress(orjson.JSONDecodeError):
             found |= orjson.loads(b"{" + body[at:])
     return found
+
+
+def _begins_as_error(body: bytes) -> bool:
+    return _ERROR.match(body) is not None
+
+
+def _may_fit(operation: Operation, body: bytes) -> bool:
+    """True if a large answer has the list that it should have."""
+    if operation is Operation.RERANK:
+        return True
+    return body.find(b'"data"' if operation is Operation.EMBEDDING else b'"choices"', 0, _LOOKED_INTO_BYTES) >= 0
 
 
 def _choices_of(body: Mapping[str, Any]) -> int:

@@ -231,7 +231,16 @@ class Supervisor:
         child.failures = 0 if lived_s > _STEADY_S else child.failures + 1
         wait_s = min(_FIRST_WAIT_S * 2 ** max(child.failures - 1, 0), _LONGEST_WAIT_S) if child.failures else 0.0
         child.again_s = self.clock_s() + wait_s
-        _log.error("worker ended number=%d pid=%d status=%d again_in_s=%.1f", child.number, pid, code, wait_s)
+        _log.error("worker ended number=%d pid=%d status=%d %s", child.number, pid, code, _again(wait_s))
+
+
+def _again(wait_s: float) -> str:
+    """When a worker is started again, for the log.
+
+    >>> _again(0.2), _again(0.0)
+    ('again_in_s=0.2', 'again=at_once')
+    """
+    return f"again_in_s={wait_s:.1f}" if wait_s else "again=at_once"
 
 
 def _life_of(work: Callable[[Seat], None], seat: Seat) -> int:

@@ -126,6 +126,8 @@ def test_the_backends_error_object_is_kept() -> None:
         ("worker 10.0.0.7:8000 refused", "worker [address] refused"),
         ("plain", "plain"),
         ("x" * 5000, "x" * 2000),
+        ("x" * 1995 + " 10.0.0.7 " + "y" * 5000, "x" * 1995 + " [add"),
+        ("host gpu-7:8000 has no /root/.cache/x", "host [address] has no [path]"),
     ],
 )
 def test_no_address_leaves(said: str, shown: str) -> None:
@@ -160,13 +162,17 @@ def test_what_is_no_error(data: Any) -> None:
         ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "1e99"}, None),
+        ({"retry-after": "3600"}, 3600.0),
+        ({"retry-after": "8640000"}, 3600.0),
+        ({"retry-after-ms": "9000000"}, 3600.0),
+        ({"retry-after": "Mon, 01 Jan 2125 00:00:00 GMT"}, 3600.0),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "Mon, 01 Jan 2001 00:00:00 GMT"}, 0.0),
         ({}, None),
     ],
 )
 def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
-    """Seconds, milliseconds, and dates that have passed; nonsense is nothing."""
+    """Seconds, milliseconds, and dates that have passed; nonsense is nothing, and an hour is the longest."""
     assert faults.retry_after_s(headers) == seconds
     assert faults.from_answer(429, headers, b"").retry_after_s == seconds
 
@@ -200,3 +206,16 @@ def test_broken_exchanges(error: Exception, before: Fault, amid: Fault) -> None:
     assert faults.from_exception(error).kind is before
     assert faults.from_exception(error).received is False
     assert faults.from_exception(error, received=True).kind is amid
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_credential_that_was_not_sent_was_not_refused(status: int) -> None:
+    """Whoever reads it learns what to write where."""
+    sent = faults.from_answer(status, {}, b"")
+    bare = faults.from_answer(status, {}, b"", has_credential=False)
+    assert str(sent) == f"the backend refused kvfleet's credential (status {status})"
+    assert str(bare) == (
+        f"the backend wants a credential and was sent none: give its model an `api_key` (status {status})"
+    )
+    assert bare.kind is sent.kind is Fault.UNAUTHORIZED
+    assert "credential" not in str(faults.from_answer(404, {}, b"", has_credential=False))

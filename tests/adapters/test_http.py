@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 import httpx
@@ -12,6 +13,7 @@ import pytest
 from kvfleet.adapters.base import EndpointHealth
 from kvfleet.adapters.call import Call, Limits, Reply
 from kvfleet.adapters.connections import Connections
+from kvfleet.adapters.control import MAX_CONTROL_BYTES
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
@@ -394,3 +396,52 @@ async def test_control_json_wants_json(response: httpx.Response, kind: Fault) ->
     with pytest.raises(BackendError) as raised:
         await plain(lambda _: response).control_json("GET", "/x")
     assert raised.value.kind is kind
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "was sent none"),
+        ({"headers": {"x-kind": "a"}}, "was sent none"),
+        ({"api_key": "sk-x"}, "refused kvfleet's"),
+        ({"headers": {"X-Auth": "a"}}, "refused kvfleet's"),
+    ],
+)
+async def test_a_refusal_says_whether_there_was_a_credential(options: dict[str, Any], says: str) -> None:
+    """A key of the model's, or a header of the operator's that carries one."""
+    async with engine(answering(whole(b"{}", status="401 Unauthorized"))) as at:
+        adapter = Plain(endpoint=at.url, **options)
+        with pytest.raises(BackendError, match=says):
+            await adapter.exchange("POST", "/x", b"{}")
+        found = await adapter.probe()
+        assert says in found.error
+        await adapter.aclose()
+
+
+async def test_a_control_call_has_a_limit() -> None:
+    """A page without end is left, and its connection closed; what is within the limit is read."""
+
+    async def endless(wire: Wire, request: Request) -> None:
+        del request
+        wire.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while not wire.gone.is_set():
+            wire.send(chunk(b"a_metric 1\n" * 10_000))
+            await asyncio.sleep(0)
+
+    async with engine(endless) as at:
+        adapter = Plain(endpoint=at.url)
+        with pytest.raises(BackendError) as raised:
+            await adapter.control("GET", "/metrics")
+        assert (raised.value.kind, str(raised.value)) == (
+            Fault.PROTOCOL,
+            f"the backend's answer is longer than {MAX_CONTROL_BYTES} bytes",
+        )
+        assert not (await adapter.probe()).healthy
+        await asyncio.gather(*(wire.gone.wait() for wire in at.wires))
+        await adapter.aclose()
+    async with engine(answering(whole(b"x" * 1_000_000))) as at:
+        adapter = Plain(endpoint=at.url)
+        for _ in range(2):
+            assert len((await adapter.control("GET", "/metrics")).content) == 1_000_000
+        assert len(at.wires) == 1
+        await adapter.aclose()

@@ -101,6 +101,26 @@ async def test_a_large_answer_is_not_read_for_its_usage() -> None:
         assert raised.value.kind is Fault.PROTOCOL
 
 
+@pytest.mark.parametrize("operation", [Operation.CHAT, Operation.COMPLETION, Operation.EMBEDDING])
+@pytest.mark.parametrize("size", [300_000, 2_000_000])
+@pytest.mark.parametrize(
+    "error",
+    [
+        b'{"error":{"message":"%b","code":503}}',
+        b' { "error" : "%b" }',
+        b'{"object":"error","message":"%b","code":503}',
+        b'{"message":"%b","code":503}',
+        b'{"detail":"%b \\"choices\\" \\"data\\""}',
+    ],
+)
+async def test_a_large_error_under_a_200_is_one(operation: Operation, size: int, error: bytes) -> None:
+    """Megabytes of it are no answer either."""
+    async with speaking(answering(whole(error % (b"x" * size)))) as (adapter, _):
+        with pytest.raises(BackendError) as raised:
+            await adapter.send(call(operation))
+        assert raised.value.kind in {Fault.OVERLOADED, Fault.SERVER_ERROR}
+
+
 async def test_a_stream_is_relayed() -> None:
     """Events pass as they are; what they say is counted; the connection is used again."""
     async with speaking(answering(streamed(*STREAM.splitlines(keepends=True)))) as (adapter, at):
