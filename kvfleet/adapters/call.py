@@ -243,3 +243,8 @@ class Reply:
     tally: Tally = attrs.field(factory=Tally)
     close: Callable[[], Awaitable[None]] = attrs.field(default=_nothing, repr=False)
     surface: str = ""
+
+    def followed(self, events: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]) -> Reply:
+        """The same reply, whose stream goes through another's hands."""
+        # `attrs.evolve` takes 4 µs
+        return Reply(self.status, self.headers, self.body, events, self.tally, close, self.surface)

@@ -25,7 +25,8 @@ _MOST_UNREAD_BYTES = 256 * 1024
 hundred such answers use up the memory that all of the machine's connections share (`benchmarks/shapes.py`). Over 100 ms
 of network it still lets 2.5 MB a second through, far more than any stream has."""
 
-_FREE, _HEAD, _BODY, _ENDED = range(4)
+_FREE, _ENDED, _HEAD, _BODY = range(4)
+_OPEN = _HEAD  # from here on an answer is awaited
 
 
 class Connection(asyncio.Protocol):
@@ -211,6 +212,7 @@ class Connection(asyncio.Protocol):
             self.abort()
         else:
             self._is_draining = True
+            self._sink = None
             self._pieces.clear()
             self._size = 0
             self._resume()
@@ -240,7 +242,7 @@ class Connection(asyncio.Protocol):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _MOST_UNREAD_BYTES)
 
     def data_received(self, data: bytes) -> None:
-        if self._state in (_FREE, _ENDED):  # an answer to nothing: whose is it?
+        if self._state < _OPEN:  # an answer to nothing: whose is it?
             self.abort()
             return
         self.has_received = True
@@ -249,7 +251,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             self._on_nonsense()
-        if self._unseen > MAX_HEAD_BYTES and self._state in (_HEAD, _BODY):
+        if self._unseen > MAX_HEAD_BYTES and self._state >= _OPEN:
             self._on_nonsense()  # trailers or chunk extensions without end
         if self._is_draining:
             self._drain()
@@ -298,14 +300,14 @@ class Connection(asyncio.Protocol):
         self._unseen = 0
         if self._state != _BODY:
             return
+        sink, waiter, pieces = self._sink, self._waiter, self._pieces
+        if sink is not None and waiter is not None and not pieces and not waiter.done() and sink(data):
+            self._deadline_s = self._loop.time() + self._idle_s
+            return
         self._size += len(data)
         if self._is_draining:
             return
-        if self._sink is not None and self._is_waited_for and not self._pieces and self._sink(data):
-            self._size = 0
-            self._deadline_s = self._loop.time() + self._idle_s
-            return
-        self._pieces.append(data)
+        pieces.append(data)
         if self._size > HIGH_WATER_BYTES and not self._is_paused:
             self._is_paused = True
             self._transport.pause_reading()
@@ -369,7 +371,7 @@ class Connection(asyncio.Protocol):
         self._is_tidy = False
         if self._state == _BODY and not self._framing and exc is None:
             self._state = _ENDED  # the end of such a body cannot be told from its being cut off: not `is_complete`
-        elif self._state in (_HEAD, _BODY) and self._error is None:
+        elif self._state >= _OPEN and self._error is None:
             self._error = httpx.ReadError("the backend closed the connection before its answer ended")
         self._wake()
 
@@ -380,7 +382,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._state in (_HEAD, _BODY) and self._error is None:
+        if self._state >= _OPEN and self._error is None:
             self._error = error
         self._wake()
         self._on_lost(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import httpx
 import orjson
@@ -45,19 +45,14 @@ class Source(Protocol):
     def arrival(self) -> Awaitable[None]:
         """Done when there is something new to take."""
 
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """See `Incoming.push`."""
+
     def finish(self) -> None:
         """Take no more; the connection is kept if the answer ends within a moment."""
 
     async def aclose(self) -> None:
         """Take no more, and close what has not ended."""
-
-
-@runtime_checkable
-class Pushes(Protocol):
-    """A source that can give a piece away as it arrives."""
-
-    def push(self, sink: Callable[[bytes], bool]) -> None:
-        """See `Incoming.push`."""
 
 
 class Incoming:
@@ -154,8 +149,7 @@ class Incoming:
 
         A source that cannot do that goes on as before.
         """
-        if isinstance(self._source, Pushes):
-            self._source.push(sink)
+        self._source.push(sink)
 
     def finish(self) -> None:
         """Take no more, though the body may not have ended: the connection is kept if it does within a moment."""
@@ -235,6 +229,9 @@ class ForeignAnswer:
         except StopAsyncIteration:
             self.is_complete = True
         self._by_s = None
+
+    def push(self, sink: Callable[[bytes], bool]) -> None:
+        """See `Source.push`; what such a transport has received is known only to whoever waits for it."""
 
     def finish(self) -> None:
         """See `Source.finish`; such a transport has no word for it, and its owner closes the answer."""

@@ -34,7 +34,8 @@ class PlainEvents:
 
     _before: bytes = attrs.field(init=False, default=b"\0")  # no event begins so
     _after: bytes = attrs.field(init=False, default=b"")
-    _frame: int = attrs.field(init=False, default=1)
+    _begin: int = attrs.field(init=False, default=1)
+    _tail: int = attrs.field(init=False, default=0)
     _lessons: int = attrs.field(init=False, default=0)
 
     def fits(self, event: bytes) -> bool:
@@ -42,12 +43,10 @@ class PlainEvents:
 
         The text between must hold no quote, not even an escaped one: then it cannot hold another field.
         """
-        return (
-            event.startswith(self._before)
-            and event.endswith(self._after)
-            and len(event) >= self._frame
-            and event.find(b'"', len(self._before), len(event) - len(self._after)) < 0
-        )
+        if not (event.startswith(self._before) and event.endswith(self._after)):
+            return False
+        begin, end = self._begin, len(event) - self._tail
+        return end >= begin and event.find(b'"', begin, end) < 0
 
     def learn(self, event: bytes) -> None:
         """Take the frame of an event that said nothing but its text. Where the frame keeps changing this gives up."""
@@ -58,4 +57,4 @@ class PlainEvents:
         if found is not None:
             begin, end = found.span(1)
             self._before, self._after = event[:begin], event[end:]
-            self._frame = len(self._before) + len(self._after)
+            self._begin, self._tail = begin, len(event) - end

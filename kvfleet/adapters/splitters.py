@@ -25,21 +25,22 @@ class _Splitter:
 
     Attributes:
         refused: Why nothing more is to be read, once what was whole before has been given out.
+        held: What is held back; the same object all the time.
     """
 
     max_bytes: int = MAX_EVENT_BYTES
     refused: BackendError | None = attrs.field(init=False, default=None)
-    _held: bytearray = attrs.field(init=False, factory=bytearray)
+    held: bytearray = attrs.field(init=False, factory=bytearray)
 
     @property
     def rest(self) -> bytes:
         """What is held back; at the end of a stream: what was cut off."""
-        return bytes(self._held)
+        return bytes(self.held)
 
     def _hold(self, data: bytes, *, has_given: bool = False) -> None:
         """Hold back; what was whole before is given out first, and then what follows is refused."""
-        self._held += data
-        if len(self._held) > self.max_bytes:
+        self.held += data
+        if len(self.held) > self.max_bytes:
             limit = f"{self.max_bytes} bytes (gateway.limits.max_event_bytes)"
             error = BackendError(Fault.PROTOCOL, f"the backend sent an event of more than {limit}", received=True)
             if not has_given:
@@ -62,21 +63,21 @@ class EventSplitter(_Splitter):
         Raises:
             BackendError: if one event grows beyond the limit.
         """
-        if not self._held:
+        if not self.held:
             if data.endswith(b"\n\n"):  # the usual case: one write of the engine, one read here
                 return data
             end = _end_of_events(data, 0)
             self._hold(data[end:], has_given=end > 0)
             return data[:end]
         # an end may straddle the seam, but not reach further back than this
-        seam = max(len(self._held) - 3, 0)
-        self._held += data
-        end = _end_of_events(self._held, seam)
+        seam = max(len(self.held) - 3, 0)
+        self.held += data
+        end = _end_of_events(self.held, seam)
         if not end:
             self._hold(b"")
             return b""
-        whole = bytes(self._held[:end])
-        del self._held[:end]
+        whole = bytes(self.held[:end])
+        del self.held[:end]
         self._hold(b"", has_given=True)
         return whole
 
@@ -107,9 +108,9 @@ class LineSplitter(_Splitter):
         if not lines:
             self._hold(data)
             return []
-        if self._held:
-            lines[0] = bytes(self._held) + lines[0]
-            self._held.clear()
+        if self.held:
+            lines[0] = bytes(self.held) + lines[0]
+            self.held.clear()
         self._hold(rest, has_given=True)
         return [stripped for line in lines if (stripped := line.removesuffix(b"\r"))]
 
@@ -120,8 +121,10 @@ def split_events(piece: bytes) -> list[bytes]:
     >>> split_events(b"data: a\n\ndata: b\r\n\r\ndata")
     [b'data: a\n\n', b'data: b\r\n\r\n', b'data']
     """
-    found: list[bytes] = []
     find, start = piece.find, 0
+    if find(b"\n\n") == len(piece) - 2 >= 0 and find(b"\r") < 0:  # as most are
+        return [piece]
+    found: list[bytes] = []
     at = find(b"\n")
     while at >= 0:  # from line to line; a pattern for an event's end takes 7 ms for a line of a megabyte
         end = at + 1

@@ -70,11 +70,12 @@ class EventRelay(RelayedEvents):
         Only those that differ from the one before in their text alone; what ends the stream, breaks it, or tells
         something comes to whoever iterates.
         """
+        held, fits, tally = self._splitter.held, self._plain.fits, self.tally
 
         def take(data: bytes) -> bool:
-            if self._splitter.rest or not self._plain.fits(data) or not sink(data):
+            if held or not fits(data) or not sink(data):
                 return False
-            self.tally.events += 1
+            tally.events += 1
             return True
 
         self._incoming.push(take)

@@ -33,12 +33,18 @@ class AnswerId:
 
     own: str
     _old: bytes = attrs.field(init=False, default=b"")
-    _start: bytes = attrs.field(init=False, default=b"")
+    _start: bytes = attrs.field(init=False, default=b"\0")  # no event begins so
+    _behind: int = attrs.field(init=False, default=0)
     _new: bytes = attrs.field(init=False)
+    _begin: bytes = attrs.field(init=False)
 
     @_new.default
     def _written(self) -> bytes:
         return b'"id":"%b"' % self.own.encode()
+
+    @_begin.default
+    def _begun(self) -> bytes:
+        return b"data: {" + self._new
 
     def in_answer(self, body: bytes, known: str = "") -> bytes:
         """A whole answer with it.
@@ -53,16 +59,16 @@ class AnswerId:
 
     def in_events(self, piece: bytes) -> bytes:
         """A piece of whole server-sent events with it."""
-        old, start = self._old, self._start
-        if old and piece.startswith(start) and piece.find(b"\n") == len(piece) - 2:  # one event, as most are; 0.6 µs
-            return b"data: {" + self._new + piece[len(start) :]
+        if piece.startswith(self._start) and piece.find(b"\n") == len(piece) - 2:  # one event, as most are; 0.6 µs
+            return self._begin + piece[self._behind :]
+        old = self._old
         if old and len(piece) < _LARGE_BYTES and piece.count(old) == piece.count(b"\n\n"):
             return piece.replace(old, self._new)
         return b"".join(map(self._in_event, split_events(piece)))
 
     def _in_event(self, event: bytes) -> bytes:
-        if self._old and event.startswith(self._start):
-            return b"data: {" + self._new + event[len(self._start) :]
+        if event.startswith(self._start):
+            return self._begin + event[self._behind :]
         data = data_of(event).strip()
         at = event.find(b"{", event.find(b"data:"))
         if not data.startswith(b"{") or not event.startswith(data, at):  # no object, or one over several lines
@@ -88,5 +94,6 @@ class AnswerId:
         for token in (b'"id":' + name, b'"id": ' + name):
             if body.count(token) == 1:
                 self._old, self._start = token, b"data: {" + token
+                self._behind = len(self._start)
                 return body.replace(token, self._new)
         return b""

@@ -16,6 +16,7 @@ import struct
 import sys
 import termios
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -75,6 +76,7 @@ class ClientConnection(asyncio.Protocol):
         closing_since: When the closing began, if what the client still sends is only thrown away; else None.
         stalled: Bytes in the write buffer, and since when they are as many, while the client does not read.
         is_read_paused, is_write_paused: Whether bytes are held back, in either direction.
+        write: Sends bytes, once there is a connection.
     """
 
     __slots__ = (
@@ -98,7 +100,10 @@ class ClientConnection(asyncio.Protocol):
         "is_write_paused",
         "loop",
         "stalled",
+        "write",
     )
+
+    write: Callable[[bytes], None]
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -123,6 +128,7 @@ class ClientConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self.write = transport.write  # type: ignore[attr-defined]  # it is one, of a stream
         host = self.host
         host.connections.add(self)
         self.in_head_since = self.loop.time()
@@ -226,10 +232,6 @@ class ClientConnection(asyncio.Protocol):
         """Tell a client that asks before it sends its body (RFC 9110, 10.1.1) to send it."""
         if (b"expect", b"100-continue") in [(name, value.lower()) for name, value in exchange.fields]:
             self.write(_CONTINUE)
-
-    def write(self, data: bytes) -> None:
-        """Send bytes."""
-        self._transport.write(data)
 
     async def writable(self) -> None:
         """Wait until the client has read what was sent."""

@@ -61,7 +61,7 @@ class Passing(abc.ABC):
         piece = await anext(pieces, None)
         await exchange.start(200, [*SSE, *headers])
         if callable(offer := getattr(pieces, "push", None)):
-            offer(lambda piece: exchange.push(renamed(piece)))
+            offer(exchange.push if renamed is _as_it_is else lambda piece: exchange.push(renamed(piece)))
         try:
             while piece is not None:
                 if len(piece) > LARGE_BYTES:  # it was just read; others may have their turn before it is sent

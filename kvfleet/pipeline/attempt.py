@@ -145,7 +145,7 @@ class Attempts:
             finally:
                 relay.leave()
 
-        answer.reply = attrs.evolve(reply, events=relay, close=close)
+        answer.reply = reply.followed(relay, close)
 
     def close(self) -> tuple[Unused, ...]:
         """Let go of the answers: what those came to that the caller does not get.
@@ -270,7 +270,7 @@ class _One:
             relay.leave()
             await reply.close()
 
-        return attrs.evolve(reply, events=relay, close=close)
+        return reply.followed(relay, close)
 
     async def _first_event(self, reply: Reply) -> bytes:
         wait_s = self.named.limits.first_byte_s

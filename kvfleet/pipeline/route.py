@@ -10,7 +10,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Reply, Tally, Usage
+from kvfleet.adapters.call import Tally, Usage
 from kvfleet.builtin.facts import prompt_tokens, work_of
 from kvfleet.clock import Clock
 from kvfleet.config.schema import ModelConfig
@@ -166,8 +166,7 @@ class Route:
             self._close("cancelled", None, reply.tally, _client_left())
             await reply.close()
 
-        wrapped: Reply = attrs.evolve(reply, events=relay(), close=close)
-        return Answer(wrapped, answer.served_by)
+        return Answer(reply.followed(relay(), close), answer.served_by)
 
     def _attempt_begins(self, model: ModelConfig) -> Work:
         for stage in self.pipeline.placers:
