@@ -112,8 +112,8 @@ class QueueAdmission(QueueOptions):
     Those that wait go in order of priority, and among equals so that every tenant gets its share of the work. A request
     is refused at once if the queue is full, or if it would wait longer than it may or its own deadline allows; it is
     told when there should be room, by the rate at which requests end. A replica's breaker that opens takes its room
-    away. Stand this after the filters of policy and before those of health, so that these see the fleet as it is after
-    the wait.
+    away; where no breaker is closed one request tries, and the others wait for what comes of it. Stand this after the
+    filters of policy and before those of health, so that these see the fleet as it is after the wait.
     """
 
     _clock: Clock = attrs.field(init=False, factory=SystemClock, repr=False, eq=False)
@@ -217,9 +217,26 @@ class QueueAdmission(QueueOptions):
         """True if one more may go to one of these; also if none of them may be called, which is not for us to say."""
         if self.max_in_flight and self._flow.in_flight >= self.max_in_flight:
             return False
+        if self._health.has_ejected and (may_try := self._may_try(candidates, now_s)) is not None:
+            return may_try
+        return not self.max_in_flight_per_replica or self._has_place(candidates, now_s)
+
+    def _may_try(self, candidates: Sequence[ModelConfig], now_s: float) -> bool | None:
+        """Where no breaker is closed: whether one may go to try, or to be told that nobody may; else None.
+
+        One at a time may try, and while he does the others have no room.
+        """
+        health = self._health
+        if health.panicking or not all(one.endpoint in health.ejected for one in candidates):
+            return None
+        out = health.unavailable(now_s)
+        if any(one.endpoint not in out for one in candidates):
+            return not self._flow.on_the_way
+        return not any(health.is_tried(one.endpoint, now_s) for one in candidates)
+
+    def _has_place(self, candidates: Sequence[ModelConfig], now_s: float) -> bool:
+        """True if a replica of these has less than its most in flight."""
         most = self.max_in_flight_per_replica
-        if not most:
-            return True
         out, pending = self._health.unavailable(now_s), self._load.pending
         if out:
             candidates = [one for one in candidates if one.endpoint not in out]

@@ -252,10 +252,19 @@ class HealthManager:
         known = self._known[endpoint]
         return _SOON_S if self._waited(known, now_s) else known.opened_s + known.wait_s - now_s
 
+    def is_tried(self, endpoint: str, now_s: float) -> bool:
+        """True while a probe of the endpoint is under way, whose outcome may come at any moment."""
+        return self.unavailable(now_s).get(endpoint) is _PROBE_UNDER_WAY
+
     @property
     def ejected(self) -> Container[str]:
         """The endpoints whose breaker is not closed."""
         return self._open
+
+    @property
+    def has_ejected(self) -> bool:
+        """True if any breaker is not closed; asking costs nothing."""
+        return bool(self._open)
 
     @property
     def panicking(self) -> Mapping[str, float]:

@@ -298,6 +298,47 @@ async def test_a_replica_that_is_out_has_no_places() -> None:
     assert place(await fleet.asked())
 
 
+async def test_those_beside_a_probe_wait_for_its_outcome() -> None:
+    """While no breaker is closed and a probe is under way nobody goes on; then all do, however it ended."""
+    for outcome_of in ("record_success", "record_failure"):
+        fleet = Fleet.of()
+        for one in (A, B):
+            for _ in range(3):
+                fleet.health.record_failure(one.endpoint, Fault.CONNECT)
+        assert isinstance(await fleet.queue.admit(fleet.ctx()), Lease), "no room is not for the queue to say"
+        fleet.clock.advance(61)
+        assert fleet.health.begin(A.endpoint)
+        assert fleet.health.begin(B.endpoint)
+        waiting = [fleet.ask() for _ in range(3)]
+        await settle()
+        assert not any(one.done() for one in waiting)
+        if outcome_of == "record_success":
+            fleet.health.record_success(A.endpoint)
+        else:
+            for one in (A, B):
+                fleet.health.record_failure(one.endpoint, Fault.CONNECT)
+        assert all(isinstance(place, Lease) for place in await asyncio.gather(*waiting))
+
+
+async def test_one_tries_and_the_others_wait() -> None:
+    """Where a probe may begin, not all who wait begin it; who is not the probe would be refused."""
+    fleet = Fleet.of()
+    for one in (A, B):
+        for _ in range(3):
+            fleet.health.record_failure(one.endpoint, Fault.CONNECT)
+    fleet.clock.advance(61)
+    asking = [fleet.ask() for _ in range(3)]
+    await settle()
+    assert [one.done() for one in asking] == [True, False, False]
+    assert fleet.health.begin(A.endpoint)
+    assert fleet.health.begin(B.endpoint)
+    start(fleet, A, asking[0])
+    await settle()
+    assert [one.done() for one in asking] == [True, False, False]
+    fleet.health.record_success(A.endpoint)
+    await asyncio.gather(*asking)
+
+
 def learn(fleet: Fleet, ttfb_s: float) -> None:
     """Both replicas answer a few requests, and take so long."""
     for _ in range(20):

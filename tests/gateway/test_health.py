@@ -10,10 +10,12 @@ from typing import Any
 
 import attrs
 import httpx
+import pytest
 
 from kvfleet.adapters.call import Call, Reply
 from kvfleet.clock import FrozenClock
 from kvfleet.config.health import HealthConfig
+from kvfleet.config.overload import OverloadConfig
 from kvfleet.config.schema import FleetConfig, ModelConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.errors import BackendError, Fault
 from kvfleet.gateway.server import running
@@ -23,6 +25,7 @@ from tests.faults.site import Site, site
 from tests.faults.tongues import CHAT, MODEL
 
 ASK = {"model": "auto", "messages": [{"role": "user", "content": "Hello"}]}
+NO_QUEUE = OverloadConfig()
 ENDPOINTS = tuple(f"mock://gpu-{i}" for i in range(3))
 
 
@@ -71,12 +74,13 @@ class World:
 
 
 @asynccontextmanager
-async def world(*, waits: bool = False, **health: Any) -> AsyncIterator[World]:
+async def world(*, waits: bool = False, overload: OverloadConfig = NO_QUEUE, **health: Any) -> AsyncIterator[World]:
     """Three replicas of one model."""
     config = FleetConfig(
         models=(ModelConfig(name="m", endpoint=ENDPOINTS[0], replicas=ENDPOINTS[1:], provider="mock"),),
         strategy="round_robin",
         health=HealthConfig(**health),
+        overload=overload,
         telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
     )
     clock = FrozenClock()
@@ -135,6 +139,30 @@ async def test_while_the_only_probe_is_under_way_others_are_told_to_come_back() 
         error = answer.json()["error"]
         assert (answer.status_code, error["code"], answer.headers["retry-after"]) == (503, "no_candidates", "1")
         assert [len(engine.calls) for engine in here.engines] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_with_a_queue_those_beside_a_probe_wait_for_its_outcome(comes_back: bool) -> None:
+    """They are answered if the engine is back, and else told when to come again."""
+    async with world(overload=OverloadConfig(max_in_flight=100, max_wait_ms=60_000)) as here:
+        for number in range(3):
+            here.fail(number)
+        here.clock.advance(61)
+        health = here.router.services.health
+        assert all(health.begin(endpoint) for endpoint in ENDPOINTS)
+        asking = [asyncio.create_task(here.ask()) for _ in range(5)]
+        while (await here.client.get("/metrics")).text.count('kvfleet_queue_depth{priority="0"} 5.0') == 0:
+            assert not any(task.done() for task in asking)
+            await asyncio.sleep(0.001)
+        if comes_back:
+            health.record_success(ENDPOINTS[0])
+        else:
+            for number in range(3):
+                here.fail(number)
+        answers = await asyncio.gather(*asking)
+        assert [answer.status_code for answer in answers] == [200 if comes_back else 503] * 5
+        assert [answer.headers.get("retry-after") for answer in answers] == [None if comes_back else "60"] * 5
+        assert len(here.engines[0].calls) == 5 * comes_back
 
 
 async def test_a_request_that_was_decided_before_does_not_become_a_second_probe() -> None:
