@@ -15,7 +15,7 @@ import xxhash
 from kvfleet.builtin.facts import prompt_texts
 from kvfleet.errors import TraceError
 from kvfleet.eval.records import RecordedRequest, read_records
-from kvfleet.replay.traces import RequestTrace, TracedRequest, chained, spread
+from kvfleet.replay.traces import RequestTrace, TracedRequest, chained, spread, with_prefixes
 from kvfleet.trace import names
 from kvfleet.trace.reader import TraceReader
 from kvfleet.trace.spans import Span, SpanKind, Trace
@@ -43,8 +43,8 @@ def read_trace(path: Path, form: str = "", limit: int | None = None) -> RequestT
     """
     form = form or _form_of(path)
     block_tokens, read = FORMATS[form]
-    requests = itertools.islice(read(path), limit)
-    found = RequestTrace.of(path.stem, block_tokens, requests)
+    requests = [*itertools.islice(read(path), limit)]
+    found = RequestTrace.of(path.stem, block_tokens, with_prefixes(requests) if form == "mooncake" else requests)
     if not found.requests:
         raise TraceError(f"{path} holds no request")
     return found

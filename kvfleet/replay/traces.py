@@ -10,7 +10,7 @@ import xxhash
 
 from kvfleet.errors import TraceError
 
-__all__ = ["RequestTrace", "TracedRequest", "chained", "spread"]
+__all__ = ["RequestTrace", "TracedRequest", "chained", "spread", "with_prefixes"]
 
 _MASK = (1 << 64) - 1
 _hash = xxhash.xxh3_64_intdigest
@@ -119,3 +119,15 @@ def chained(before: int, parts: Sequence[int]) -> tuple[int, ...]:
         before = _hash(_PACK(before, part & _MASK))
         found.append(before)
     return tuple(found)
+
+
+def with_prefixes(requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
+    """The requests with hashes that stand for all that comes before, as they are if theirs do so.
+
+    Some traces number blocks by what each holds alone. What engines share are whole beginnings.
+    """
+    before: dict[int, int] = {}
+    for one in requests:
+        if any(before.setdefault(block, last) != last for last, block in zip((0, *one.blocks), one.blocks, strict=False)):
+            return [attrs.evolve(each, blocks=chained(0, each.blocks)) for each in requests]
+    return requests

@@ -68,6 +68,17 @@ class Decoding:
         """Those that fill a block with the step that begins, or a later one, and need the next one after it."""
         return self._phases[(self.step + steps) % self.block_tokens]
 
+    def grow(self, first: int, steps: int) -> int:
+        """Give them the blocks they need in some steps, which begin; how many that are."""
+        size, found = self.block_tokens, 0
+        for job in self.jobs:
+            soon = (job.since_step - job.computed - first) % size  # steps until it needs the next one
+            if soon < steps:
+                blocks = 1 + (steps - 1 - soon) // size
+                job.held += blocks
+                found += blocks
+        return found
+
     def finished(self) -> Iterator[Job]:
         """Those that have their last token, the first to end first; each must leave before the next is asked for."""
         ends = self._ends

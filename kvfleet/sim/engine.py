@@ -246,10 +246,29 @@ class Engine:
                 job.held += 1
         self._fill_answers()
 
-    def _end(self, run: Run, steps: int) -> None:
-        """Let steps of a run be over: blocks, tokens, first tokens, ends."""
+    def _begin_all(self, run: Run, last: int) -> bool:
+        """Begin all further steps of a run up to the last of some at once, if what they come to is the same.
+
+        They are steps of answers alone, and nothing is released between them: so blocks may be taken together, and
+        shared after that, unless one that is shared is there already and gives its place back.
+        """
+        steps, decoding, blocks = last - run.begun, self._decoding, self._blocks
+        if steps <= 0:
+            return True
+        first = decoding.step + run.begun - run.ended
+        sharing = [job for job in decoding.jobs if _will_share(job)]
+        if sharing and not blocks.are_new([job.hashes[job.shared] for job in sharing]):
+            return False
+        blocks.take(decoding.grow(first, steps))
+        for job in sharing:
+            blocks.share(job, (job.computed + first + steps - job.since_step) // self.spec.block_tokens)
+        run.begun = last
+        return True
+
+    def _end_each(self, run: Run, last: int) -> None:
+        """Let steps of a run be over one by one, as whoever is told of blocks wants it."""
         decoding = self._decoding
-        last, phases = run.ended + steps, decoding.sparse_phases()
+        phases = decoding.sparse_phases()
         while run.ended < last:
             if run.begun == run.ended:
                 quiet = min(decoding.quiet_steps(phases), last - run.ended)
@@ -262,6 +281,15 @@ class Engine:
             decoding.step += 1
             if self._blocks.is_noted:
                 self._events.extend(self._blocks.told(run.end_s(run.ended)))
+
+    def _end(self, run: Run, steps: int) -> None:
+        """Let steps of a run be over: blocks, tokens, first tokens, ends."""
+        decoding, last = self._decoding, run.ended + steps
+        if self._blocks.tells or not self._begin_all(run, last):
+            self._end_each(run, last)
+        else:
+            decoding.step += last - run.ended
+            run.ended = last
         at_s = run.end_s(run.ended)
         if decoding.jobs:
             decoding.context += steps * len(decoding.jobs)
@@ -315,24 +343,27 @@ class Engine:
                 self._make_room(job, 1)
         self._fill_answers()
         budget = self.spec.token_budget - len(self._decoding.jobs)
-        chunks = list(self._continued(budget))
-        budget -= sum(tokens for _, tokens in chunks)
+        chunks = list(self._continued(budget)) if self._prefilling else []
         is_calm = self.preemptions == preemptions
         if is_calm:
-            chunks.extend(self._admitted(budget))
+            self._is_short_of_blocks = False
+            if self._waiting:
+                chunks.extend(self._admitted(budget - sum([tokens for _, tokens in chunks])))
         self._run = self._timed(chunks, self._quiet_steps() if is_calm and not chunks else 1)
         return self._run
 
     def _timed(self, chunks: list[tuple[Job, int]], steps: int) -> Run:
         spec, decoding = self.spec, len(self._decoding.jobs)
-        prefill = sum(tokens for _, tokens in chunks)
-        pairs = sum(tokens * (job.computed - (tokens + 1) / 2) for job, tokens in chunks)
+        prefill, pairs = 0, 0.0
+        for job, tokens in chunks:
+            prefill += tokens
+            pairs += tokens * (job.computed - (tokens + 1) / 2)
         return Run(
             start_s=self._clock,
             first_s=spec.step_time_s(prefill, pairs, decoding, self._decoding.context),
             growth_s=decoding * spec.decode_s_per_context_token / spec.speed,
             steps=steps,
-            filled=tuple(job for job, _ in chunks if job.computed == job.target),
+            filled=[job for job, _ in chunks if job.computed == job.target] if chunks else (),
             begun=1,
         )
 
@@ -367,7 +398,6 @@ class Engine:
     def _admitted(self, budget: int) -> Iterator[tuple[Job, int]]:
         """First chunks of those whose turn has come."""
         spec, blocks = self.spec, self._blocks
-        self._is_short_of_blocks = False
         while budget and self._waiting and len(self._running) < spec.max_running:
             job = self._waiting[0]
             hits = blocks.hits(job)

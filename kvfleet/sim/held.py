@@ -63,13 +63,17 @@ class HeldBlocks:
     def fits(self, job: Job, hits: int) -> bool:
         """True if there is room for a request that goes on from so many blocks."""
         fresh = -(-job.target // self.spec.block_tokens) - hits
-        return fresh + self.pool.unpinned(job.hashes[:hits]) <= self.pool.available
+        return fresh + self.pool.unpinned(job.hashes, hits) <= self.pool.available
+
+    def are_new(self, hashes: Sequence[int]) -> bool:
+        """True if none of these is there, and no two are the same."""
+        return len({*hashes}) == len(hashes) and not any(self.pool.match((one,)) for one in hashes)
 
     # What becomes of it
 
     def admit(self, job: Job, hits: int) -> None:
         """Hold the blocks from which a request goes on."""
-        self.pool.pin(job.hashes[:hits])
+        self.pool.pin(job.hashes, hits)
         job.held = job.shared = hits
         job.computed = hits * self.spec.block_tokens
         if self.window is not None:
@@ -87,12 +91,12 @@ class HeldBlocks:
         if first >= last:
             return
         blocks = job.hashes[first:last]
-        known = self.pool.share(blocks)
+        known = self.pool.share(blocks, job.hashes[first - 1] if first else None)
         job.shared = last
-        gone, kept = ((), known) if self.window is None else self.window.keep(blocks)
+        gone, kept = self.window.keep(blocks) if self.window is not None else ((), ())
         if not self.tells:
             return
-        self._note_but(job, first, last, known, _WHOLE)
+        self._note_but(job, first, last, range(known), _WHOLE)
         if self.window is not None:
             if gone:
                 self._note(None, 0, 0, _LATEST, gone)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import attrs
 
 from kvfleet.sim.events import Job
@@ -26,7 +28,7 @@ class Run:
     first_s: float
     growth_s: float
     steps: int
-    filled: tuple[Job, ...]
+    filled: Sequence[Job]
     begun: int = 0
     ended: int = 0
 

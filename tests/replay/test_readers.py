@@ -50,6 +50,18 @@ def test_a_mooncake_trace_is_read_in_the_order_of_its_times_with_its_whole_block
     assert len(read_trace(mooncake, limit=2).requests) == 2
 
 
+def test_ids_that_say_what_a_block_holds_become_prefixes(tmp_path: Path) -> None:
+    """The same block after another one is not the same in a cache; equal beginnings still are."""
+    rows = [
+        {"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": ids} for ids in ([1, 7], [2, 7], [1, 7])
+    ]
+    path = tmp_path / "blocks.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    one, two, three = (request.blocks for request in read_trace(path).requests)
+    assert one == three
+    assert not {*one} & {*two}
+
+
 def test_an_azure_trace_shares_nothing(tmp_path: Path) -> None:
     """Its times have seven digits after the point."""
     path = tmp_path / "azure.csv"

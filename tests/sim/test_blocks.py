@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvfleet.sim.blocks import BlockPool
@@ -58,7 +63,7 @@ class TestBlockPool:
         pool = BlockPool(4)
         hold(pool, [1])
         pool.take(1)
-        assert pool.share([1]) == [0]
+        assert pool.share([1]) == 1
         assert pool.held == 1
 
     def test_a_released_private_block_is_taken_first(self) -> None:
@@ -99,3 +104,92 @@ class TestBlockPool:
             assert pool.held == len(pinned) + sum(private for _, private in held)
             assert pool.held + pool.available == pool.capacity
             assert pool.held + pool.cached <= pool.capacity
+
+
+@attrs.define
+class PlainPool:
+    """The same, block by block: how many hold each, and the released ones in a list, oldest first."""
+
+    capacity: int
+    pins: dict[int, int] = attrs.field(factory=dict)
+    released: list[int] = attrs.field(factory=list)
+    private: int = 0
+
+    def match(self, blocks: Sequence[int]) -> int:
+        there = [block in self.pins or block in self.released for block in blocks]
+        return [*there, False].index(False)
+
+    def pin(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.pins[block] = self.pins.get(block, 0) + 1
+        self.released = [block for block in self.released if block not in self.pins]
+
+    def take(self, count: int) -> list[int]:
+        empty = self.capacity - self.held - len(self.released)
+        self.private += count
+        gone, self.released = self.released[: max(0, count - empty)], self.released[max(0, count - empty) :]
+        return gone
+
+    def share(self, blocks: Sequence[int]) -> int:
+        known = self.match(blocks)
+        self.private -= len(blocks)
+        self.pin(blocks)
+        return known
+
+    def release(self, blocks: Sequence[int], private: int) -> None:
+        self.private -= private
+        for block in reversed(blocks):
+            self.pins[block] -= 1
+            if not self.pins[block]:
+                del self.pins[block]
+                self.released.append(block)
+
+    @property
+    def held(self) -> int:
+        return len(self.pins) + self.private
+
+
+def chain(branches: Sequence[int]) -> list[int]:
+    """The chained hashes of a prompt of such parts: as one number in base 4, with a digit for each part."""
+    found: list[int] = []
+    for part in branches:
+        found.append((found[-1] if found else 1) * 4 + part)
+    return found
+
+
+def moves(draw: random.Random, count: int) -> Iterator[tuple[str, Any, int]]:
+    """What happens to a pool: somebody asks, somebody's prompt is computed further, somebody leaves."""
+    for _ in range(count):
+        what = draw.choice(("ask", "grow", "grow", "leave"))
+        prompt = chain([draw.choice((0, 0, 0, 1)) for _ in range(draw.randint(1, 9))])
+        yield what, prompt if what == "ask" else draw.randrange(6), draw.randint(1, 9 if what == "ask" else 4)
+
+
+@settings(deadline=None)
+@given(st.integers(4, 24), st.integers(0, 1 << 32))
+def test_runs_of_blocks_are_the_blocks_one_by_one(capacity: int, seed: int) -> None:
+    """Prompts that branch anywhere, are computed by parts, and leave in any order: nothing tells the two apart."""
+    pool, plain = BlockPool(capacity), PlainPool(capacity)
+    asked: list[tuple[list[int], int, int]] = []  # the prompt, how much of it is shared, and private blocks
+    for what, which, size in moves(random.Random(seed), 150):
+        if what == "ask":
+            hits = pool.match(which, size)
+            assert hits == plain.match(which[:size])
+            assert pool.unpinned(which, hits) == sum(block not in plain.pins for block in which[:hits])
+            missing = len(which) - hits
+            if missing + pool.unpinned(which, hits) > pool.available:
+                continue
+            pool.pin(which, hits)
+            plain.pin(which[:hits])
+            assert pool.take(missing) == plain.take(missing)
+            asked.append((which, hits, missing))
+        elif asked:
+            blocks, shared, private = asked.pop(which % len(asked))
+            if what == "leave":
+                pool.release(blocks[:shared], private)
+                plain.release(blocks[:shared], private)
+            else:
+                new = blocks[shared : shared + size]
+                assert pool.share(new, blocks[shared - 1] if shared else None) == plain.share(new)
+                asked.append((blocks, shared + len(new), private - len(new)))
+        assert (pool.held, pool.cached) == (plain.held, len(plain.released))
