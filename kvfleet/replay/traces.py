@@ -128,6 +128,7 @@ def with_prefixes(requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
     """
     before: dict[int, int] = {}
     for one in requests:
-        if any(before.setdefault(block, last) != last for last, block in zip((0, *one.blocks), one.blocks, strict=False)):
+        pairs = zip((0, *one.blocks), one.blocks, strict=False)
+        if any(before.setdefault(block, last) != last for last, block in pairs):
             return [attrs.evolve(each, blocks=chained(0, each.blocks)) for each in requests]
     return requests

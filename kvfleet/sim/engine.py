@@ -26,6 +26,7 @@ import attrs
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.errors import BackendError, Fault
+from kvfleet.sim.checks import check
 from kvfleet.sim.decoding import Decoding
 from kvfleet.sim.events import (
     Cleared,
@@ -112,9 +113,9 @@ class Engine:
             BackendError: `Fault.CONTEXT_LENGTH` if it can never fit, `Fault.OVERLOADED` if the queue is full.
             ValueError: if its block hashes do not fit its prompt's length.
         """
-        self._check(job)
-        self._run_to(now_s)
         spec = self.spec
+        check(job, spec)
+        self._run_to(now_s)
         free_places = max(0, spec.max_running - len(self._running))
         if spec.max_waiting is not None and len(self._waiting) >= spec.max_waiting + free_places:
             job.stage = Stage.DONE
@@ -189,24 +190,6 @@ class Engine:
             prefix_hits_tokens=float(self._hits_tokens),
             tokens_per_second=len(self._decoding.jobs) / run.first_s if run else 0.0,
         )
-
-    def _check(self, job: Job) -> None:
-        spec = self.spec
-        full = job.prompt_tokens // spec.block_tokens
-        if job.prompt_tokens < 1 or job.output_tokens < 0:
-            raise ValueError("a job needs a prompt of at least one token, and an answer of none or more")
-        if job.hashes and len(job.blocks) != full:
-            raise ValueError(
-                f"a prompt of {job.prompt_tokens} tokens has {full} full blocks of {spec.block_tokens}, but"
-                f" {len(job.blocks)} hashes were given"
-            )
-        if job.prompt_tokens + job.output_tokens > spec.room_tokens:
-            raise BackendError(
-                Fault.CONTEXT_LENGTH,
-                f"this model's context is {spec.room_tokens} tokens; {job.prompt_tokens} of prompt and"
-                f" {job.output_tokens} of answer are more",
-                status=400,
-            )
 
     # -- time ---------------------------------------------------------------------------------------------------------
 
