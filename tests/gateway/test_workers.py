@@ -156,16 +156,21 @@ async def test_whoever_is_asked_answers_for_all(tmp_path: Path) -> None:
         assert {name.partition("-")[0] for name in ids} <= {"0", "1"}
         for name in ids[:6]:
             assert (await asked(one, f"/dashboard/api/route/{name}")).status_code == 200
-        slow = [
-            asyncio.create_task(asked(one, "/v1/chat/completions", method="POST", json={**ASK, "max_tokens": 640}))
-            for _ in range(8)
-        ]
+
+        async def ask_on() -> None:
+            while True:
+                await asked(one, "/v1/chat/completions", method="POST", json={**ASK, "max_tokens": 640})
+
+        asking = [asyncio.create_task(ask_on()) for _ in range(8)]
         in_flight = 0
-        while not in_flight and not all(task.done() for task in slow):
-            health = (await asked(one, "/health")).json()
-            in_flight = sum(endpoint.get("in_flight", 0) for endpoint in health["endpoints"].values())
-        assert 0 < in_flight <= 8
-        await asyncio.gather(*slow)
+        async with asyncio.timeout(60):
+            while not in_flight:
+                health = (await asked(one, "/health")).json()
+                in_flight = sum(endpoint.get("in_flight", 0) for endpoint in health["endpoints"].values())
+        assert in_flight <= 8
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def test_a_gateway_that_cannot_start_says_so_once(tmp_path: Path) -> None:
