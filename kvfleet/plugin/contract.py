@@ -274,7 +274,8 @@ class Strategy(Protocol):
     """Ranks the candidates.
 
     A strategy that looks at certain columns only may name them: ``reads = frozenset({"latency"})``. The others are then
-    not computed, unless the pipeline is written out and asks for them.
+    not computed, unless the pipeline is written out and asks for them. One that looks neither at what caches hold, nor
+    at how long prompts would take, may say ``reads_affinity = False``: a replay then does not look who has a prompt.
     """
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Sequence[ModelScore]:

@@ -25,7 +25,7 @@ from kvfleet.config.simulation import SimulatedFleet
 from kvfleet.errors import BackendError, RouteError
 from kvfleet.pipeline.build import build
 from kvfleet.pipeline.stage import BoundStage, Pipeline
-from kvfleet.plugin.contract import RouteRequest, RoutingContext
+from kvfleet.plugin.contract import Kind, RouteRequest, RoutingContext
 from kvfleet.plugin.manager import ComponentTable
 from kvfleet.registry.models import ModelRegistry
 from kvfleet.replay.caches import PromptTeller, telling, watch
@@ -160,7 +160,8 @@ class Replay:
             adapters=self._adapters(),
         )
         self.router.facts = self._facts
-        for model in self.router.models:
+        looks_up = any(stage.kind is Kind.AFFINITY for stage in self.router.pipeline.stages)
+        for model in self.router.models if looks_up else ():
             host = self.hosts[model.id]
             host.listen(watch(self.router.services.caches, model.id, host.engine.spec))
         names = {model.name for model in self.router.models if self.hosts[model.id].told is not None}

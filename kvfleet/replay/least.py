@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from kvfleet.replay.traces import RequestTrace
+from kvfleet.replay.traces import RequestTrace, leading
 from kvfleet.sim.spec import EngineSpec
 
 __all__ = ["alone_s", "least_ttft_s"]
@@ -49,16 +49,23 @@ def _known_tokens(trace: RequestTrace, *, waits: bool) -> Iterator[int]:
     known = _of_several_sessions(trace) if waits else set()
     for one in trace.requests:
         most = (one.prompt_tokens - 1) // trace.block_tokens
-        blocks = one.blocks[:most]
-        yield trace.block_tokens * next((i for i, block in enumerate(blocks) if block not in known), len(blocks))
+        yield trace.block_tokens * min(leading(one.blocks, known), most)
         known.update(one.blocks, one.answer_blocks)
 
 
 def _of_several_sessions(trace: RequestTrace) -> set[int]:
-    """Blocks that more than one session has."""
+    """Blocks that more than one session has.
+
+    Of a prompt's blocks the first ones are those of several already, then come those that another session had first,
+    then those that only this one had so far, then new ones.
+    """
     owners: dict[int, str | int] = {}
     several: set[int] = set()
     for number, one in enumerate(trace.requests):
-        owner = one.session or number
-        several.update(block for block in (*one.blocks, *one.answer_blocks) if owners.setdefault(block, owner) != owner)
+        owner, blocks = one.session or number, (*one.blocks, *one.answer_blocks)
+        known = leading(blocks, owners)
+        start = min(leading(blocks, several), known)
+        firsts = [owners[block] for block in blocks[start:known]]
+        several.update(blocks[start : start + firsts.index(owner) if owner in firsts else known])
+        owners.update(dict.fromkeys(blocks[known:], owner))
     return several

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import bisect
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import attrs
 import xxhash
 
 from kvfleet.errors import TraceError
 
-__all__ = ["RequestTrace", "TracedRequest", "chained", "spread", "with_prefixes"]
+__all__ = ["RequestTrace", "TracedRequest", "chained", "leading", "spread", "with_prefixes"]
 
 _MASK = (1 << 64) - 1
 _hash = xxhash.xxh3_64_intdigest
@@ -97,7 +98,7 @@ class RequestTrace:
         held = total = 0
         for one in self.requests:
             total += one.prompt_tokens
-            known = next((i for i, block in enumerate(one.blocks) if block not in seen), len(one.blocks))
+            known = leading(one.blocks, seen)
             held += min(known * self.block_tokens, one.prompt_tokens)
             seen.update(one.blocks, one.answer_blocks)
         return held / total if total else 0.0
@@ -106,6 +107,15 @@ class RequestTrace:
 def spread(number: int) -> int:
     """A trace's own small number for a block as a 64-bit hash, as indices and hash rings expect one."""
     return _hash(_PACK(number & _MASK, 0))
+
+
+def leading(blocks: Sequence[int], known: Container[int]) -> int:
+    """How many of a prompt's first blocks are among those that are known, which with a block has all before it.
+
+    >>> leading((1, 2, 3), {1, 2, 8})
+    2
+    """
+    return bisect.bisect_left(blocks, True, key=lambda block: block not in known)
 
 
 def chained(before: int, parts: Sequence[int]) -> tuple[int, ...]:

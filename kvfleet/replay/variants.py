@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -21,15 +21,35 @@ __all__ = ["for_replay", "told_prompts", "with_strategy"]
 _TOLD: Mapping[str, Fact[Any]] = {"prompt": PROMPT, "tokens": TOKENS}
 _RECORDS = frozenset({"observe.metrics", "observe.log", "observe.record"})
 """Observers that keep records, and change nothing."""
-
-
 _JUDGES = "execute.escalate"
+_LOOKS_UP = frozenset({"affinity.prefix", "classify.tokens"})
+"""Stages that find out who has a prompt in its cache."""
+_BLIND = frozenset(
+    {
+        "admit.concurrency",
+        "classify.domain",
+        "classify.language",
+        "classify.modality",
+        "classify.pii",
+        "classify.prompt",
+        "execute.fallback",
+        "filter.capabilities",
+        "filter.health",
+        "filter.policy",
+        "filter.rate_limits",
+        "filter.room",
+        "filter.shadow_only",
+        "filter.tenant",
+    }
+)
+"""Those to which that makes no difference, scores and choices apart."""
 
 
 def for_replay(config: FleetConfig, table: ComponentTable) -> tuple[FleetConfig, tuple[str, ...]]:
     """The fleet without stages that need a text, and without those that only keep records; and which the former are.
 
-    An executor that judges answers by their text gives way to the one that asks until somebody answers.
+    An executor that judges answers by their text gives way to the one that asks until somebody answers. Where the file
+    has no `pipeline:` and nobody asks who has a prompt, that is not found out.
     """
     kept: list[StageConfig] = []
     textual: list[str] = []
@@ -41,7 +61,19 @@ def for_replay(config: FleetConfig, table: ComponentTable) -> tuple[FleetConfig,
             textual.append(key)
         elif key not in _RECORDS:
             kept.append(stage)
+    if not config.pipeline and _is_blind(config, [_key(stage, table) for stage in kept], table):
+        kept = [stage for stage in kept if stage.use not in _LOOKS_UP]
     return attrs.evolve(config, pipeline=tuple(kept)), tuple(textual)
+
+
+def _is_blind(config: FleetConfig, stages: Sequence[str], table: ComponentTable) -> bool:
+    """True if what caches hold makes no difference to anything: the choice, who is let in, who is left out."""
+    named = [alias.strategy for alias in config.aliases.values()]
+    if any((*named, *[tenant.strategy for tenant in config.tenants.values()])):
+        return False
+    reading = {key for key in stages if not key.startswith(f"{Kind.SCORE}.")} - _BLIND - _LOOKS_UP
+    chosen = [table.find_stage(key) for key in reading if key.startswith(f"{Kind.SELECT}.")]
+    return len(chosen) == len(reading) and not any(getattr(one.cls, "reads_affinity", True) for one in chosen)
 
 
 def _key(stage: StageConfig, table: ComponentTable) -> str:

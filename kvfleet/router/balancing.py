@@ -39,6 +39,7 @@ class RoundRobinStrategy:
     """
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     _cursors: dict[int, int] = attrs.field(init=False, factory=dict, repr=False, eq=False)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
@@ -71,6 +72,7 @@ class RandomStrategy:
     """
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     _random: random.Random = attrs.field(init=False, factory=random.Random, repr=False, eq=False)
 
     def select(self, models: Sequence[ModelConfig], context: ScoringContext | None = None) -> Ranking:
@@ -87,6 +89,7 @@ class LeastRequestsStrategy:
     """Choose the replica with the fewest requests, ours and those its engine tells of; equals take turns."""
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: HasLoad) -> None:
@@ -112,6 +115,7 @@ class PowerOfTwoStrategy:
     """
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
     def provision(self, services: HasLoad) -> None:
@@ -139,6 +143,7 @@ class ConsistentHashStrategy:
     """
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     bounded_load: float = number(1.25, ge=1, doc="Most requests of a replica, as a multiple of the average.")
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
 
@@ -177,6 +182,7 @@ class SessionStrategy:
     """
 
     reads: ClassVar = NO_COLUMNS
+    reads_affinity: ClassVar = False
     max_sessions: int = number(100_000, ge=1, doc="Most conversations remembered.")
     _load: FleetLoad = attrs.field(init=False, factory=FleetLoad, repr=False, eq=False)
     _homes: OrderedDict[str, str] = attrs.field(init=False, factory=OrderedDict, repr=False, eq=False)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from kvfleet.adapters.base import EngineLoad
 from kvfleet.config.expand import expand
-from kvfleet.config.schema import FallbackConfig, GatewayConfig, StageConfig, TelemetryConfig
+from kvfleet.config.overload import OverloadConfig
+from kvfleet.config.schema import AliasConfig, FallbackConfig, GatewayConfig, StageConfig, TelemetryConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.plugin.contract import Kind, RouteRequest
 from kvfleet.replay.fleet import spec_of
@@ -152,6 +153,29 @@ def test_an_executor_that_judges_texts_gives_way_to_one_that_does_not() -> None:
     result = replayed(shared_prefix(5), config).run()
     assert result.left_out == ("execute.escalate",)
     assert [(one.error, one.attempts) for one in result.served] == [("", 1)] * 5
+
+
+@pytest.mark.parametrize(
+    "strategy", ["round_robin", "random", "least_requests", "power_of_two", "consistent_hash", "session"]
+)
+@pytest.mark.parametrize("tells", [False, True])
+def test_who_has_a_prompt_is_not_found_out_if_nobody_asks(strategy: str, *, tells: bool) -> None:
+    """A pipeline that is written out finds it out all the same, and nothing else comes of it."""
+    config = fleet(4, strategy)
+    whole = attrs.evolve(config, pipeline=expand(config))
+    lean, full = (replayed(sessions(10), one, tells=tells, seed=5) for one in (config, whole))
+    assert not any(stage.kind is Kind.AFFINITY for stage in lean.router.pipeline.stages)
+    assert any(stage.kind is Kind.AFFINITY for stage in full.router.pipeline.stages)
+    assert lean.run().served == full.run().served
+
+
+def test_who_has_a_prompt_is_found_out_for_whoever_may_ask() -> None:
+    """A strategy that does, a tenant's strategy that does, and a queue that knows how long prompts take."""
+    alias = fleet(aliases={"fast": AliasConfig(strategy="expected_latency")}, strategy="random")
+    queue = fleet(2, "random", overload=OverloadConfig(max_in_flight_per_replica=4))
+    for config in (fleet(2, "block_cost"), alias, queue):
+        stages = replayed(sessions(1), config).router.pipeline.stages
+        assert any(stage.kind is Kind.AFFINITY for stage in stages)
 
 
 def test_admission_refuses_as_it_does_live() -> None:
