@@ -20,8 +20,10 @@ from kvfleet.config.schema import AUTO_MODEL
 from kvfleet.errors import BadRequestError
 from kvfleet.gateway.deadlines import DeadlineReader
 from kvfleet.gateway.headers import HeaderNames, Headers, data_class_of, names_of, text_of
+from kvfleet.gateway.parsing import loaded
 from kvfleet.gateway.surfaces.surface import Asked, Surface
 from kvfleet.plugin.contract import RouteRequest
+from kvfleet.turns import in_turns
 
 __all__ = ["RequestReader", "parse"]
 
@@ -39,19 +41,31 @@ def parse(raw: bytes, most_depth: int = MOST_DEPTH) -> Body:
     Raises:
         BadRequestError: if it is not one; says at which character, never what stands there.
     """
-    body = _loaded(raw)
+    if not raw:
+        raise BadRequestError("the request has no body; send a JSON object")
+    try:
+        body = _object_of(orjson.loads(raw))
+    except orjson.JSONDecodeError as error:
+        raise _no_json(error) from error
     _check_depth(body, raw, most_depth)
     return body
 
 
-def _loaded(raw: bytes) -> Body:
-    if not raw:
-        raise BadRequestError("the request has no body; send a JSON object")
+async def _loaded_in_turns(raw: bytes) -> Body:
+    """The same of a large body, others having their turn meanwhile; its depth is not looked at."""
+    await asyncio.sleep(0)
     try:
-        body = orjson.loads(raw)
+        return _object_of(await in_turns(loaded(raw)))
     except orjson.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}"
-        raise BadRequestError(f"the request body is not valid JSON (near {place})", code="invalid_json") from error
+        raise _no_json(error) from error
+
+
+def _no_json(error: orjson.JSONDecodeError) -> BadRequestError:
+    place = f"line {error.lineno} column {error.colno}"
+    return BadRequestError(f"the request body is not valid JSON (near {place})", code="invalid_json")
+
+
+def _object_of(body: Any) -> Body:
     if not isinstance(body, dict):
         raise BadRequestError(f"the request body must be a JSON object, not {_kind(body)}", code="invalid_json")
     keys = "".join(body)
@@ -152,9 +166,8 @@ class RequestReader:
     async def read_in_turns(
         self, operation: Operation, raw: bytes, headers: Headers, request_id: str, *, key: str = ""
     ) -> RouteRequest:
-        """The same for a large body: others have their turn before it is parsed, and go on while it is checked."""
-        await asyncio.sleep(0)
-        body = _loaded(raw)
+        """The same for a large body: others have their turn while it is parsed, and go on while it is checked."""
+        body = await _loaded_in_turns(raw)
 
         def check() -> None:
             _check_depth(body, raw, self.most_depth)
@@ -192,8 +205,7 @@ class RequestReader:
         key: str = "",
     ) -> tuple[Asked, RouteRequest]:
         """The same for a large body, as `read_in_turns`."""
-        await asyncio.sleep(0)
-        body = _loaded(raw)
+        body = await _loaded_in_turns(raw)
 
         def read() -> Asked:
             _check_depth(body, raw, self.most_depth)
