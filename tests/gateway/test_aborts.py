@@ -1,4 +1,4 @@
-"""Requests that are given up, in every phase and in numbers: nothing stays behind.
+"""Requests that are given up, in every phase, in every API and in numbers: nothing stays behind.
 
 `KVFLEET_ABORTS` sets how many; 10,000 take some minutes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -33,12 +34,14 @@ from kvfleet.gateway.server import Serving, running
 from kvfleet.policy.budget import Spending, month_of
 from kvfleet.policy.ledger import read_month
 from kvfleet.runtime import Router
+from tests.faults.tongues import CHAT, MESSAGES, RESPONSES, TONGUES, Tongue
 from tests.gateway.upstream import SSE_HEAD, chunk
 
 ABORTS = int(os.environ.get("KVFLEET_ABORTS", "400"))
 AT_ONCE = 16
 PLACES = 8
-EVENT = chunk(b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"a"},"finish_reason":null}]}\n\n')
+FIRST = "first-word"
+BEGINNINGS = {tongue.path: b"".join(map(chunk, tongue.events_of([FIRST])[: tongue.opening + 1])) for tongue in TONGUES}
 PHASES = (
     "amid the head",
     "amid the body",
@@ -50,6 +53,9 @@ PHASES = (
     "whole",
     "embedding",
 )
+SPOKEN, TRANSLATED = "m", "t"
+WAYS = ((SPOKEN, CHAT), (SPOKEN, MESSAGES), (SPOKEN, RESPONSES), (TRANSLATED, MESSAGES), (TRANSLATED, RESPONSES))
+"""What is asked and in which API: of an engine that speaks it, or of one whose chats are translated."""
 REACHES_THE_BACKEND = ("headers", "first token", "stream", "whole", "embedding")
 
 
@@ -79,7 +85,7 @@ class Backend:
                 if b"first token" in body:
                     writer.write(SSE_HEAD)
                 elif b'"stream"' in body and b"headers" not in body:
-                    writer.write(SSE_HEAD + EVENT + EVENT)
+                    writer.write(SSE_HEAD + BEGINNINGS[head.split(b" ", 2)[1].decode()])
                 await writer.drain()
         self.open -= 1
         writer.close()
@@ -92,7 +98,14 @@ async def world(ledger: Path) -> AsyncIterator[tuple[Serving, Backend]]:
     server = await asyncio.start_server(backend.serve, "127.0.0.1", 0)
     backend.url = "http://{}:{}".format(*server.sockets[0].getsockname())
     prices = {"cost_per_1k_input_tokens": 0.001, "cost_per_1k_output_tokens": 0.001}
-    chat = ModelConfig(name="m", endpoint=backend.url, provider="vllm", **prices)  # type: ignore[arg-type]
+    spoken = ModelConfig(
+        name=SPOKEN,
+        endpoint=backend.url,
+        provider="vllm",
+        options={"surfaces": [MESSAGES.name, RESPONSES.name]},
+        **prices,
+    )  # type: ignore[arg-type]
+    translated = ModelConfig(name=TRANSLATED, endpoint=backend.url, provider="vllm", **prices)  # type: ignore[arg-type]
     vectors = ModelConfig(
         name="e",
         endpoint=backend.url,
@@ -101,7 +114,7 @@ async def world(ledger: Path) -> AsyncIterator[tuple[Serving, Backend]]:
         **prices,
     )  # type: ignore[arg-type]
     config = FleetConfig(
-        models=(chat, vectors),
+        models=(spoken, translated, vectors),
         overload=OverloadConfig(max_in_flight=PLACES, max_queue=100),
         gateway=GatewayConfig(tenant_header="X-Tenant"),
         budget=BudgetConfig(enabled=True, monthly_budget_usd=1000.0),
@@ -113,23 +126,36 @@ async def world(ledger: Path) -> AsyncIterator[tuple[Serving, Backend]]:
         yield serving, backend
 
 
-async def abort(serving: Serving, backend: Backend, phase: str, number: int, chance: random.Random) -> None:
-    """One request that is given up in a phase, once it is there."""
-    host, _, port = serving.url.removeprefix("http://").partition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    stream = phase in ("headers", "first token", "stream", "queued", "at once")
+def head_and_data(phase: str, way: tuple[str, Tongue], number: int) -> tuple[bytes, bytes]:
+    """A request that says which phase it is given up in."""
+    model, tongue = way
     prompt = f"{phase} #{number}"
-    body = {"input": prompt} if phase == "embedding" else {"messages": [{"role": "user", "content": prompt}]}
-    data = json.dumps({**body, **({"stream": True} if stream else {})}).encode()
-    path = b"embeddings" if phase == "embedding" else b"chat/completions"
-    head = b"POST /v1/%b HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Tenant: t\r\nContent-Length: %d\r\n\r\n" % (path, len(data))
+    talk = {"input": prompt} if tongue is RESPONSES else {"messages": [{"role": "user", "content": prompt}]}
+    body = {**tongue.ask, "model": model, **talk}
+    if phase in ("headers", "first token", "stream", "queued", "at once"):
+        body["stream"] = True
+    path = tongue.path
+    if phase == "embedding":
+        path, body = "/v1/embeddings", {"input": prompt}
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Tenant: t\r\nContent-Length: {len(data)}\r\n\r\n"
+    return head.encode(), data
+
+
+async def abort(
+    url: str, backend: Backend, phase: str, way: tuple[str, Tongue], number: int, chance: random.Random
+) -> None:
+    """One request that is given up in a phase, once it is there."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head, data = head_and_data(phase, way, number)
     writer.write({"amid the head": head[:40], "amid the body": head + data[:10]}.get(phase, head + data))
     if phase in REACHES_THE_BACKEND:
         async with asyncio.timeout(30):
             while number not in backend.asked:  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.002)
     if phase == "stream":
-        await reader.readuntil(b'"content":"a"')
+        await reader.readuntil(FIRST.encode())
     elif phase != "at once":
         await asyncio.sleep(chance.random() * 0.02)
     writer.transport.abort()
@@ -166,19 +192,20 @@ async def settled(serving: Serving, backend: Backend) -> None:
 
 
 async def test_requests_that_are_given_up_leave_nothing_behind(tmp_path: Path) -> None:
-    """In each of nine phases: no socket, no task, no place, no load and no money stays, here or in the ledger."""
+    """In each phase and API: no socket, no task, no place, no load and no money stays, here or in the ledger."""
     chance = random.Random(5)
     async with world(tmp_path) as (serving, backend):
-        await asyncio.gather(*(abort(serving, backend, phase, -1 - i, chance) for i, phase in enumerate(PHASES)))
+        url, first = serving.url, list(enumerate(itertools.product(PHASES, WAYS)))
+        await asyncio.gather(*(abort(url, backend, phase, way, -1 - i, chance) for i, (phase, way) in first))
         await settled(serving, backend)
         await asyncio.sleep(0.1)
         gc.collect()
         files, tasks = fds(), len(asyncio.all_tasks())
-        left = [(PHASES[i % len(PHASES)], i) for i in range(ABORTS)]
+        left = [(PHASES[i % len(PHASES)], WAYS[i % len(WAYS)], i) for i in range(ABORTS)]
 
         async def keep_aborting() -> None:
             while left:
-                await abort(serving, backend, *left.pop(), chance)
+                await abort(url, backend, *left.pop(), chance)
 
         await asyncio.gather(*(keep_aborting() for _ in range(AT_ONCE)))
         await settled(serving, backend)
@@ -187,8 +214,9 @@ async def test_requests_that_are_given_up_leave_nothing_behind(tmp_path: Path) -
         assert (fds() <= files, len(asyncio.all_tasks())) == (True, tasks)
         assert reservations(serving) == Counter()
         assert len(backend.asked) >= ABORTS * len(REACHES_THE_BACKEND) // len(PHASES)
-        assert len(serving.router.services.load.snapshot()) == 2
+        assert len(serving.router.services.load.snapshot()) == 3
         assert not serving.doors.in_flight
     spent = read_month(ledger_path(tmp_path, "default"), month_of(serving.router.clock.time_ns()))
     assert set(spent) <= {"fleet", "tenant/t"}
-    assert spent.get("fleet", Spending()).nano_usd == 0
+    fleet = spent.get("fleet", Spending())
+    assert fleet.nano_usd == 1000 * (fleet.prompt_tokens + fleet.completion_tokens)  # a message's first event tells of some
