@@ -6,7 +6,7 @@ import asyncio
 import enum
 import json
 import ssl
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -57,7 +57,9 @@ class Heard:
     body: bytes = b""
 
 
-async def ask(url: str, *, stream: bool, deadline_s: float, tongue: Tongue = CHAT) -> Heard:
+async def ask(
+    url: str, *, stream: bool, deadline_s: float, tongue: Tongue = CHAT, headers: Mapping[str, str] | None = None
+) -> Heard:
     """Ask once, over a connection of its own."""
     heard = Heard()
     body = {**tongue.ask, "stream": stream}
@@ -65,7 +67,7 @@ async def ask(url: str, *, stream: bool, deadline_s: float, tongue: Tongue = CHA
         async with (
             asyncio.timeout(deadline_s),
             httpx.AsyncClient(timeout=None, verify=_TLS) as client,  # noqa: S113 - the deadline is above
-            client.stream("POST", f"{url}{tongue.path}", json=body) as answer,
+            client.stream("POST", f"{url}{tongue.path}", json=body, headers=headers) as answer,
         ):
             heard.status = answer.status_code
             async for piece in answer.aiter_raw():

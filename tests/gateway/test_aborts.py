@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import itertools
 import json
 import os
 import random
@@ -34,6 +33,7 @@ from kvfleet.gateway.server import Serving, running
 from kvfleet.policy.budget import Spending, month_of
 from kvfleet.policy.ledger import read_month
 from kvfleet.runtime import Router
+from tests.faults.site import whole
 from tests.faults.tongues import CHAT, MESSAGES, RESPONSES, TONGUES, Tongue
 from tests.gateway.upstream import SSE_HEAD, chunk
 
@@ -59,6 +59,36 @@ WAYS = ((SPOKEN, CHAT), (SPOKEN, MESSAGES), (SPOKEN, RESPONSES), (TRANSLATED, ME
 REACHES_THE_BACKEND = ("headers", "first token", "stream", "whole", "embedding")
 
 
+@attrs.frozen
+class GivenUp:
+    """A request that is given up in a phase: its number, what is asked, and in which API."""
+
+    number: int
+    phase: str
+    model: str
+    tongue: Tongue
+
+    @classmethod
+    def of(cls, number: int) -> GivenUp:
+        """That of a number; each phase comes with each way to ask."""
+        return cls(number, PHASES[number % len(PHASES)], *WAYS[number % len(WAYS)])
+
+    @property
+    def head_and_data(self) -> tuple[bytes, bytes]:
+        """As it is sent; it says which phase it is given up in."""
+        prompt = f"{self.phase} #{self.number}"
+        talk = {"input": prompt} if self.tongue is RESPONSES else {"messages": [{"role": "user", "content": prompt}]}
+        body = {**self.tongue.ask, "model": self.model, **talk}
+        if self.phase in ("headers", "first token", "stream", "queued", "at once"):
+            body["stream"] = True
+        path = self.tongue.path
+        if self.phase == "embedding":
+            path, body = "/v1/embeddings", {"input": prompt}
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Tenant: t\r\nContent-Length: {len(data)}\r\n\r\n"
+        return head.encode(), data
+
+
 @attrs.define
 class Backend:
     """Answers as far as the prompt says, and waits to be left.
@@ -77,6 +107,9 @@ class Backend:
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                if head.startswith(b"GET "):  # a gateway that looks whether it is well
+                    writer.write(whole(b"{}", more="connection: close\r\n"))
+                    break
                 length = next(
                     int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
                 )
@@ -126,33 +159,15 @@ async def world(ledger: Path) -> AsyncIterator[tuple[Serving, Backend]]:
         yield serving, backend
 
 
-def head_and_data(phase: str, way: tuple[str, Tongue], number: int) -> tuple[bytes, bytes]:
-    """A request that says which phase it is given up in."""
-    model, tongue = way
-    prompt = f"{phase} #{number}"
-    talk = {"input": prompt} if tongue is RESPONSES else {"messages": [{"role": "user", "content": prompt}]}
-    body = {**tongue.ask, "model": model, **talk}
-    if phase in ("headers", "first token", "stream", "queued", "at once"):
-        body["stream"] = True
-    path = tongue.path
-    if phase == "embedding":
-        path, body = "/v1/embeddings", {"input": prompt}
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Tenant: t\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode(), data
-
-
-async def abort(
-    url: str, backend: Backend, phase: str, way: tuple[str, Tongue], number: int, chance: random.Random
-) -> None:
+async def abort(url: str, backend: Backend, one: GivenUp, chance: random.Random) -> None:
     """One request that is given up in a phase, once it is there."""
     host, _, port = url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
-    head, data = head_and_data(phase, way, number)
+    phase, (head, data) = one.phase, one.head_and_data
     writer.write({"amid the head": head[:40], "amid the body": head + data[:10]}.get(phase, head + data))
     if phase in REACHES_THE_BACKEND:
         async with asyncio.timeout(30):
-            while number not in backend.asked:  # noqa: ASYNC110 - nobody announces it
+            while one.number not in backend.asked:  # noqa: ASYNC110 - nobody announces it
                 await asyncio.sleep(0.002)
     if phase == "stream":
         await reader.readuntil(FIRST.encode())
@@ -195,17 +210,17 @@ async def test_requests_that_are_given_up_leave_nothing_behind(tmp_path: Path) -
     """In each phase and API: no socket, no task, no place, no load and no money stays, here or in the ledger."""
     chance = random.Random(5)
     async with world(tmp_path) as (serving, backend):
-        url, first = serving.url, list(enumerate(itertools.product(PHASES, WAYS)))
-        await asyncio.gather(*(abort(url, backend, phase, way, -1 - i, chance) for i, (phase, way) in first))
+        once = range(-len(PHASES) * len(WAYS), 0)
+        await asyncio.gather(*(abort(serving.url, backend, GivenUp.of(i), chance) for i in once))
         await settled(serving, backend)
         await asyncio.sleep(0.1)
         gc.collect()
         files, tasks = fds(), len(asyncio.all_tasks())
-        left = [(PHASES[i % len(PHASES)], WAYS[i % len(WAYS)], i) for i in range(ABORTS)]
+        left = list(range(ABORTS))
 
         async def keep_aborting() -> None:
             while left:
-                await abort(url, backend, *left.pop(), chance)
+                await abort(serving.url, backend, GivenUp.of(left.pop()), chance)
 
         await asyncio.gather(*(keep_aborting() for _ in range(AT_ONCE)))
         await settled(serving, backend)
@@ -219,4 +234,6 @@ async def test_requests_that_are_given_up_leave_nothing_behind(tmp_path: Path) -
     spent = read_month(ledger_path(tmp_path, "default"), month_of(serving.router.clock.time_ns()))
     assert set(spent) <= {"fleet", "tenant/t"}
     fleet = spent.get("fleet", Spending())
-    assert fleet.nano_usd == 1000 * (fleet.prompt_tokens + fleet.completion_tokens)  # a message's first event tells of some
+    assert fleet.nano_usd == 1000 * (
+        fleet.prompt_tokens + fleet.completion_tokens
+    )  # a message's first event tells of some
