@@ -30,5 +30,11 @@ assert.equal((await client.messages.create({ ...ask, messages: turns, tools })).
 await assert.rejects(client.messages.create({ ...ask, model: "nobody" }), (error) => {
   return error instanceof Anthropic.NotFoundError && error.error.error.type === "not_found_error";
 });
+await assert.rejects(client.messages.create({ ...ask, model: "busy" }), (error) => {
+  return error instanceof Anthropic.RateLimitError && Number(error.headers.get("retry-after")) >= 1;
+});
+await assert.rejects(client.messages.stream({ ...ask, model: "breaks" }).finalMessage(), (error) => {
+  return error instanceof Anthropic.APIError && error.message.includes("broke off");
+});
 
 console.log(`ok @anthropic-ai/sdk (node) ${version}`);

@@ -37,5 +37,16 @@ try:
     raise AssertionError("a wrong key was taken")
 except anthropic.AuthenticationError:
     pass
+try:
+    client.messages.create(**{**ask, "model": "busy"})
+    raise AssertionError("who is busy answered")
+except anthropic.RateLimitError as error:
+    assert int(error.response.headers["retry-after"]) >= 1
+try:
+    with client.messages.stream(**{**ask, "model": "breaks"}) as stream:
+        stream.get_final_message()
+    raise AssertionError("a broken stream was called complete")
+except anthropic.APIStatusError as error:
+    assert error.body["error"]["type"] == "api_error"
 
 done(f"anthropic {anthropic.__version__}")

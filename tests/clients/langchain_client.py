@@ -39,5 +39,18 @@ for model in models("nobody"):
         raise AssertionError("nobody answered")
     except (openai.NotFoundError, anthropic.NotFoundError):
         pass
+for model in models("busy"):
+    try:
+        model.invoke("Hi")
+        raise AssertionError("who is busy answered")
+    except (openai.RateLimitError, anthropic.RateLimitError):
+        pass
+
+for model in models("breaks"):
+    try:
+        list(model.stream("Hi"))
+        raise AssertionError("a broken stream was called complete")
+    except (openai.APIError, anthropic.APIError, ValueError) as error:  # a ValueError where a response failed
+        assert "broke off" in str(error)
 
 done(", ".join(f"{name} {version(name)}" for name in ("langchain-core", "langchain-openai", "langchain-anthropic")))

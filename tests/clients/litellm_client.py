@@ -25,6 +25,16 @@ for name, access in (("openai/llama", OPENAI), ("anthropic/llama", {**OPENAI, "a
         raise AssertionError("nobody answered")
     except litellm.NotFoundError:
         pass
+    try:
+        litellm.completion(**{**ask, "model": name.replace("llama", "busy")})
+        raise AssertionError("who is busy answered")
+    except litellm.RateLimitError:
+        pass
+    try:
+        list(litellm.completion(**{**ask, "model": name.replace("llama", "breaks")}, stream=True))
+        raise AssertionError("a broken stream was called complete")
+    except litellm.ServiceUnavailableError as error:
+        assert "broke off" in str(error)
 
 answer = litellm.responses(model="openai/llama", input="Hi", **OPENAI)
 assert answer.output[0].content[0].text == TEXT

@@ -19,6 +19,14 @@ FILE = """
   model_name: nobody
   api_base: {url}/v1
   api_key_name: fleet
+- model_id: busy
+  model_name: busy
+  api_base: {url}/v1
+  api_key_name: fleet
+- model_id: breaks
+  model_name: breaks
+  api_base: {url}/v1
+  api_key_name: fleet
 """
 
 
@@ -37,6 +45,10 @@ with tempfile.TemporaryDirectory() as folder:
     failed = llm("-m", "stranger", "Hi")
     assert failed.returncode != 0
     assert "no model is called 'nobody'" in failed.stderr
+    for name, why in (("busy", "429"), ("breaks", "the answer broke off")):
+        failed = llm("-m", name, "Hi")
+        assert failed.returncode != 0
+        assert why in failed.stderr
 
     import llm as library
 

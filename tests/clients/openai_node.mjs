@@ -26,6 +26,12 @@ assert.deepEqual(JSON.parse(call.function.arguments), { city: "Rome" });
 await assert.rejects(client.chat.completions.create({ ...ask, model: "nobody" }), (error) => {
   return error instanceof OpenAI.NotFoundError && error.code === "model_not_found";
 });
+await assert.rejects(client.chat.completions.create({ ...ask, model: "busy" }), (error) => {
+  return error instanceof OpenAI.RateLimitError && Number(error.headers.get("retry-after")) >= 1;
+});
+await assert.rejects(async () => {
+  for await (const chunk of await client.chat.completions.create({ ...ask, model: "breaks", stream: true })) assert.ok(chunk);
+}, (error) => error instanceof OpenAI.APIError && error.code === "stream_interrupted");
 
 const answer = await client.responses.create({ model: "llama", input: "Hi" });
 assert.equal(answer.output_text, TEXT);
@@ -38,5 +44,9 @@ const stream = client.responses.stream({ model: "llama", input: "Hi", tools: [{ 
 const called = (await stream.finalResponse()).output[0];
 assert.deepEqual([called.type, JSON.parse(called.arguments)], ["function_call", { city: "Rome" }]);
 await assert.rejects(client.responses.create({ model: "llama", input: "Hi", store: true }), OpenAI.BadRequestError);
+await assert.rejects(client.responses.create({ model: "busy", input: "Hi" }), OpenAI.RateLimitError);
+await assert.rejects(client.responses.stream({ model: "breaks", input: "Hi" }).finalResponse(), (error) => {
+  return error instanceof OpenAI.APIError && error.message.includes("broke off");
+});
 
 console.log(`ok openai (node) ${version}`);

@@ -30,6 +30,19 @@ try:
 except openai.NotFoundError as error:
     assert error.code == "model_not_found"
 
+try:
+    chat.create(model="busy", messages=MESSAGES)
+    raise AssertionError("who is busy answered")
+except openai.RateLimitError as error:
+    assert int(error.response.headers["retry-after"]) >= 1
+said = []
+try:
+    said.extend(chat.create(model="breaks", messages=MESSAGES, stream=True))
+    raise AssertionError("a broken stream was called complete")
+except openai.APIError as error:
+    assert error.code == "stream_interrupted"
+    assert said
+
 # responses: the same
 answer = client.responses.create(model="llama", input="Hi")
 assert (answer.output_text, answer.status) == (TEXT, "completed")
@@ -45,5 +58,16 @@ try:
     raise AssertionError("a memory nobody has")
 except openai.BadRequestError as error:
     assert error.param == "previous_response_id"
+try:
+    client.responses.create(model="busy", input="Hi")
+    raise AssertionError("who is busy answered")
+except openai.RateLimitError:
+    pass
+try:
+    with client.responses.stream(model="breaks", input="Hi") as stream:
+        stream.get_final_response()
+    raise AssertionError("a broken stream was called complete")
+except openai.APIError as error:
+    assert error.code == "stream_interrupted"
 
 done(f"openai {openai.__version__}")

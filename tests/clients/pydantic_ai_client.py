@@ -38,21 +38,22 @@ async def talk(model):
     assert cities == ["Rome"]
 
 
-async def fail(model):
-    """An error is the library's own."""
+async def fail(model, status):
+    """An error is the library's own, also amid a stream."""
     try:
-        await Agent(model).run("Hi")
-        raise AssertionError("nobody answered")
+        async with Agent(model).run_stream("Hi") as streamed:
+            raise AssertionError([text async for text in streamed.stream_text()])
     except ModelHTTPError as error:
-        assert error.status_code == 404
+        assert error.status_code == status
 
 
 async def main():
     """All three, in one event loop: their clients share connections."""
     for model in models("llama"):
         await talk(model)
-    for model in models("nobody"):
-        await fail(model)
+    for name, status in (("nobody", 404), ("busy", 429), ("breaks", 500)):
+        for model in models(name):
+            await fail(model, status)
 
 
 asyncio.run(main())

@@ -1,7 +1,7 @@
 """Runs every client's script against a gateway: ``python tests/clients/run.py [--node FOLDER] [NAME ...]``.
 
-The gateway is kvfleet's own, with a key, before one engine that says one sentence, and calls a tool whenever it is given
-one and has no result yet. `nox -s clients` installs the clients. Nothing leaves the machine.
+The gateway is kvfleet's own, with a key, before an engine that says one sentence, and calls a tool whenever it is given
+one and has no result yet; one that is always busy; and one that breaks amid its answer. `nox -s clients` installs the clients. Nothing leaves the machine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from typing import Any
 from kvfleet.adapters.call import Call, Reply, Tally, Usage
 from kvfleet.adapters.translation import as_stream
 from kvfleet.config.schema import (
+    FallbackConfig,
     FleetConfig,
     GatewayConfig,
+    HealthConfig,
     ModelCapabilities,
     ModelConfig,
     TelemetryConfig,
     TraceStoreConfig,
 )
+from kvfleet.errors import Fault
 from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
 from kvfleet.testing.fakes import FakeAdapter, FakeReply
@@ -32,6 +35,11 @@ HERE = Path(__file__).parent
 KEY = "sk-for-clients"
 CAPABLE = ModelCapabilities(supports_tools=True, supports_json_mode=True)
 MOST_S = 120
+SCRIPTS = {
+    "llama": FakeReply(),
+    "busy": FakeReply(fail=Fault.RATE_LIMITED, retry_after_s=0.1),
+    "breaks": FakeReply(fail=Fault.DISCONNECTED, fail_after=2),
+}
 
 
 def called(name: str) -> dict[str, Any]:
@@ -104,13 +112,17 @@ async def main() -> int:
     scripts = [path for path in scripts if asked.node or path.suffix == ".py"]
     if asked.names:
         scripts = [path for path in scripts if path.name.startswith(tuple(asked.names))]
-    model = ModelConfig(name="llama", endpoint="http://llama.internal:8000", capabilities=CAPABLE)
+    models = [ModelConfig(name=name, endpoint=f"http://{name}.internal:8000", capabilities=CAPABLE) for name in SCRIPTS]
     config = FleetConfig(
-        models=(model,),
+        models=tuple(models),
+        fallback=FallbackConfig(enabled=False),
+        health=HealthConfig(failure_threshold=1000),
         gateway=GatewayConfig(api_key=KEY),
         telemetry=TelemetryConfig(trace_store=TraceStoreConfig(enabled=False)),
     )
-    adapters = {model.id: Engine(endpoint=model.endpoint, model_id="llama")}
+    adapters = {
+        model.id: Engine(endpoint=model.endpoint, model_id=model.name, script=SCRIPTS[model.name]) for model in models
+    }
     async with running(config, router=Router(config, adapters=adapters, polls=False)) as serving:
         held = [await run_script(script, serving.url, asked.node) for script in scripts]
     print(f"{sum(held)} of {len(held)} clients")
