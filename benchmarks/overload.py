@@ -8,6 +8,9 @@ many clients as they have places finds the most they serve. Then requests come a
 with a fixed seed, whatever becomes of the earlier ones; each has a deadline of ten seconds. Three tenants send them:
 `loud` 70 %, `quiet` 25 %, `vip` 5 % with a higher priority.
 
+Then as many clients as the engines can serve in twenty seconds come at once, with the queue, and each that is refused
+comes back when `Retry-After` says: how often each had to, and how much longer it took than the engines need.
+
 How long a refusal took is told twice: as the client has it, which shares its event loop with all the others, and as the
 gateway has it, from the request's beginning to its end in the trace. That it waits for nothing is shown by
 `tests/gateway/test_overload.py`.
@@ -44,6 +47,8 @@ from kvfleet.trace.spans import Trace
 
 BATCH, ANSWER_TOKENS, DEADLINE_MS = 8, 30, 10_000
 ENGINES = ("mock://a", "mock://b")
+CROWD_S = 20.0
+"""Seconds for which a crowd keeps the engines busy."""
 DEMAND = {"loud": 0.70, "quiet": 0.25, "vip": 0.05}
 _IN_THE_QUEUE = ("no place became free", "others come first")
 QUEUE = OverloadConfig(
@@ -62,6 +67,15 @@ class Asked:
     at_s: float
     took_s: float
     status: int
+
+
+@attrs.frozen
+class Returned:
+    """A client that came back for as long as it was refused: how often it was, and for how long it was told to wait."""
+
+    refusals: int
+    told_s: int
+    took_s: float
 
 
 @attrs.define
@@ -134,6 +148,32 @@ async def offer(client: httpx.AsyncClient, rate_per_s: float, seconds: float, se
     return [await task for task in tasks]
 
 
+async def come_back(client: httpx.AsyncClient, number: int) -> Returned:
+    """Ask, and again when one is told to, until one is served."""
+    began_s, told = time.monotonic(), list[int]()
+    body = {"model": "auto", "messages": [{"role": "user", "content": f"Question {number}: " + "word " * 40}]}
+    while True:
+        answer = await client.post("/v1/chat/completions", json=body, headers={"X-Tenant": "loud"})
+        if answer.status_code == 200:
+            return Returned(len(told), told[0] if told else 0, time.monotonic() - began_s)
+        told.append(int(answer.headers["retry-after"]))
+        await asyncio.sleep(told[-1])
+
+
+async def crowd(client: httpx.AsyncClient, most: float) -> dict[str, Any]:
+    """All at once, and then those that are refused as they are told."""
+    count, began_s = round(CROWD_S * most), time.monotonic()
+    found = await asyncio.gather(*(come_back(client, i) for i in range(count)))
+    took_s = time.monotonic() - began_s
+    return {
+        "clients": count,
+        "by_refusals": dict(sorted(Counter(one.refusals for one in found).items())),
+        "told_at_most_s": max(one.told_s for one in found),
+        "seconds": took_s,
+        "of_what_the_engines_need": took_s / CROWD_S,
+    }
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value below which a share of them lies; NaN without any."""
     found = sorted(values)
@@ -177,7 +217,8 @@ async def measure(overload: OverloadConfig, seconds: float, seed: int) -> Mappin
         gc.set_threshold(10_000, 10, 10)
         await most_per_s(client, 5)  # learn the pace
         most = await most_per_s(client, max(seconds / 4, 5))
-        return figures(await offer(client, 2 * most, seconds, seed), most, seconds, refusals)
+        found = figures(await offer(client, 2 * most, seconds, seed), most, seconds, refusals)
+        return {**found, "crowd": await crowd(client, most)} if overload.max_in_flight_per_replica else found
 
 
 def main() -> None:
@@ -205,6 +246,12 @@ def main() -> None:
             f"at most {one['decided_longest_ms']:.2f} ms; in the queue {one['refused_in_the_queue']}"
         )
         print(f"{'':8} of what each asked for: {shares}   {one['statuses']}")
+    one = found["with"]["crowd"]
+    print(
+        f"{one['clients']} at once that come back as told: refusals of each {one['by_refusals']}, told to wait for "
+        f"{one['told_at_most_s']} s at most; all served in {one['seconds']:.1f} s, "
+        f"{one['of_what_the_engines_need']:.2f} times what the engines need"
+    )
 
 
 if __name__ == "__main__":

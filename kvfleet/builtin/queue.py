@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = ["QueueAdmission"]
 
 _WEIGHT_OF_NEW = 0.1
 _SOON_S = 1.0
+_MOST_PROMISES = 10_000
 _LOOK_AGAIN_S = 0.1
 _LONG_S = 60.0
 """A request with more time than that is not held against what engines are expected to take, unless it has to wait."""
@@ -90,7 +92,7 @@ class _Flow:
         in_flight: Those that have a place.
         on_the_way: Those of them that no replica's load counts yet.
         hold_s: How long a place is used.
-        turned_away: Refused ones, each of which is taken to come back when a place is free.
+        promised: When refused ones were told to come back, in seconds of the clock, as far as that is still to come.
         answers: Usual tokens of an answer, by tenant.
         timer: Looks for room again while anybody waits.
     """
@@ -100,9 +102,15 @@ class _Flow:
     in_flight: int = 0
     on_the_way: set[int] = attrs.field(factory=set)
     hold_s: float | None = None
-    turned_away: int = 0
+    promised: deque[float] = attrs.field(factory=lambda: deque(maxlen=_MOST_PROMISES))
     answers: dict[str, float] = attrs.field(factory=dict)
     timer: asyncio.TimerHandle | None = None
+
+    def turned_away(self, now_s: float) -> int:
+        """Refused ones that are still to come back: who is back waits, or is refused anew, or never comes."""
+        while self.promised and self.promised[0] <= now_s:
+            self.promised.popleft()
+        return len(self.promised)
 
 
 @attrs.define(kw_only=True)
@@ -175,7 +183,8 @@ class QueueAdmission(QueueOptions):
         held_s = outcome.duration_s - place.waited_s
         known = self._flow.hold_s
         self._flow.hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
-        self._flow.turned_away = max(self._flow.turned_away - 1, 0) if self._flow.in_flight else 0
+        if not self._flow.in_flight and not self._flow.queue.size:
+            self._flow.promised.clear()
         if place.entry is not None and outcome.usage is not None:
             self._learn(place.entry, outcome.usage)
         if self._flow.queue.size:
@@ -186,7 +195,7 @@ class QueueAdmission(QueueOptions):
         return {
             "in_flight": self._flow.in_flight,
             "waiting": self._flow.queue.size,
-            "turned_away": self._flow.turned_away,
+            "turned_away": self._flow.turned_away(self._clock.now_s()),
             "hold_s": self._flow.hold_s or 0.0,
         }
 
@@ -335,10 +344,9 @@ class QueueAdmission(QueueOptions):
         """One that waits has to make room for one that comes before it."""
         self._flow.queue.remove(entry)
         self._metrics.count("kvfleet_queue_refusals_total", "displaced")
-        self._flow.turned_away += 1
         said = "the queue is full, and others come first"
         if not entry.item.told.done():
-            entry.item.told.set_result(self._refusal(said))
+            entry.item.told.set_result(self._turn_away(said))
 
     def _too_late(self, ctx: RoutingContext, wait_s: float) -> Refusal | None:
         """A refusal for a request whose answer is not expected in time; None for one that has the time."""
@@ -373,14 +381,23 @@ class QueueAdmission(QueueOptions):
         return self._flow.hold_s * places / max(self._flow.in_flight, 1)
 
     def _refuse(self, ctx: RoutingContext, reason: str, said: str) -> Refusal:
-        if not ctx.dry_run:
-            self._flow.turned_away += 1
-            self._metrics.count("kvfleet_queue_refusals_total", reason)
-        return self._refusal(said)
+        if ctx.dry_run:
+            return self._refusal(said, self._back_in_s())
+        self._metrics.count("kvfleet_queue_refusals_total", reason)
+        return self._turn_away(said)
 
-    def _refusal(self, said: str) -> Refusal:
-        wait_s = self._wait_s(self._flow.queue.size + max(self._flow.turned_away, 1))
-        return Refusal(reason=said, retry_after_s=max(wait_s or 0.0, _SOON_S), code="overloaded", status=503)
+    def _turn_away(self, said: str) -> Refusal:
+        back_in_s = self._back_in_s()
+        self._flow.promised.append(self._clock.now_s() + back_in_s)
+        return self._refusal(said, back_in_s)
+
+    def _back_in_s(self) -> float:
+        """Seconds until there should be a place for one more, after those that wait or are to return."""
+        wait_s = self._wait_s(self._flow.queue.size + self._flow.turned_away(self._clock.now_s()) + 1)
+        return max(wait_s or 0.0, _SOON_S)
+
+    def _refusal(self, said: str, back_in_s: float) -> Refusal:
+        return Refusal(reason=said, retry_after_s=back_in_s, code="overloaded", status=503)
 
     def _priority_of(self, ctx: RoutingContext) -> int:
         share = self.tenants.get(ctx.tenant)

@@ -414,6 +414,23 @@ def fresh(order: list[str], waiting: list[asyncio.Task[Lease | Refusal]]) -> set
     return {2 * i for i in range(longs)} | {2 * i + 1 for i in range(shorts)}
 
 
+async def test_those_who_were_told_to_come_back_count_until_they_do() -> None:
+    """A place that becomes free is given to who waits, not to one that was told to come later: that one is still ahead."""
+    fleet = Fleet.of(max_in_flight=1, max_queue=3, max_wait_ms=60_000)
+    fleet.end(place(await fleet.asked()), 1.0)
+    served = [await fleet.asked() for _ in range(4)]
+    assert [refusal(await fleet.asked()).retry_after_s for _ in range(3)] == [4.0, 5.0, 6.0]
+    for first in range(3):
+        fleet.end(place(served[first]), 1.0)
+        await settle()
+    waiting = [await fleet.asked() for _ in range(3)]
+    assert refusal(await fleet.asked()).retry_after_s == 7.0
+    fleet.clock.advance(2.0)  # two of the three that were told at first are back, or will not come
+    assert refusal(await fleet.asked()).retry_after_s == 6.0
+    for task in waiting:
+        task.cancel()
+
+
 async def test_a_dry_run_takes_no_place_and_says_what_would_be() -> None:
     """Also where there is none."""
     fleet = Fleet.of(max_in_flight=1, max_queue=0)
