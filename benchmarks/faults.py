@@ -1,10 +1,14 @@
 """The fault wall of ``tests/faults`` against kvfleet and other gateways: pass, safe and fail by the same rules.
 
-Run ``python benchmarks/faults.py --peers-dir DIR [--install] [--only smg,kvfleet] [--json FILE]``. The misbehaving
-engines and the client live in this process, gateways run one at a time in theirs; each is set to wait two seconds for a
-backend and to try again as it does by default. Each case has a gateway of its own, so that one fault's aftermath does
-not count as another's; but LiteLLM, which takes long to start, has one for all and is left alone between two cases for
-longer than its cooldown.
+Run ``python benchmarks/faults.py --peers-dir DIR [--install] [--only smg,kvfleet] [--api chat] [--json FILE]``. The
+misbehaving engines and the client live in this process, gateways run one at a time in theirs; each is set to wait two
+seconds for a backend and to try again as it does by default. Each case has a gateway of its own, so that one fault's
+aftermath does not count as another's; but LiteLLM, which takes long to start, has one for all and is left alone between
+two cases for longer than its cooldown.
+
+With ``--api messages`` or ``responses`` clients ask in Anthropic's Messages or OpenAI's Responses, which the engines
+speak beside chat, and the API's own SDK says what became of an answer under 200. A gateway that has no such path is
+left out.
 
 Rules, from the client's side alone: *pass* is a right answer, or the right honest error where none was to be had;
 *safe* is an honest error where an answer was to be had; *fail* is a wrong or truncated answer called complete, a hang,
@@ -34,10 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.faults.catalogue import Case, cases
 from tests.faults.judge import TOLD_ADDRESS, Judgement, Verdict, ask
-from tests.faults.many import broken_streams
 from tests.faults.site import Site, healthily, site
-from tests.faults.test_wall import Clock, gateway_before
-from tests.faults.tongues import MODEL
+from tests.faults.tongues import CHAT, MESSAGES, MODEL, RESPONSES, TONGUES, Tongue
 from tests.faults.wall import Times, run
 
 UNIT_S = 1.0
@@ -50,6 +52,7 @@ START_S = 120.0
 ALIVE_S = 20.0
 SLOW_STARTERS = frozenset({"LiteLLM"})
 PAUSE_S = 6.0
+_NO_SUCH_PATH = (404, 405, 501)
 
 # The gateways --------------------------------------------------------------------------------------------------------
 
@@ -58,8 +61,9 @@ def _kvfleet(*, continues: bool) -> Callable[[Place], Sequence[str]]:
     def command(place: Place) -> Sequence[str]:
         first, *others = place.engines
         limits = {"timeout_seconds": WAIT_S, "idle_timeout_seconds": WAIT_S}
+        spoken = {**limits, "options": {"surfaces": [MESSAGES.name, RESPONSES.name]}}
         fleet = {
-            "models": [{"name": MODEL, "provider": "vllm", "endpoint": first, "replicas": others, **limits}],
+            "models": [{"name": MODEL, "provider": "vllm", "endpoint": first, "replicas": others, **spoken}],
             "fallback": {"timeout_ms": WAIT_S * 1000, "continue_streams": continues},
             "telemetry": {"trace_store": {"path": str(place.folder / "traces.db")}},
         }
@@ -147,11 +151,13 @@ class Result:
         return {"gateway": self.gateway, "version": self.version, **how, "verdict": found.verdict, "why": found.why}
 
 
-async def _is_alive(url: str, within_s: float, process: subprocess.Popen[bytes]) -> bool:
+async def _is_alive(url: str, within_s: float, process: subprocess.Popen[bytes], tongue: Tongue) -> bool:
     """True once the gateway answers two plain requests, one after the other."""
     until, good = time.monotonic() + within_s, 0
     while time.monotonic() < until and process.poll() is None:
-        heard = await ask(url, stream=False, deadline_s=5.0)
+        heard = await ask(url, stream=False, deadline_s=5.0, tongue=tongue)
+        if heard.status in _NO_SUCH_PATH:
+            raise NotHereError(f"has no {tongue.path}")
         good = good + 1 if heard.status == 200 else 0
         if good == 2:
             return True
@@ -160,9 +166,10 @@ async def _is_alive(url: str, within_s: float, process: subprocess.Popen[bytes])
     return False
 
 
-async def _run_all(name: str, version: str, todo: Sequence[Case], site_: Site, peers: Path) -> list[Result]:
+async def _run_all(name: str, todo: Sequence[Case], site_: Site, peers: Path, tongue: Tongue) -> list[Result]:
     """A gateway's cases with so many engines; it is started anew whenever it does not come back."""
     found: list[Result] = []
+    version = version_of(peers, name)
     waiting = list(todo)
     engines = tuple(engine.url for engine in site_.engines)
     while waiting:
@@ -172,17 +179,17 @@ async def _run_all(name: str, version: str, todo: Sequence[Case], site_: Site, p
         with _running(GATEWAYS[name](place), folder) as process:
             url = f"http://127.0.0.1:{port}"
             await site_.befall(healthily)
-            if not await _is_alive(url, START_S, process):
+            if not await _is_alive(url, START_S, process, tongue):
                 raise NotHereError(f"gave no answer; see {folder}/log")
             while waiting:
                 case = waiting.pop(0)
                 if len(engines) > 1 and name in SLOW_STARTERS:
                     await asyncio.sleep(PAUSE_S)
-                judgement = await run(case, url, site_, TIMES)
+                judgement = await run(case, url, site_, TIMES, tongue)
                 found.append(Result(name, version, case, judgement))
                 print(f"{judgement.verdict.upper():5} {name}: {case}: {judgement.why}", file=sys.stderr, flush=True)
                 is_last = name not in SLOW_STARTERS or case.fault.is_outage
-                if is_last or not await _is_alive(url, ALIVE_S, process):
+                if is_last or not await _is_alive(url, ALIVE_S, process, tongue):
                     break
     return found
 
@@ -190,27 +197,17 @@ async def _run_all(name: str, version: str, todo: Sequence[Case], site_: Site, p
 async def measure(options: argparse.Namespace) -> list[Result]:
     """All gateways, all cases."""
     found: list[Result] = []
-    words = options.only.split(",")
+    words, tongue = options.only.split(","), next(one for one in TONGUES if one.name == options.api)
     for name in (name for name in GATEWAYS if any(word in name for word in words)):
-        version = version_of(options.peers_dir, name)
         for engines in (1, 2):
             todo = [case for case in cases(UNIT_S) if case.engines == engines]
-            async with site(engines) as site_:
+            async with site(engines, *TONGUES[1:]) as site_:
                 try:
-                    found += await _run_all(name, version, todo, site_, options.peers_dir)
+                    found += await _run_all(name, todo, site_, options.peers_dir, tongue)
                 except NotHereError as error:
                     print(f"{name}: {error}", file=sys.stderr)
+                    break
     return found
-
-
-async def break_streams(count: int) -> None:
-    """Print how so many broken streams ended; a gateway in this process, which does not give its engine up."""
-    began_s = time.monotonic()
-    async with site(1) as one, gateway_before(one, Clock(), unit_s=10.0, failures=1 << 60) as url:
-        found = await broken_streams(url, one, count=count)
-    for why, times in found.most_common():
-        print(f"{times:6} {why}")
-    print(f"{sum(found.values())} streams in {time.monotonic() - began_s:.0f} s")
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -264,11 +261,8 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="install those that are not there yet")
     parser.add_argument("--only", default="", help="gateways whose name has one of these words, by commas")
     parser.add_argument("--json", type=Path, help="also write every case here")
-    parser.add_argument("--streams", type=int, help="instead: so many streams that break at a random byte, by kvfleet")
+    parser.add_argument("--api", default=CHAT.name, choices=[one.name for one in TONGUES], help="what is asked in")
     options = parser.parse_args()
-    if options.streams:
-        asyncio.run(break_streams(options.streams))
-        return
     if options.install:
         install(options.peers_dir)
     results = asyncio.run(measure(options))
