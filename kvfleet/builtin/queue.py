@@ -62,6 +62,7 @@ class _Place:
 
     owner: QueueAdmission
     request: RouteRequest
+    tenant: str = ""
     waited_s: float = 0.0
     attributes: Mapping[str, AttributeValue] = _DID_NOT_WAIT
     entry: Waiting[_Waiter] | None = None
@@ -167,7 +168,7 @@ class QueueAdmission(QueueOptions):
             return late
         queue = self._flow.queue
         if not (queue.size and queue.holds(ctx.request.models)) and self._has_room(ctx.candidates, ctx.now_s):
-            return _NOTHING if ctx.dry_run else self._let_in(ctx.request)
+            return _NOTHING if ctx.dry_run else self._let_in(ctx)
         return self._why_not_wait(ctx) or (_NOTHING if ctx.dry_run else await self._wait(ctx))
 
     def placed(self, ctx: RoutingContext, candidate: ModelConfig) -> None:  # noqa: ARG002 - wherever it goes
@@ -185,8 +186,8 @@ class QueueAdmission(QueueOptions):
         self._flow.hold_s = held_s if known is None else known + _WEIGHT_OF_NEW * (held_s - known)
         if not self._flow.in_flight and not self._flow.queue.size:
             self._flow.promised.clear()
-        if place.entry is not None and outcome.usage is not None:
-            self._learn(place.entry, outcome.usage)
+        if outcome.usage is not None:
+            self._learn(place, outcome.usage)
         if self._flow.queue.size:
             self._flow.let_in()
 
@@ -199,16 +200,17 @@ class QueueAdmission(QueueOptions):
             "hold_s": self._flow.hold_s or 0.0,
         }
 
-    def _learn(self, entry: Waiting[_Waiter], usage: Usage) -> None:
+    def _learn(self, place: _Place, usage: Usage) -> None:
         """Book what a request really took, and remember how long answers of its tenant are.
 
         What is booked at first must be near to that: were it far more, each end of an answer would give its own tenant
         so much back that the place went to the same tenant again.
         """
         took = usage.prompt_tokens + _ANSWER_TOKENS_WEIGH * usage.completion_tokens
-        self._flow.queue.correct(entry, took - entry.work)
+        if place.entry is not None:
+            self._flow.queue.correct(place.entry, took - place.entry.work)
         known, tokens = self._flow.answers, float(usage.completion_tokens)
-        for whose in ("", entry.tenant):
+        for whose in {"", place.tenant}:
             usual = known.pop(whose, tokens)
             known[whose] = usual + _WEIGHT_OF_NEW * (tokens - usual)
         if len(known) > _MOST_TENANTS:
@@ -216,9 +218,12 @@ class QueueAdmission(QueueOptions):
 
     def _work_of(self, ctx: RoutingContext) -> float:
         """What a request will take: tokens to read, and those to write, as far as one knows its tenant."""
+        return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * self._answer_of(ctx, _USUAL_ANSWER)
+
+    def _answer_of(self, ctx: RoutingContext, unknown: float) -> float:
+        """How many tokens an answer will have: as those of its tenant, but no more than it asks for."""
         known = self._flow.answers
-        usual = known.get(ctx.tenant, known.get("", _USUAL_ANSWER))
-        return prompt_tokens(ctx) + _ANSWER_TOKENS_WEIGH * min(usual, answer_tokens(ctx, 1 << 30))
+        return min(known.get(ctx.tenant, known.get("", unknown)), answer_tokens(ctx, 1 << 30))
 
     # Room
 
@@ -258,10 +263,10 @@ class QueueAdmission(QueueOptions):
             return False
         return sum(max(most - pending(one.id), 0) for one in candidates) > len(self._flow.on_the_way)
 
-    def _let_in(self, request: RouteRequest) -> _Place:
+    def _let_in(self, ctx: RoutingContext) -> _Place:
         self._flow.in_flight += 1
-        self._flow.on_the_way.add(id(request))
-        return _Place(self, request)
+        self._flow.on_the_way.add(id(ctx.request))
+        return _Place(self, ctx.request, ctx.tenant)
 
     def _call_next(self) -> None:
         """Let in those that wait, as long as there is room for any of them."""
@@ -318,7 +323,7 @@ class QueueAdmission(QueueOptions):
         waited_s = self._clock.now_s() - since_s
         self._metrics.observe("kvfleet_queue_wait_seconds", waited_s, str(priority))
         told = {names.QUEUE_WAIT_S: waited_s, names.QUEUE_AHEAD: ahead, names.PRIORITY: priority}
-        return _Place(self, waiter.request, waited_s, told, entry)
+        return _Place(self, waiter.request, tenant, waited_s, told, entry)
 
     def _give_back(self, waiter: _Waiter) -> None:
         """A place was given to a request that is gone."""
@@ -366,7 +371,7 @@ class QueueAdmission(QueueOptions):
         if not known or len(known) < len(ctx.candidates):
             return 0.0  # one that nobody has measured may be quick
         found = self._load.waits(known, prompt_tokens(ctx), (), self._clock.now_s())
-        tokens = 0 if ctx.request.stream else answer_tokens(ctx, 0)
+        tokens = 0 if ctx.request.stream else self._answer_of(ctx, 0)
         return min(
             queue_s + prompt_s + step_s * tokens
             for queue_s, prompt_s, step_s in zip(found.queue_s, found.prompt_s, found.step_s, strict=True)

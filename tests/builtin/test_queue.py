@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -339,14 +340,15 @@ async def test_one_tries_and_the_others_wait() -> None:
     await asyncio.gather(*asking)
 
 
-def learn(fleet: Fleet, ttfb_s: float) -> None:
-    """Both replicas answer a few requests, and take so long."""
+def learn(fleet: Fleet, ttfb_s: float, step_s: float = 0.0) -> None:
+    """Both replicas answer a few requests, and take so long to the first byte and for each further token."""
     for _ in range(20):
         for one in (A, B):
             call = fleet.load.started(one.id, Work(prompt_tokens=10))
             fleet.clock.advance(ttfb_s)
             fleet.load.first_byte(call, ttfb_s)
-            fleet.load.finished(call, ttfb_s, ok=True, completion_tokens=1)
+            fleet.clock.advance(20 * step_s)
+            fleet.load.finished(call, ttfb_s + 20 * step_s, ok=True, completion_tokens=21 if step_s else 1)
 
 
 @pytest.mark.parametrize(("timeout_s", "is_let_in"), [(1.0, False), (10.0, True), (None, True)])
@@ -381,6 +383,19 @@ async def test_a_clients_own_patience_is_a_deadline_too() -> None:
     learn(fleet, 4.0)
     assert "its deadline is in 2.0 s" in refusal(await fleet.asked(first_byte_s=2.0, stream=True)).reason
     assert place(await fleet.asked(first_byte_s=600.0, timeout_s=900.0, stream=True))
+
+
+@pytest.mark.parametrize(
+    ("body", "is_let_in"), [({}, False), ({"max_tokens": 10}, True), ({"max_tokens": 4000}, False)], ids=str
+)
+async def test_a_whole_answer_takes_as_long_as_answers_usually_are(body: Mapping[str, Any], is_let_in: bool) -> None:
+    """A tenth of a second for a token, and 60 tokens of an answer, or as few as are asked for."""
+    fleet = Fleet.of(max_in_flight=9)
+    learn(fleet, 1.0, step_s=0.1)
+    fleet.end(place(await fleet.asked("t")), usage=Usage(10, 60, 70))
+    task = await fleet.asked("t", timeout_s=5.0, body=body)
+    assert isinstance(task.result(), Refusal) is not is_let_in
+    assert place(await fleet.asked("t", timeout_s=10.0, body={"max_tokens": 4000}))
 
 
 async def test_it_can_be_told_not_to_reckon_with_deadlines() -> None:
