@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import anyio.to_thread
 import orjson
 
 from kvfleet.adapters.call import Call, Operation
@@ -53,11 +54,14 @@ def body_for(call: Call, model: str) -> bytes:
 async def body_in_turns(call: Call, model: str) -> bytes:
     """The same for a large body: one turn of the event loop for each megabyte that is searched, and one to put it down.
 
-    It takes 1.5 ms to search a megabyte (`benchmarks/loop_lag.py`), and as long to put down four.
+    It takes 1.5 ms to search a megabyte (`benchmarks/loop_lag.py`), and as long to copy four: that a thread does, piece
+    by piece, since Python joins more than a megabyte without holding others up.
     """
     add_usage, made = hides_usage(call), None
     if _may_be_spliced(call, add_usage=add_usage) and await _are_keys_plain(call.raw, call.operation):
-        made = _spliced(call.raw, model, add_usage=add_usage)
+        made = await anyio.to_thread.run_sync(
+            functools.partial(_spliced, call.raw, model, add_usage=add_usage, stride=_STRIDE)
+        )
     await asyncio.sleep(0)
     if made is not None:
         return made
@@ -105,12 +109,15 @@ def _has_escaped_letters(raw: bytes, start: int, end: int) -> bool:
     return raw.find(b"\\u006", start, end) >= 0 or raw.find(b"\\u007", start, end) >= 0
 
 
-def _spliced(raw: bytes, model: str, *, add_usage: bool) -> bytes | None:
+def _spliced(raw: bytes, model: str, *, add_usage: bool, stride: int = 0) -> bytes | None:
     found, start = _MODEL.match(raw, raw.find(_KEY)), raw.find(b"{") + 1
     if found is None or not start:
         return None
     begin, end = found.span(1)
-    return b"".join((raw[:start], _ASK_USAGE if add_usage else b"", raw[start:begin], _quoted(model), raw[end:]))
+    head = raw[:start], _ASK_USAGE if add_usage else b"", raw[start:begin], _quoted(model)
+    if not stride:
+        return b"".join((*head, raw[end:]))
+    return b"".join((*head, *[raw[at : at + stride] for at in range(end, len(raw), stride)]))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,11 +154,10 @@ class PromptFacts:
         return self._blocks
 
     async def blocks_in_turns(self, seed: int, block_bytes: int) -> PromptBlocks:
-        """The same for a large prompt: others go on while it is laid out, and have their turn before it is hashed."""
-        laid = await anyio.to_thread.run_sync(self._laid_out)
-        await asyncio.sleep(0)
+        """The same for a large prompt: others go on while it is laid out and hashed."""
+        made = await anyio.to_thread.run_sync(lambda: byte_blocks(self._laid_out(), seed, block_bytes))
         self._blocks_key = (seed, block_bytes)
-        return self._keep(byte_blocks(laid, seed, block_bytes))
+        return self._keep(made)
 
     def counted(self, tokens: int) -> None:
         """Let it be so many tokens, as its engine counts, in place of what its bytes come to.

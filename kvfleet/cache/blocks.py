@@ -115,7 +115,7 @@ def byte_blocks(laid: Laid, seed: int = 0, block_bytes: int = BLOCK_BYTES) -> Pr
     >>> [x == y for x, y in zip(one.hashes, two.hashes)], one.tokens, one.block_tokens
     ([True, True, False], 192, 64.0)
     """
-    digest, last, text = _hash, seed, laid.text
+    digest, last, text, view = _hash, seed, laid.text, memoryview(laid.text)
     hashes = [
         last := digest(text[start : start + block_bytes], last)
         for start in range(0, min(len(text) - block_bytes + 1, MOST_BLOCKS * block_bytes), block_bytes)
@@ -124,7 +124,7 @@ def byte_blocks(laid: Laid, seed: int = 0, block_bytes: int = BLOCK_BYTES) -> Pr
     def mark(place: int) -> int:
         whole = min(place // block_bytes, MOST_BLOCKS)
         # Another seed than a block's, so that a mark where a block ends is not that block.
-        return digest(text[whole * block_bytes : place], (hashes[whole - 1] if whole else seed) ^ _MARK)
+        return digest(view[whole * block_bytes : place], (hashes[whole - 1] if whole else seed) ^ _MARK)
 
     marks = [(mark(start), end / BYTES_PER_TOKEN) for start, end in laid.answers[-_LATEST_ANSWERS:]]
     ends, tokens = [mark(len(text))], -(-len(text) // BYTES_PER_TOKEN)

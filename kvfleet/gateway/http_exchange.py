@@ -6,6 +6,7 @@ import asyncio
 from http import HTTPStatus
 from typing import Protocol
 
+import anyio.to_thread
 import attrs
 
 from kvfleet.errors import BadRequestError
@@ -20,6 +21,7 @@ STATUS_LINES = {one.value: f"HTTP/1.1 {one.value} {one.phrase}\r\n".encode() for
 _BODILESS = (204, 304)
 _MOST_PIECES = 128
 """Of a body that are kept as they came: of one that comes two bytes at a time each would take twenty times its size."""
+_MOST_JOINED_BYTES = 1024 * 1024
 
 
 class Answerer(Protocol):
@@ -120,7 +122,12 @@ class HTTPExchange(Exchange):
         if self._size > limit:
             raise too_large(limit)
         pieces = self._pieces
-        return pieces[0] if len(pieces) == 1 else b"".join((*pieces, self._rest))
+        if len(pieces) == 1:
+            return pieces[0]
+        if self._size <= _MOST_JOINED_BYTES:
+            return b"".join((*pieces, self._rest))
+        # more than that Python joins without holding others up, if all pieces are bytes
+        return await anyio.to_thread.run_sync(b"".join, (*pieces, bytes(self._rest)))
 
     async def start(self, status: int, headers: Pairs) -> None:
         """See `Exchange.start`; the head leaves with the first piece."""
