@@ -192,6 +192,9 @@ def replay(
         f"{requests.name}: {render.count(len(requests.requests), 'request')} over {requests.duration_s:,.0f} s,"
         f" {requests.shared_share:.1%} of prompt tokens shared with earlier ones"
     )
+    if requests.passed_over:
+        passed = render.count(requests.passed_over, "request")
+        render.echo(render.warn(f"{passed} more were not answered, or had no prompt, and are left out"))
     with _progress(len(runs) * len(requests.requests)) as progress:
         results = replay_all(runs, jobs or cores(), progress)
     comparison = Comparison.of(results, level, speed=speed, seed=seed)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import orjson
+import attrs
 import xxhash
 
 from kvfleet.builtin.facts import prompt_texts
 from kvfleet.errors import TraceError
 from kvfleet.eval.records import RecordedRequest, read_records
+from kvfleet.replay.rows import BOM, check_readable, csv_rows, json_rows, tokens_of, uncounted, while_reading
 from kvfleet.replay.traces import RequestTrace, TracedRequest, chained, spread, with_prefixes
 from kvfleet.trace import names
 from kvfleet.trace.reader import TraceReader
@@ -26,7 +25,9 @@ _MOONCAKE_BLOCK_TOKENS = 512
 _OWN_BLOCK_TOKENS = 16
 _BYTES_PER_TOKEN = 4
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_LONGEST_NUMBER = 18
 _SQLITE = b"SQLite format 3\0"
+_END = object()
 
 
 def read_trace(path: Path, form: str = "", limit: int | None = None) -> RequestTrace:
@@ -41,23 +42,31 @@ def read_trace(path: Path, form: str = "", limit: int | None = None) -> RequestT
         TraceError: naming the line, if it is not such a trace.
         OSError: if the file cannot be read.
     """
-    form = form or _form_of(path)
-    block_tokens, read = FORMATS[form]
-    requests = [*itertools.islice(read(path), limit)]
-    found = RequestTrace.of(path.stem, block_tokens, with_prefixes(requests) if form == "mooncake" else requests)
-    if not found.requests:
-        raise TraceError(f"{path} holds no request")
-    return found
-
-
-def _form_of(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(4096)
+    check_readable(path, head)
+    form = form or _form_of(path, head)
+    block_tokens, read = FORMATS[form]
+    rows = iter(read(path))
+    requests, passed_over = list[TracedRequest](), 0
+    while len(requests) != limit and (row := next(rows, _END)) is not _END:
+        if isinstance(row, TracedRequest):
+            requests.append(row)
+        else:
+            passed_over += 1
+    if not requests:
+        raise TraceError(f"{path} holds no request" + (" that was answered" if passed_over else ""))
+    chained = with_prefixes(requests) if form == "mooncake" else requests
+    return attrs.evolve(RequestTrace.of(path.stem, block_tokens, chained), passed_over=passed_over)
+
+
+def _form_of(path: Path, head: bytes) -> str:
     if head.startswith(_SQLITE):
         return "store"
-    if head.lstrip(b"\xef\xbb\xbf").startswith(_AZURE_COLUMNS[0].encode()):
+    text = head.removeprefix(BOM).lstrip()
+    if text.startswith(_AZURE_COLUMNS[0].encode()):
         return "azure"
-    line = head.split(b"\n", 1)[0]
+    line = text.split(b"\n", 1)[0]
     if b'"hash_ids"' in line:
         return "mooncake"
     if line.startswith(b'{"v":'):
@@ -77,22 +86,29 @@ def _mooncake(path: Path) -> Iterator[TracedRequest]:
     Timestamps are in milliseconds. Each hash id stands for a block of 512 tokens and for all before it. The last one
     may stand for a block that is not full; engines cache only full ones, so it is left out.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = orjson.loads(line)
-                tokens = int(row["input_length"])
-                full = tokens // _MOONCAKE_BLOCK_TOKENS
-                yield TracedRequest(
-                    at_s=float(row["timestamp"]) / 1000,
-                    prompt_tokens=tokens,
-                    output_tokens=int(row["output_length"]),
-                    blocks=tuple(map(spread, row["hash_ids"][:full])),
-                )
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise TraceError(f"{path}:{number}: is no line of a Mooncake trace: {_what(error)}") from error
+    for number, row in json_rows(path):
+        with while_reading(path, number, "a Mooncake"):
+            tokens = tokens_of(row, "input_length", least=1)
+            yield TracedRequest(
+                at_s=uncounted(row, "timestamp") / 1000,
+                prompt_tokens=tokens,
+                output_tokens=tokens_of(row, "output_length"),
+                blocks=_blocks(row["hash_ids"], tokens),
+            )
+
+
+def _blocks(ids: object, tokens: int) -> tuple[int, ...]:
+    """The hashes of a prompt's whole blocks."""
+    size = _MOONCAKE_BLOCK_TOKENS
+    full = tokens // size
+    if not isinstance(ids, list) or {*map(type, ids)} - {int}:
+        raise TypeError("hash_ids is no list of whole numbers; give one for each block, or an empty list")
+    if ids and not full <= len(ids) <= -(-tokens // size):
+        raise ValueError(
+            f"it has {len(ids)} hash_ids for a prompt of {tokens} tokens, which has {full} whole blocks of {size}; give"
+            " an id for each, and one more for an end that is no whole block, or none at all"
+        )
+    return tuple(map(spread, ids[:full]))
 
 
 # Azure
@@ -103,53 +119,58 @@ def _azure(path: Path) -> Iterator[TracedRequest]:
 
     They say nothing of what prompts share, so nothing is shared.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if missing := [name for name in _AZURE_COLUMNS if name not in (rows.fieldnames or ())]:
-            raise TraceError(f"{path}:1: has no column {missing[0]}; an Azure trace has {', '.join(_AZURE_COLUMNS)}")
-        start: datetime | None = None
-        for row in rows:
-            try:
-                at = datetime.fromisoformat(row["TIMESTAMP"])
-                start = at if start is None else start
-                yield TracedRequest(
-                    at_s=(at - start).total_seconds(),
-                    prompt_tokens=int(row["ContextTokens"]),
-                    output_tokens=int(row["GeneratedTokens"]),
+    start: datetime | None = None
+    for number, row in csv_rows(path):
+        if not number:
+            if missing := [name for name in _AZURE_COLUMNS if name not in row]:
+                raise TraceError(
+                    f"{path}:1: has no column {missing[0]}; an Azure trace has {', '.join(_AZURE_COLUMNS)}"
                 )
-            except (ValueError, TypeError) as error:
-                raise TraceError(f"{path}:{rows.line_num}: is no line of an Azure trace: {_what(error)}") from error
+            continue
+        with while_reading(path, number, "an Azure"):
+            at = datetime.fromisoformat(row["TIMESTAMP"])
+            start = at if start is None else start
+            counts = {name: _whole(row[name]) for name in _AZURE_COLUMNS[1:]}
+            yield TracedRequest(
+                at_s=(at - start).total_seconds(),
+                prompt_tokens=tokens_of(counts, "ContextTokens", least=1),
+                output_tokens=tokens_of(counts, "GeneratedTokens"),
+            )
 
 
-def _what(error: Exception) -> str:
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+def _whole(cell: str | None) -> int | str | None:
+    """The whole number a cell holds, or else the cell as it is."""
+    return int(cell) if cell and cell.strip().isdecimal() and len(cell) <= _LONGEST_NUMBER else cell
 
 
 # Our own
 
 
-def _store(path: Path) -> Iterator[TracedRequest]:
+def _store(path: Path) -> Iterator[TracedRequest | None]:
     """Traces that a gateway kept: times, tokens and tenants. They hold no text, so what was shared is not known."""
     last = 0
     with TraceReader(path) as reader:
         while rows := reader.since(last):
             last = rows[-1].id
             for row in rows:
-                if row.prompt_tokens is not None and row.completion_tokens is not None:
-                    yield TracedRequest(
-                        at_s=row.start_ns / 1e9,
-                        prompt_tokens=row.prompt_tokens,
-                        output_tokens=row.completion_tokens,
-                        tenant=row.tenant,
-                    )
+                if not row.prompt_tokens or row.completion_tokens is None:
+                    yield None
+                    continue
+                yield TracedRequest(
+                    at_s=row.start_ns / 1e9,
+                    prompt_tokens=row.prompt_tokens,
+                    output_tokens=row.completion_tokens,
+                    tenant=row.tenant,
+                )
 
 
-def _records(path: Path) -> Iterator[TracedRequest]:
+def _records(path: Path) -> Iterator[TracedRequest | None]:
     """What `observe.record` wrote; with content, blocks are hashed from it; sessions give think times."""
     ended_s: dict[str, float] = {}
     for record in read_records(path):
         found = _of_trace(record.trace)
         if found is None:
+            yield None
             continue
         if record.has_content:
             found |= _sizes_and_blocks(record)
@@ -166,7 +187,7 @@ def _records(path: Path) -> Iterator[TracedRequest]:
 def _of_trace(trace: Trace) -> dict[str, Any] | None:
     """What a decision's record says of a request; None if it was not answered by a backend."""
     usage = next((u for u in map(_usage_of, reversed(trace.stages)) if u is not None), None)
-    if usage is None:
+    if usage is None or usage[0] < 1:
         return None
     attributes = trace.route.attributes
     return {
@@ -199,10 +220,10 @@ def _parts(text: bytes) -> list[int]:
     return [xxhash.xxh3_64_intdigest(text[i : i + size]) for i in range(0, len(text) - size + 1, size)]
 
 
-FORMATS: Mapping[str, tuple[int, Callable[[Path], Iterator[TracedRequest]]]] = {
+FORMATS: Mapping[str, tuple[int, Callable[[Path], Iterator[TracedRequest | None]]]] = {
     "mooncake": (_MOONCAKE_BLOCK_TOKENS, _mooncake),
     "azure": (_OWN_BLOCK_TOKENS, _azure),
     "records": (_OWN_BLOCK_TOKENS, _records),
     "store": (_OWN_BLOCK_TOKENS, _store),
 }
-"""By name: the tokens of a block, and what reads it."""
+"""By name: the tokens of a block, and what reads it; None stands for one that nobody answered, or without a prompt."""

@@ -14,6 +14,7 @@ from kvfleet.errors import TraceError
 __all__ = ["RequestTrace", "TracedRequest", "chained", "leading", "spread", "with_prefixes"]
 
 _MASK = (1 << 64) - 1
+_LONGEST_S = 366 * 86_400
 _hash = xxhash.xxh3_64_intdigest
 _PACK = struct.Struct("<QQ").pack
 
@@ -52,19 +53,26 @@ class RequestTrace:
         name: For people.
         block_tokens: Tokens of one block.
         requests: The requests.
+        passed_over: How many its source has beside these that nobody answered, or that had no prompt.
     """
 
     name: str
     block_tokens: int
     requests: tuple[TracedRequest, ...] = attrs.field(repr=False)
+    passed_over: int = 0
 
     def __attrs_post_init__(self) -> None:
         """Check that the blocks fit the prompts.
 
         Raises:
-            TraceError: naming the first request whose blocks do not.
+            TraceError: naming the first request whose blocks do not; or if it would take years.
         """
         size = self.block_tokens
+        if self.requests and self.duration_s - self.requests[0].at_s > _LONGEST_S:
+            days = (self.duration_s - self.requests[0].at_s) / 86_400
+            raise TraceError(
+                f"the trace {self.name} lasts {days:,.7g} days; give all its times from one beginning and in one unit"
+            )
         for number, one in enumerate(self.requests):
             if one.prompt_tokens < 1 or (one.blocks and len(one.blocks) != one.prompt_tokens // size):
                 what = f"{len(one.blocks)} blocks of {size} tokens for a prompt of {one.prompt_tokens}"
@@ -138,7 +146,7 @@ def with_prefixes(requests: Sequence[TracedRequest]) -> Sequence[TracedRequest]:
     """
     before: dict[int, int] = {}
     for one in requests:
-        pairs = zip((0, *one.blocks), one.blocks, strict=False)
-        if any(before.setdefault(block, last) != last for last, block in pairs):
+        lasts = (0, *one.blocks[:-1]) if one.blocks else ()
+        if tuple(map(before.setdefault, one.blocks, lasts)) != lasts:
             return [attrs.evolve(each, blocks=chained(0, each.blocks)) for each in requests]
     return requests

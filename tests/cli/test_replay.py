@@ -128,3 +128,12 @@ def test_what_is_wrong_is_told(pipeline: Path, args: tuple[str, ...], status: in
     code, out, err = run("replay", *args, "-p", pipeline)
     assert (code, out) == (status, "")
     assert words in " ".join(err.split())
+
+
+def test_a_trace_that_cannot_be_read_is_told_by_line_and_remedy(pipeline: Path, tmp_path: Path) -> None:
+    """And nothing runs."""
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": -1, "input_length": 5, "output_length": 1, "hash_ids": []}\n')
+    code, out, err = run("replay", trace, "-p", pipeline)
+    assert (code, out) == (1, "")
+    assert f"{trace}:1: is no line of a Mooncake trace: timestamp is -1; give a number that is not negative" in err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import FleetConfig, ModelConfig, StageConfig
-from kvfleet.errors import TraceError
+from kvfleet.errors import Fault, RouteError, TraceError
 from kvfleet.plugin.contract import RouteRequest
 from kvfleet.replay.readers import read_trace
 from kvfleet.replay.traces import RequestTrace, TracedRequest, spread
@@ -18,6 +20,7 @@ from kvfleet.testing.fakes import FakeAdapter, FakeReply
 from kvfleet.trace.store import TraceStore
 from tests.replay.fleets import TABLE, fleet, replayed
 
+_OPENS = FakeReply(text="It opens " * 50, latency_s=2.0)
 MODEL = ModelConfig(name="m", endpoint="http://m", provider="vllm")
 
 
@@ -74,6 +77,12 @@ def test_an_azure_trace_shares_nothing(tmp_path: Path) -> None:
     assert second.at_s == pytest.approx(4.314579)
 
 
+_MOONCAKE = (
+    '{"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [1, 2]}\n'
+    '{"timestamp": 0, "input_length": 1024, "output_length": 1, "hash_ids": [1, 2], %s}\n'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -86,6 +95,50 @@ def test_an_azure_trace_shares_nothing(tmp_path: Path) -> None:
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2", ":2: is no line of an Azure trace"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "holds no request"),
         ("hello", "is no trace that is known"),
+        ("", "is empty, or begins with nothing but white space; name a file"),
+        (
+            _MOONCAKE % '"timestamp": -5',
+            ":2: is no line of a Mooncake trace: timestamp is -5; give a number that is not",
+        ),
+        (_MOONCAKE % '"timestamp": "nan"', ":2: is no line of a Mooncake trace: timestamp is 'nan'; give a number"),
+        (_MOONCAKE % '"timestamp": NaN', ":2: is no line of a Mooncake trace: unexpected character"),
+        (_MOONCAKE % '"timestamp": 1e300', "days; give all its times from one beginning and in one unit"),
+        (
+            _MOONCAKE % '"input_length": "1024"',
+            ":2: is no line of a Mooncake trace: input_length is '1024'; give a whole",
+        ),
+        (
+            _MOONCAKE % '"input_length": 0',
+            "input_length is 0; give a whole number of tokens, at least 1 and at most 100,",
+        ),
+        (
+            _MOONCAKE % '"output_length": 1e15',
+            "output_length is 1000000000000000; give a whole number of tokens, at leas",
+        ),
+        (
+            _MOONCAKE % '"output_length": true',
+            "output_length is True; give a whole number of tokens, at least 0 and at",
+        ),
+        (
+            _MOONCAKE % '"input_length": 5000',
+            (
+                ":2: is no line of a Mooncake trace: it has 2 hash_ids for a prompt of 5000 tokens, which has 9 whole blocks of"
+                " 512; give an id for each, and one more for an end that is no whole block, or none at all"
+            ),
+        ),
+        (_MOONCAKE % '"hash_ids": [1, 2, 3, 4]', "it has 4 hash_ids for a prompt of 1024 tokens, which has 2 whole"),
+        (_MOONCAKE % '"hash_ids": ["a", "b"]', "hash_ids is no list of whole numbers; give one for each block, or an"),
+        (_MOONCAKE % '"x": [}', ":2: is no line of a Mooncake trace: "),
+        (
+            '{"hash_ids": []}'[:-1] + ', "timestamp": 0, "input_length": 1, "output_length": 1}\n[1]',
+            ":2: is no line of a",
+        ),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,-1,2", ":2: is no line of an Azure trace: Cont"),
+        (
+            "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46",
+            ":2: is no line of an Azure trace: ContextTok",
+        ),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46," + "1" * 200_000, ":2: is no line of CSV: fie"),
         ('{"v": 1, "broken": true}\n', ":1: is no recorded request"),
     ],
 )
@@ -98,13 +151,47 @@ def test_what_is_no_trace_is_told_with_its_place(tmp_path: Path, text: str, word
     assert words in str(caught.value)
 
 
-async def _serve(folder: Path, store: TraceStore | None = None, *, content: bool = False) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"x"), "is packed (gzip); unpack it first, with gunzip"),
+        ('{"hash_ids": []}'.encode("utf-16"), "is written in UTF-16; save it as UTF-8"),
+        (b'{"hash_ids": [], "x": "\xff"}\n', ":1: is no line of a Mooncake trace: "),
+        (
+            b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,\xff,1",
+            ":2: is no line of an Azure trace: Con",
+        ),
+        (b'{"hash_ids": []}\n{"x": "' + b"a" * (17 << 20) + b'"}', ":2: is longer than 16 MiB; no request is so long"),
+    ],
+)
+def test_what_is_no_text_is_told_too(tmp_path: Path, content: bytes, words: str) -> None:
+    """What it is, or the line that cannot be read."""
+    path = tmp_path / "trace"
+    path.write_bytes(content.replace(b'{"hash_ids": []}\n', (_MOONCAKE % '"x": 1').splitlines()[0].encode() + b"\n"))
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}")
+    assert words in str(caught.value)
+
+
+def test_a_byte_order_mark_and_empty_lines_are_no_hindrance(tmp_path: Path) -> None:
+    """As editors leave them."""
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + (_MOONCAKE % '"x": 1').replace("\n", "\n\n").encode())
+    assert len(read_trace(path).requests) == 2
+    path.write_bytes(b"\n\n" + (_MOONCAKE % '"x": 1').encode())
+    assert len(read_trace(path).requests) == 2
+
+
+async def _serve(
+    folder: Path, store: TraceStore | None = None, *, content: bool = False, reply: FakeReply = _OPENS
+) -> None:
     """A conversation of two turns through a live router, recorded."""
     stages = [StageConfig(use=use) for use in ("classify.prompt", "select.static", "execute.fallback")]
     record = StageConfig(use="observe.record", options={"content": content})
     config = FleetConfig(models=(MODEL,), pipeline=(*stages, record))
     clock = FrozenClock()
-    adapter = FakeAdapter(model_id="m", script=FakeReply(text="It opens " * 50, latency_s=2.0), time=clock)
+    adapter = FakeAdapter(model_id="m", script=reply, time=clock)
     router = Router(config, table=TABLE, clock=clock, adapters={MODEL.id: adapter}, polls=False, state_dir=folder)
     if store is not None:
         router.add_sink(store)
@@ -112,7 +199,8 @@ async def _serve(folder: Path, store: TraceStore | None = None, *, content: bool
     async with router:
         for _ in range(2):
             body = {"model": "auto", "messages": list(messages)}
-            await router.dispatch(RouteRequest(body=body, tenant="t", session="s"))
+            with contextlib.suppress(RouteError):
+                await router.dispatch(RouteRequest(body=body, tenant="t", session="s"))
             messages += [{"role": "assistant", "content": "It opens " * 50}, {"role": "user", "content": "Again"}]
             clock.advance(5.0)
         await router.settled()
@@ -160,3 +248,23 @@ def test_blocks_that_do_not_fit_their_prompt_are_refused() -> None:
     wrong = TracedRequest(at_s=0.0, prompt_tokens=100, output_tokens=1, blocks=(1, 2, 3))
     with pytest.raises(TraceError, match=r"request 0 of the trace t has 3 blocks of 64 tokens for a prompt of 100"):
         RequestTrace.of("t", 64, [wrong])
+
+
+async def _serve_and_store(folder: Path, reply: FakeReply) -> None:
+    store = TraceStore(folder / "traces.sqlite", clock=FrozenClock())
+    store.open()
+    await _serve(folder, store, reply=reply)
+    store.close()
+
+
+async def test_requests_that_nobody_answered_are_left_out_and_counted(tmp_path: Path) -> None:
+    """Of recorded ones and of stored ones; where there are no others, that is an error which says so."""
+    await _serve_and_store(tmp_path, FakeReply(fail=Fault.BAD_REQUEST))
+    for name in ("requests.jsonl", "traces.sqlite"):
+        with pytest.raises(TraceError, match=f"{name} holds no request that was answered"):
+            read_trace(tmp_path / name)
+    await _serve_and_store(tmp_path, _OPENS)
+    for name in ("requests.jsonl", "traces.sqlite"):
+        trace = read_trace(tmp_path / name)
+        assert (len(trace.requests), trace.passed_over) == (2, 2)
+    assert read_trace(tmp_path / "requests.jsonl", limit=1).passed_over == 2
