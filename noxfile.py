@@ -1,4 +1,4 @@
-"""The whole loop: `nox` runs what CI runs; `nox -s semantic`, `real`, `page` and `bench` are for when you mean it."""
+"""The whole loop: `nox` runs what CI runs; the other sessions (`nox --list`) are for when you mean it."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def tests(session: nox.Session) -> None:
     session.install("-e", ".", *GROUPS["test"])
     if not session.posargs:
         session.run("pytest", "-q", "--doctest-modules", "kvfleet")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session(python=["3.12", "3.13"])
+def versions(session: nox.Session) -> None:
+    """The tests on the other versions of Python that `pyproject.toml` names, where they are installed."""
+    session.install("-e", ".", *GROUPS["test"])
     session.run("pytest", *session.posargs)
 
 
