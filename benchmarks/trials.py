@@ -143,12 +143,17 @@ async def restful(one: Gateway, engines: Callable[[], int], figures: dict[str, A
     yield wrong
     figures["seconds"] = round(time.monotonic() - began_s)
     until_s = time.monotonic() + REST_S
-    while time.monotonic() < until_s and (await one.held() or one.files() > files or engines()):  # noqa: ASYNC110 - another process
-        await asyncio.sleep(0.2)
-    wrong += [f"{count} {what} held" for what, count in (await one.held()).items()]
-    wrong += [f"{one.files() - files} files left"] if one.files() > files else []
-    wrong += [f"{engines()} connections to engines left"] if engines() else []
+    while (left := await _left(one, files, engines)) and time.monotonic() < until_s:
+        await asyncio.sleep(0.5)
+    wrong += left
     figures["MB before, after"] = (round(before_mb, 1), round(one.rss_mb(), 1))
+
+
+async def _left(one: Gateway, files: int, engines: Callable[[], int]) -> list[str]:
+    """What is not at rest; files come first, for whoever asks for the rest has a connection open."""
+    left = [f"{one.files() - files} files left"] if one.files() > files else []
+    left += [f"{engines()} connections to engines left"] if engines() else []
+    return left + [f"{count} {what} held" for what, count in (await one.held()).items()]
 
 
 # The trials ----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ def services_of(
     counts = None if before is None else before.metrics
     services = Services(
         clock=clock,
+        fleet=config.fleet_name,
         models=models,
         health=HealthManager.of(config.health, models, clock) if before is None else before.health,
         load=FleetLoad(clock) if before is None else before.load,

@@ -126,6 +126,7 @@ class Services:
         most_usd: From what one answer of each candidate's model may cost, the most a route may: that of the dearest,
             unless the execute stage may pay for several.
         embeddings: Makes vectors of texts, once a stage before has brought an embedder; None without one.
+        fleet: Its name.
         state_dir: Where components keep what outlives the process; None to keep nothing.
         minutes: Gives the last minute of an account, by its name, as all workers have it; None if there is one worker.
         news: Has the same component in the gateway's other workers ``hear`` something; None where there are none.
@@ -147,6 +148,7 @@ class Services:
     limit_usd: Callable[[RoutingContext], float | None] = lambda _: None
     most_usd: Callable[[Mapping[str, float]], float] | None = None
     embeddings: Embeddings | None = None
+    fleet: str = "default"
     state_dir: Path | None = None
     news: Callable[[Any, bytes], None] | None = None
     minutes: Callable[[str], SharedMinute] | None = None

@@ -95,6 +95,16 @@ class ArmStore:
 
     path: Path
 
+    @classmethod
+    def of(cls, state_path: str, services: HasServices) -> Self | None:
+        """The store at the given path, or the fleet's own in the state directory if that is empty; None without any."""
+        if state_path:
+            return cls(Path(state_path).expanduser())
+        if services.state_dir is None:
+            return None
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in services.fleet)
+        return cls(services.state_dir / f"learned-{plain}.sqlite")
+
     def load(self, strategy: str) -> dict[str, dict[str, Any]]:
         """What was kept for a strategy, by model; nothing if there is no file.
 
@@ -163,6 +173,10 @@ class HasServices(Protocol):
         """Counters and histograms."""
 
     @property
+    def fleet(self) -> str:
+        """The fleet's name."""
+
+    @property
     def state_dir(self) -> Path | None:
         """Where state outlives the process; None for nowhere."""
 
@@ -187,10 +201,7 @@ class ArmKeeper:
     @classmethod
     def of(cls, strategy: str, state_path: str, services: HasServices) -> Self:
         """A keeper at the given path, or in the state directory if that is empty."""
-        if state_path:
-            return cls(strategy, ArmStore(Path(state_path).expanduser()), services.clock)
-        store = None if services.state_dir is None else ArmStore(services.state_dir / "learned.sqlite")
-        return cls(strategy, store, services.clock)
+        return cls(strategy, ArmStore.of(state_path, services), services.clock)
 
     @property
     def is_due(self) -> bool:

@@ -11,7 +11,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
@@ -243,10 +242,7 @@ class CanaryStrategy:
         """Find the place of the state."""
         self._clock, self._metrics = services.clock, services.metrics
         self._since_s = self._clock.now_s()
-        if self.state_path:
-            self._store = ArmStore(Path(self.state_path).expanduser())
-        elif services.state_dir is not None:
-            self._store = ArmStore(services.state_dir / "learned.sqlite")
+        self._store = ArmStore.of(self.state_path, services)
 
     @property
     def _key(self) -> str:

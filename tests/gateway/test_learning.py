@@ -384,14 +384,14 @@ class TestState:
             before = gateway.learner(name).stats()
         async with live(name, state_dir=tmp_path) as gateway:
             assert gateway.learner(name).stats() == before
-        assert (tmp_path / "learned.sqlite").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "learned-default.sqlite").stat().st_mode & 0o777 == 0o600
 
     async def test_it_is_saved_while_it_runs(self, tmp_path: Path) -> None:
         """Every ten seconds of traffic, so that a crash loses little."""
         async with live("ucb1", state_dir=tmp_path) as gateway:
             for _ in range(100):  # ten seconds at least: an answer takes a tenth or more
                 await gateway.ask()
-            assert ArmStore(tmp_path / "learned.sqlite").load("ucb1")["fast"]["pulls"] > 10
+            assert ArmStore(tmp_path / "learned-default.sqlite").load("ucb1")["fast"]["pulls"] > 10
 
     async def test_nothing_is_written_by_who_does_not_learn(self, tmp_path: Path) -> None:
         """A fleet under another strategy makes no file."""
@@ -401,7 +401,7 @@ class TestState:
 
     async def test_a_file_that_is_something_else_is_not_touched(self, tmp_path: Path) -> None:
         """The gateway does not start, and says what to do."""
-        path = tmp_path / "learned.sqlite"
+        path = tmp_path / "learned-default.sqlite"
         path.write_text("my diary")
         with pytest.raises(ComponentError, match=r"cannot be used: .*name another file under state_path"):
             async with live("ucb1", state_dir=tmp_path):

@@ -33,11 +33,14 @@ OLD, NEW = model("old", quality_score=0.9), model("new")
 MODELS = (OLD, NEW)
 
 
-def canary(clock: FrozenClock | None = None, state: Path | None = None, **options: Any) -> CanaryStrategy:
+def canary(
+    clock: FrozenClock | None = None, state: Path | None = None, fleet: str = "default", **options: Any
+) -> CanaryStrategy:
     """A canary with quick steps."""
     options = {"canary": "new", "steps": (0.1, 0.5, 1.0), "min_requests": 20, "hold_s": 60, **options}
     strategy = CanaryStrategy(**options)
-    strategy.provision(Services(clock=clock or FrozenClock(), state_dir=state, metrics=MetricsExporter(enabled=True)))
+    metrics = MetricsExporter(enabled=True)
+    strategy.provision(Services(clock=clock or FrozenClock(), fleet=fleet, state_dir=state, metrics=metrics))
     return strategy
 
 
@@ -240,7 +243,7 @@ class TestKeeping:
     """Over a restart."""
 
     async def test_a_rollback_outlives_the_process(self, tmp_path: Path) -> None:
-        """And another salt begins anew."""
+        """And another salt begins anew, as does another fleet."""
         one = canary(state=tmp_path)
         await one.aopen()
         await tell(one, OLD, 20)
@@ -252,6 +255,9 @@ class TestKeeping:
         anew = canary(state=tmp_path, salt="second try")
         await anew.aopen()
         assert anew.status is CanaryStatus.RUNNING
+        elsewhere = canary(state=tmp_path, fleet="another")
+        await elsewhere.aopen()
+        assert elsewhere.status is CanaryStatus.RUNNING
 
     async def test_so_do_its_step_and_its_numbers(self, tmp_path: Path) -> None:
         """Counting goes on where it ended."""
