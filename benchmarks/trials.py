@@ -143,7 +143,7 @@ async def restful(one: Gateway, engines: Callable[[], int], figures: dict[str, A
     yield wrong
     figures["seconds"] = round(time.monotonic() - began_s)
     until_s = time.monotonic() + REST_S
-    while (left := await _left(one, files, engines)) and time.monotonic() < until_s:
+    while (left := await _left(one, files, engines)) and time.monotonic() < until_s:  # noqa: ASYNC110
         await asyncio.sleep(0.5)
     wrong += left
     figures["MB before, after"] = (round(before_mb, 1), round(one.rss_mb(), 1))
@@ -277,8 +277,9 @@ async def _serving_slowly(workers: int) -> AsyncIterator[tuple[Gateway, Site, Ma
     with tempfile.TemporaryDirectory() as name:
         async with site(2, MESSAGES, RESPONSES) as engines:
             first, *others = (engine.url for engine in engines.engines)
-            kinds = ((MODEL, NATIVE), (TRANSLATED, {}))
-            data = fleet(Path(name), [model(one, first, replicas=others, **more) for one, more in kinds])
+            spoken = model(MODEL, first, replicas=others, **NATIVE)
+            translated = model(TRANSLATED, first, replicas=others, model_id=MODEL)
+            data = fleet(Path(name), [spoken, translated])
             await engines.befall(slowly)
             engines.is_everybody = True
             async with gateway(Path(name), data, workers) as one:
