@@ -26,6 +26,16 @@ _DROP_REMEDIES = {
     "rate_limits": "It comes back by itself when that is over; ask its provider for more, or add a replica.",
     "health": "It comes back by itself once it answers again; `kvfleet health` asks it now.",
 }
+_RULE_REMEDIES = {
+    (
+        "tenant",
+        "unknown_tenant",
+    ): "Send the tenant's header (`gateway.tenant_header`) or key, and name it under `tenants:`.",
+    (
+        "health",
+        "model",
+    ): "Set the model's `model_id` to what its engine lists, or have the engine serve it: `kvfleet health`.",
+}
 _FAULT_REMEDIES: Mapping[str, str] = {
     Fault.CONNECT: "See that its engine runs and that its `endpoint` is right: `kvfleet health`.",
     Fault.CONNECT_TIMEOUT: "See that its engine can be reached from the gateway: `kvfleet health`.",
@@ -158,7 +168,8 @@ def _answered_in_vain(explanation: Explanation, candidate: CandidateScore, attem
 
 def _dropped(explanation: Explanation, drop: Dropped) -> Verdict:
     rule = f" under the rule {drop.rule}" if drop.rule else ""
-    remedy = _DROP_REMEDIES.get(drop.stage.partition(".")[2])
+    name = drop.stage.partition(".")[2]
+    remedy = _RULE_REMEDIES.get((name, drop.rule)) or _DROP_REMEDIES.get(name)
     return Verdict(
         replica=drop.candidate,
         verdict="dropped",

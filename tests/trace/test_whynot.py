@@ -61,6 +61,23 @@ def test_dropped_for_its_rate_limit() -> None:
     assert verdict.remedy == "It comes back by itself when that is over; ask its provider for more, or add a replica."
 
 
+@pytest.mark.parametrize(
+    ("name", "rule", "remedy"),
+    [
+        ("tenant", "unknown_tenant", "Send the tenant's header (`gateway.tenant_header`) or key, and name it under"),
+        ("tenant", "blocked_models", "Change the tenant's `preferred_models`"),
+        ("health", "model", "Set the model's `model_id` to what its engine lists"),
+        ("health", "", "It comes back by itself"),
+    ],
+)
+def test_what_helps_depends_on_the_rule(name: str, rule: str, remedy: str) -> None:
+    """A stranger is not helped by other options of a tenant, nor an engine of another model by waiting."""
+    dropped = stage("filter", name, 1, 1, DROPPED=(A1,), DROPPED_REASONS=("x",), DROPPED_RULES=(rule,))
+    trace = route(dropped, took_us=9, outcome="no_candidates", error="x", CANDIDATES=(A1,))
+    (verdict,) = why_not(Explanation(trace), A1)
+    assert verdict.remedy.startswith(remedy)
+
+
 def test_dropped_by_a_stage_of_somebody_elses() -> None:
     """A third party's filter is named as it stands in the pipeline; without a rule none is mentioned."""
     trace = route(
