@@ -108,3 +108,50 @@ async def test_a_field_in_another_case_is_refused(field: str, path: str) -> None
     assert answer.status_code == 400
     assert field.casefold() in answer.json()["error"]["message"]
     assert not any(line.startswith(b"POST") for line in engine.requests)
+
+
+def block(**fields: Any) -> dict[str, Any]:
+    """A conversation with a part that is a file."""
+    return {"model": "auto", "max_tokens": 9, "messages": [{"role": "user", "content": [fields]}]}
+
+
+SOURCE = {"type": "base64", "media_type": "image/png"}
+NATIVE: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "a picture that is text": ("/v1/messages", block(type="image", source={**SOURCE, "data": FILE})),
+    "behind a picture": ("/v1/messages", block(type="image", source={**SOURCE, "data": f"{PICTURE} {SSN}"})),
+    "a document": ("/v1/messages", block(type="document", source={**SOURCE, "media_type": "text/csv", "data": FILE})),
+    "an input file": (
+        "/v1/responses",
+        {
+            "model": "auto",
+            "input": [
+                {
+                    "role": "user",
+                    "content": [{"type": "input_file", "filename": "a", "file_data": f"data:text/csv;base64,{FILE}"}],
+                }
+            ],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("place", NATIVE)
+@pytest.mark.parametrize("redacts", [False, True])
+async def test_files_of_other_apis_are_looked_into(place: str, redacts: bool) -> None:
+    """Anthropic's and the Responses' files are those of a chat."""
+    path, body = NATIVE[place]
+    async with upstream(ANSWER) as cloud, upstream(ANSWER) as house:
+        public = ModelConfig(name="cloud", endpoint=cloud.url, private=False, quality_score=0.9, capabilities=ABLE)
+        own = ModelConfig(name="house", endpoint=house.url, private=True, quality_score=0.1, capabilities=ABLE)
+        config = (
+            FleetConfig(models=(public,), pipeline=REDACTING, telemetry=QUIET)
+            if redacts
+            else FleetConfig(models=(public, own), policy=PII, strategy="quality_first", telemetry=QUIET)
+        )
+        router = Router(config, polls=False)
+        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
+            answer = await client.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+    seen = b"".join(cloud.requests)
+    assert (b"POST" in seen) == redacts
+    assert not any(one.encode() in seen for one in (SSN, FILE))
