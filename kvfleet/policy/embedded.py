@@ -59,6 +59,8 @@ def rewritten(key: str, value: str, change: Callable[[str], str]) -> str:
     >>> rewritten("url", "data:text/plain;base64,SSBhbSBBZGE=", lambda text: text.replace("Ada", "Bob"))
     'data:text/plain;base64,SSBhbSBCb2I='
     """
+    if not has_files(value, key):
+        return change(value)
     outside = _joined(value, [(file, file.content) for file in _files(key, value) if file.is_closed], change)
     return _joined(outside, [(file, file.rewritten(change)) for file in _files(key, outside)])
 
