@@ -6,6 +6,7 @@ words.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -14,7 +15,7 @@ import attrs
 import orjson
 
 from kvfleet.adapters.base import InferenceAdapter
-from kvfleet.adapters.call import Call, Native, Reply, Tally
+from kvfleet.adapters.call import LARGE_BYTES, Call, Native, Reply, Tally
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming
 from kvfleet.adapters.native_wire import WIRES, ErrorMaker, NativeWire
@@ -61,7 +62,7 @@ def _unmarked(item: Any) -> Any:
 
 
 def fitted(call: Call, native: Native, adapter: InferenceAdapter, *, may_pass: bool) -> Call:
-    """The call as one adapter takes it: with the client's own words if it speaks them, and with a body it can read.
+    """The call as one adapter takes it: in the client's own words if it speaks them, else with a body it can read.
 
     Args:
         call: The chat.
@@ -75,7 +76,7 @@ def fitted(call: Call, native: Native, adapter: InferenceAdapter, *, may_pass: b
     passes = may_pass and adapter.speaks(native.surface)
     if native.only and not passes:
         raise refuse(f"only an engine that speaks the {native.surface} API itself can take {native.only}", native.only)
-    body = call.body if adapter.keeps_marks else portable(call.body)
+    body = call.body if adapter.keeps_marks or passes else portable(call.body)
     return attrs.evolve(call, body=body, native=native if passes else None)
 
 
@@ -95,6 +96,8 @@ async def send_native(adapter: HTTPAdapter, path: str, call: Call) -> Reply:
     wire = WIRES[native.surface]
     # encoded anew, so that no key stands twice: what the policy read is what the engine reads
     body = orjson.dumps({**native.body, **wire.fixed, "model": adapter.model_id, "stream": call.stream})
+    if len(body) > LARGE_BYTES:  # putting it down took its turn
+        await asyncio.sleep(0)
     headers = (*call.headers, *native.headers)
     incoming = await adapter.exchange("POST", path, body, headers=headers, limits=call.limits)
 

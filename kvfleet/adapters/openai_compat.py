@@ -15,7 +15,7 @@ from kvfleet.adapters.base import EndpointHealth
 from kvfleet.adapters.call import LARGE_BYTES, Call, Native, Operation, Reply, Tally, Usage
 from kvfleet.adapters.http import HTTPAdapter
 from kvfleet.adapters.incoming import Incoming, parsed
-from kvfleet.adapters.native import send_native
+from kvfleet.adapters.native import portable, send_native
 from kvfleet.adapters.native_wire import WIRES
 from kvfleet.adapters.patching import body_for, body_in_turns, hides_usage
 from kvfleet.config.fields import listing, text
@@ -76,8 +76,10 @@ class OpenAICompatAdapter(HTTPAdapter):
 
     async def send(self, call: Call) -> Reply:
         """Make one call; see `InferenceAdapter.send`."""
-        if call.native is not None and call.native.surface in self._spoken:
-            return await self._send_native(call, call.native)
+        if call.native is not None:
+            if call.native.surface in self._spoken:
+                return await self._send_native(call, call.native)
+            call = self._as_chat(call)
         incoming = await self.exchange(
             "POST",
             self._paths[call.operation],
@@ -107,9 +109,12 @@ class OpenAICompatAdapter(HTTPAdapter):
         except BackendError as error:
             if error.kind is not Fault.NOT_FOUND or native.only:
                 raise
-        reply = await self.send(attrs.evolve(call, native=None))
+        reply = await self.send(self._as_chat(call))
         self._spoken.discard(native.surface)  # it knows the model, so it was the path that it does not know
         return reply
+
+    def _as_chat(self, call: Call) -> Call:
+        return attrs.evolve(call, body=call.body if self.keeps_marks else portable(call.body), native=None)
 
     async def health_check(self) -> EndpointHealth:
         """Ask ``/health``, and where nobody knows that path, for the list of models."""

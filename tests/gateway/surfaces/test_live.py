@@ -453,6 +453,9 @@ async def native(wire: Wire, request: Request) -> None:
         wire.send(whole(CHAT_ANSWER))
 
 
+MARKED: Any = {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]}
+
+
 async def older(wire: Wire, request: Request) -> None:
     """An engine that speaks neither."""
     if request.path == "/v1/chat/completions":
@@ -528,10 +531,12 @@ class TestPassedThrough:
         """A 404 of the path is found out once; from then on the requests are translated."""
         async with before(older, "vllm") as (stage, backend):
             for _ in range(2):
-                message = await stage.claude.messages.create(**{**ASK, "model": "m"})
+                message = await stage.claude.messages.create(**{**ASK, "model": "m", "messages": [MARKED]})
                 assert message.content[0].text == "Chat."
         paths = [request.path for request in backend.requests]
         assert paths == ["/v1/messages", "/v1/chat/completions", "/v1/chat/completions"]
+        has_marks = [b"cache_control" in request.body for request in backend.requests]
+        assert has_marks == [True, False, False], "a chat has no marks that only Anthropic reads"
 
     async def test_what_only_the_api_itself_can_do_goes_to_who_speaks_it(self) -> None:
         """A built-in tool drops those who speak chat alone, and the error says so if that is everybody."""
