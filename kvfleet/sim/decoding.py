@@ -94,6 +94,23 @@ class Decoding:
             heapq.heappop(ends)
         return ends[0][0] - self.step
 
+    def steps_alike(self, most: int, room: int, *, is_short: bool) -> int:
+        """Steps until one of them ends, or blocks run short, or one that waits for blocks may find one shared.
+
+        Args:
+            most: Not more than so many.
+            room: Blocks there are.
+            is_short: True if somebody waits for blocks.
+        """
+        steps = min(self.steps_to_end(), most)
+        if not is_short and len(self.jobs) * -(-steps // self.block_tokens) <= room:
+            return steps
+        for step in range(1, steps):
+            room -= len(self.filling(step))
+            if room < 0 or (is_short and any(job.will_share for job in self.filling(step + 1))):
+                return step
+        return steps
+
     def sparse_phases(self) -> Sequence[int]:
         """When they need blocks, in order, if that is seldom enough for jumping from one to the next."""
         size = self.block_tokens

@@ -48,10 +48,6 @@ __all__ = ["Engine"]
 _LONGEST_RUN = 1 << 30
 
 
-def _will_share(job: Job) -> bool:
-    return job.shared < len(job.hashes)
-
-
 @attrs.define(eq=False)
 class Engine:
     """One engine. All times are seconds on the caller's clock, and never go back.
@@ -228,30 +224,35 @@ class Engine:
             for job in needy:
                 job.held += 1
         self._fill_answers()
+        if run.reading is not None:
+            self._compute(run.reading, run.chunk)
 
     def _begin_all(self, run: Run, last: int) -> bool:
         """Begin all further steps of a run up to the last of some at once, if what they come to is the same.
 
-        They are steps of answers alone, and nothing is released between them: so blocks may be taken together, and
-        shared after that, unless one that is shared is there already and gives its place back.
+        Nothing is released between them: so blocks may be taken together, and shared after that, unless one that is
+        shared is there already and gives its place back.
         """
-        steps, decoding, blocks = last - run.begun, self._decoding, self._blocks
+        steps, decoding, blocks, reading = last - run.begun, self._decoding, self._blocks, run.reading
         if steps <= 0:
             return True
         first = decoding.step + run.begun - run.ended
-        sharing = [job for job in decoding.jobs if _will_share(job)]
-        if sharing and not blocks.are_new([job.hashes[job.shared] for job in sharing]):
+        sharing = [job for job in decoding.jobs if job.will_share]
+        new = [*sharing, reading] if reading is not None and reading.will_share else sharing
+        if new and not blocks.are_new([job.hashes[job.shared] for job in new]):
             return False
         blocks.take(decoding.grow(first, steps))
         for job in sharing:
             blocks.share(job, (job.computed + first + steps - job.since_step) // self.spec.block_tokens)
+        if reading is not None:
+            self._compute(reading, steps * run.chunk)
         run.begun = last
         return True
 
     def _end_each(self, run: Run, last: int) -> None:
         """Let steps of a run be over one by one, as whoever is told of blocks wants it."""
         decoding = self._decoding
-        phases = decoding.sparse_phases()
+        phases = () if run.reading is not None else decoding.sparse_phases()  # each step of a prompt takes blocks
         while run.ended < last:
             if run.begun == run.ended:
                 quiet = min(decoding.quiet_steps(phases), last - run.ended)
@@ -332,8 +333,35 @@ class Engine:
             self._is_short_of_blocks = False
             if self._waiting:
                 chunks.extend(self._admitted(budget - sum([tokens for _, tokens in chunks])))
-        self._run = self._timed(chunks, self._quiet_steps() if is_calm and not chunks else 1)
-        return self._run
+        self._run = run = self._timed(chunks, self._steps_alike() if is_calm and not chunks else 1)
+        if is_calm and len(chunks) == 1:
+            self._go_on_reading(run, *chunks[0])
+        return run
+
+    def _steps_alike(self) -> int:
+        return self._decoding.steps_alike(
+            self.longest_run, self._blocks.pool.available, is_short=self._is_short_of_blocks
+        )
+
+    def _go_on_reading(self, run: Run, job: Job, chunk: int) -> None:
+        """Let a prompt that takes all of the budget take it in further steps too, up to the one that has its end.
+
+        Nobody else is admitted in those; they end before an answer does. Whoever is told of blocks hears of each step.
+        """
+        if self._tells_all:
+            return
+        spec, decoding = self.spec, self._decoding
+        answers = len(decoding.jobs)
+        steps = min((job.target - job.computed - 1) // chunk, self.longest_run - 1)
+        if answers:
+            steps = min(steps, decoding.steps_to_end() - 1)
+        if steps <= 0 or chunk + answers < spec.token_budget:
+            return
+        size = spec.block_tokens
+        if -(-steps * chunk // size) + 1 + answers * -(-(steps + 1) // size) > self._blocks.pool.available:
+            return
+        run.steps, run.reading, run.chunk = 1 + steps, job, chunk
+        run.growth_s += chunk * chunk * spec.prefill_s_per_token_context / spec.speed
 
     def _timed(self, chunks: list[tuple[Job, int]], steps: int) -> Run:
         spec, decoding = self.spec, len(self._decoding.jobs)
@@ -349,23 +377,6 @@ class Engine:
             filled=[job for job, _ in chunks if job.computed == job.target] if chunks else (),
             begun=1,
         )
-
-    def _quiet_steps(self) -> int:
-        """Steps until a request ends, or blocks run short, or one that waits for blocks may find one shared."""
-        steps = min(self._decoding.steps_to_end(), self.longest_run)
-        size, decoding = self.spec.block_tokens, len(self._decoding.jobs)
-        if self._is_short_of_blocks or decoding * -(-steps // size) > self._blocks.pool.available:
-            steps = min(steps, self._steps_with_room(steps))
-        return steps
-
-    def _steps_with_room(self, most: int) -> int:
-        """Steps, after the first, for which there are blocks, and in which none is shared that another waits for."""
-        filling, room = self._decoding.filling, self._blocks.pool.available
-        for steps in range(1, most):
-            room -= len(filling(steps))
-            if room < 0 or (self._is_short_of_blocks and any(map(_will_share, filling(steps + 1)))):
-                return steps
-        return most
 
     def _continued(self, budget: int) -> Iterator[tuple[Job, int]]:
         """Chunks of the prefills under way."""
@@ -439,5 +450,5 @@ class Engine:
         """Share the blocks that decoding requests fill in the step that begins."""
         size, step = self.spec.block_tokens, self._decoding.step
         for job in self._decoding.filling():
-            if _will_share(job):
+            if job.will_share:
                 self._blocks.share(job, (job.computed + step - job.since_step + 1) // size)

@@ -76,6 +76,11 @@ class Job:
         """Tokens to compute before the next one can be sampled: after a preemption, the answer so far as well."""
         return self.prompt_tokens + self.generated
 
+    @property
+    def will_share(self) -> bool:
+        """True if it has yet to fill a block that others may find."""
+        return self.shared < len(self.hashes)
+
 
 @attrs.frozen
 class Started:

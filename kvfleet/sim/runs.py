@@ -22,6 +22,8 @@ class Run:
         steps: How many there are.
         filled: Requests whose prefill the only step completes.
         begun, ended: How many steps have begun and are over.
+        reading: The request whose prompt is computed in each of several steps; None if they compute answers alone.
+        chunk: Tokens of it in each.
     """
 
     start_s: float
@@ -31,6 +33,8 @@ class Run:
     filled: Sequence[Job]
     begun: int = 0
     ended: int = 0
+    reading: Job | None = None
+    chunk: int = 0
 
     def end_s(self, steps: int) -> float:
         """When so many steps are over."""

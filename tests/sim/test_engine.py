@@ -118,6 +118,19 @@ class TestTime:
         events = [event for event in run(one) if isinstance(event, Decoded)]
         assert [(event.at_s, event.tokens) for event in events] == [(1000.0, 999)]
 
+    def test_a_long_prompt_is_read_in_one_run_up_to_its_last_chunk(self) -> None:
+        """If nobody wants to hear of its blocks; who comes meanwhile waits for the step under way, as ever."""
+        one = engine(token_budget=10, max_running=4)
+        one.tells_all = False
+        long, later = job(45, 1), job(5, 1, family=2)
+        one.submit(long, 0.0)
+        assert (one.next_s(), one.advance(4.0), one.next_s()) == (4.0, [], 5.0)
+        one.submit(job(95, 1, family=3), 10.0)
+        assert one.next_s() == 19.0
+        one.submit(later, 11.5)
+        assert (one.next_s(), one.advance(12.0), one.next_s()) == (12.0, [], 19.0)
+        assert times(run(one), FirstToken) == [5.0, 20.0, 20.0]
+
     def test_asking_in_between_gives_each_token_its_time(self) -> None:
         """Advancing by `next_step_s` tells of every step of the same run."""
         one = engine()
