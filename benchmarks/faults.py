@@ -153,16 +153,17 @@ class Result:
 
 async def _is_alive(url: str, within_s: float, process: subprocess.Popen[bytes], tongue: Tongue) -> bool:
     """True once the gateway answers two plain requests, one after the other."""
-    until, good = time.monotonic() + within_s, 0
+    until, good, has_path = time.monotonic() + within_s, 0, False
     while time.monotonic() < until and process.poll() is None:
         heard = await ask(url, stream=False, deadline_s=5.0, tongue=tongue)
-        if heard.status in _NO_SUCH_PATH:
-            raise NotHereError(f"has no {tongue.path}")
+        has_path = has_path or heard.status not in (0, *_NO_SUCH_PATH)
         good = good + 1 if heard.status == 200 else 0
         if good == 2:
             return True
         if not good:
             await asyncio.sleep(0.3)
+    if not has_path:  # some say 404 for as long as they know of no engine
+        raise NotHereError(f"never had {tongue.path}")
     return False
 
 

@@ -12,7 +12,8 @@ Responses, to engines that speak each and to engines that speak chat alone:
 - *aborts*: each is given up in one of nine phases (``tests/gateway/test_aborts.py``).
 - *reloads*: the fleet file changes again and again while twelve clients ask on, whole and streamed, on connections
   that they keep and on new ones; every answer must be right.
-- *stops*: SIGTERM while twenty-four such clients ask; each must get whole answers until it is refused.
+- *stops*: SIGTERM while twenty-four such clients ask; each must get whole answers until it is refused, or until it has
+  been silent for a second on a connection that it keeps, as it may be where this process gets too little CPU.
 
 After the first three all must be at rest again: requests in flight, the queue, what is held of budgets, the engines'
 connections and the files that each worker has open. Exit status 1 if anything was not as it should be.
@@ -58,7 +59,9 @@ PATIENT = 10**9
 HELD = ("kvfleet_in_flight_requests", "kvfleet_queue_depth", "kvfleet_queued_prompt_tokens")
 REST_S = 60.0
 TENANT = {"X-Tenant": "t"}
-ANSWERED, REFUSED = "answered", "refused"
+ANSWERED, REFUSED, SILENT = "answered", "refused", "closed after a second of silence"
+SILENCE_S = 1.0
+"""A gateway that stops closes connections on which nothing comes for so long (docs/how-to/operate.md)."""
 
 
 # The gateway ---------------------------------------------------------------------------------------------------------
@@ -266,7 +269,7 @@ async def stops(workers: int, options: argparse.Namespace) -> AsyncIterator[Told
                 one.process.process.send_signal(signal.SIGTERM)
             codes[await asyncio.wait_for(one.process.process.wait(), 120)] += 1
             ends += sum((caller.ends for caller in callers), Counter[str]())
-    wrong = [f"{count} {end}" for end, count in ends.items() if end not in (ANSWERED, REFUSED)]
+    wrong = [f"{count} {end}" for end, count in ends.items() if end not in (ANSWERED, REFUSED, SILENT)]
     wrong += [f"{count} ended with {code}" for code, count in codes.items() if code]
     yield Told("stops", workers, {"stops": options.stops, "requests": dict(ends)}, wrong)
 
@@ -307,6 +310,7 @@ class Caller:
     keeps: bool
     ends: Counter[str] = attrs.field(factory=Counter)
     is_over: bool = False
+    _said_s: float = 0.0
 
     async def run(self) -> None:
         """Ask until told to stop, or nobody listens any more."""
@@ -319,12 +323,14 @@ class Caller:
 
     async def _ask(self, client: httpx.AsyncClient, name: str, tongue: Tongue, *, stream: bool) -> str:
         body = {**tongue.ask, "model": name, "stream": stream}
+        was_silent = self.keeps and bool(self._said_s) and time.monotonic() - self._said_s > SILENCE_S
         try:
             answer = await client.post(tongue.path, json=body, headers=TENANT)
         except httpx.ConnectError as error:
             return REFUSED if is_refusal(error) else repr(error)
         except httpx.HTTPError as error:
-            return repr(error)
+            return SILENT if was_silent else repr(error)
+        self._said_s = time.monotonic()
         heard = Heard(answer.status_code, "clean", answer.content)
         is_seen = tongue is not CHAT and heard.status == 200
         made = await made_of(tongue, heard.body, stream=stream) if is_seen else None
