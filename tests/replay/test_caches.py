@@ -9,6 +9,7 @@ import attrs
 import pytest
 
 from kvfleet.config.caching import KVEventsConfig
+from kvfleet.config.expand import expand
 from kvfleet.config.schema import CacheAffinityConfig, FleetConfig
 from kvfleet.config.simulation import EngineOptions, SimulatedFleet
 from kvfleet.plugin.contract import RouteRequest
@@ -21,7 +22,11 @@ SMALL = SimulatedFleet(default=EngineOptions(cache_tokens=40_000))
 
 
 def expectations(config: FleetConfig, tells: bool | None, simulated: SimulatedFleet = SMALL) -> dict[str, list[float]]:
-    """By how many tokens the expectation for the served replica was wrong, by how its cache was known."""
+    """By how many tokens the expectation for the served replica was wrong, by how its cache was known.
+
+    The pipeline is written out, so that what nobody reads is found out too.
+    """
+    config = attrs.evolve(config, pipeline=expand(config))
     run = replayed(shared_prefix(300, prompts=40, rate_per_s=4.0), config, fleet=simulated, tells=tells)
     traces: dict[str, Trace] = {}
     dispatch = run.router.dispatch
