@@ -257,7 +257,7 @@ async def _reload(one: Gateway, data: Mapping[str, Any], engines: Site, number: 
 
 async def stops(workers: int, options: argparse.Namespace) -> AsyncIterator[Told]:
     """SIGTERM under load."""
-    ends, codes = Counter[str](), Counter[int]()
+    ends, codes, pauses = Counter[str](), Counter[int](), list[float]()
     for number in range(options.stops):
         async with _serving_slowly(workers) as (one, _, _):
             callers = [Caller(one.url, keeps=index % 2 == 0) for index in range(24)]
@@ -267,11 +267,22 @@ async def stops(workers: int, options: argparse.Namespace) -> AsyncIterator[Told
                 while sum(caller.ends.total() for caller in callers) < 100 + 7 * number:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.01)
                 one.process.process.send_signal(signal.SIGTERM)
+                pauses.append(await _longest_pause_s(2 * SILENCE_S))
             codes[await asyncio.wait_for(one.process.process.wait(), 120)] += 1
             ends += sum((caller.ends for caller in callers), Counter[str]())
     wrong = [f"{count} {end}" for end, count in ends.items() if end not in (ANSWERED, REFUSED, SILENT)]
     wrong += [f"{count} ended with {code}" for code, count in codes.items() if code]
-    yield Told("stops", workers, {"stops": options.stops, "requests": dict(ends)}, wrong)
+    figures = {"stops": options.stops, "requests": dict(ends), "longest pause of the clients, s": max(pauses)}
+    yield Told("stops", workers, figures, wrong)
+
+
+async def _longest_pause_s(within_s: float) -> float:
+    """How long this process stood still at most; clients that do so for a second find connections closed."""
+    longest_s, until_s = 0.0, time.monotonic() + within_s
+    while (before_s := time.monotonic()) < until_s:
+        await asyncio.sleep(0.01)
+        longest_s = max(longest_s, time.monotonic() - before_s - 0.01)
+    return round(longest_s, 2)
 
 
 @contextlib.asynccontextmanager
