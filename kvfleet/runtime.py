@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +18,7 @@ from kvfleet.adapters.base import (
     InferenceAdapter,
 )
 from kvfleet.adapters.connections import Connections
+from kvfleet.background import until_cancelled
 from kvfleet.builtin.facts import PROMPT, PromptFacts
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.config.expand import default_data_class
@@ -48,6 +49,8 @@ from kvfleet.trace.spans import Span, SpanKind
 from kvfleet.turns import Steps, at_once, in_turns
 
 __all__ = ["Dispatch", "RouteStream", "Router"]
+
+_version = cache(version)
 
 
 class Router(Conversations):
@@ -101,7 +104,7 @@ class Router(Conversations):
         self._ratings = Ratings(self.pipeline.components, self.services.metrics)
         self.services.rate, self.services.annotate = self._ratings.rate, self._annotate
         self._wants_content = any(getattr(one, "wants_content", False) for one in self.pipeline.components)
-        self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, version("kvfleet"))
+        self.services.metrics.set_fleet_info(config.fleet_name, self.pipeline.select.name, _version("kvfleet"))
         modes = partial(cache_mode, pipeline=self.pipeline, services=self.services)
         show_caches(self.services.metrics, self.services.caches, self.models, lambda model: modes(model)[0])
         self.connections: Connections = Connections() if before is None else before.connections
@@ -209,9 +212,9 @@ class Router(Conversations):
         if self.lag is not None:
             self.lag.start()
         async with anyio.create_task_group() as group:
-            group.start_soon(self._observing.run)
+            group.start_soon(until_cancelled, self._observing.run)
             if self._polls:
-                group.start_soon(self._turn.take, self._watching.run)
+                group.start_soon(until_cancelled, self._turn.take, self._watching.run)
             started.set()
             await self._stop.wait()
             group.cancel_scope.cancel()

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent / "kvfleet"
 # Lowest first. The longest matching prefix decides; folders on one floor may not import each other unless listed so.
 FLOORS = (
     (
+        "kvfleet.background",
         "kvfleet.clock",
         "kvfleet.money",
         "kvfleet.sqlite",

@@ -89,14 +89,17 @@ def parse_yaml(text: str, *, file: str = "") -> Parsed:
         text: The document.
         file: Its name, for findings.
     """
-    builder = _Builder(file)
+    builder, yaml = _Builder(file), YAML(typ="safe", pure=True)
     try:
-        for event in YAML(typ="safe", pure=True).parse(text.removeprefix("\ufeff")):
+        for event in yaml.parse(text.removeprefix("\ufeff")):
             builder.feed(event)
     except _TooMuchError as error:
         return Parsed(None, Origin(file), (*builder.findings, error.finding), is_yaml=False)
     except YAMLError as error:
         return Parsed(None, Origin(file), (*builder.findings, _syntax(error, text, file)), is_yaml=False)
+    finally:
+        for part in (yaml.parser, yaml):  # which know each other, and only the garbage collector could free them
+            vars(part).clear()
     if file:
         builder.positions.setdefault((), (1, 1))  # of an empty text
     origin = Origin(file, builder.positions)

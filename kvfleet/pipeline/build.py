@@ -51,6 +51,8 @@ def check(config: FleetConfig, table: ComponentTable) -> list[Finding]:
     findings += _check_strategies(config, _strategies(config, table, built), table)
     services = Services(models=config.models, find=table.get)
     findings += _provision(config, [entry.instance for entry in built], services, _places(config, built))
+    services.metrics.forget()  # it and the components know each other, which only the garbage collector could free
+    services.let_go()
     return findings + list(table.lint(config))
 
 

@@ -8,6 +8,7 @@ import anyio
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.background import until_cancelled
 from kvfleet.config.schema import FleetConfig
 from kvfleet.plugin.component import Services
 from kvfleet.telemetry.collector import Collector
@@ -52,6 +53,7 @@ class Watching:
         """Ask and listen until cancelled."""
         services = self.services
         async with anyio.create_task_group() as group:
-            group.start_soon(self.collector.run)
-            group.start_soon(Outliers(services.health, services.load, self.config.health.outlier_detection).run)
-            group.start_soon(self.caches.run)
+            outliers = Outliers(services.health, services.load, self.config.health.outlier_detection)
+            group.start_soon(until_cancelled, self.collector.run)
+            group.start_soon(until_cancelled, outliers.run)
+            group.start_soon(until_cancelled, self.caches.run)

@@ -10,6 +10,7 @@ import anyio
 import attrs
 
 from kvfleet.adapters.base import EndpointHealth, EngineLoad, InferenceAdapter
+from kvfleet.background import until_cancelled
 from kvfleet.clock import Clock, SystemClock
 from kvfleet.telemetry.health import HealthManager
 from kvfleet.telemetry.load import FleetLoad
@@ -75,8 +76,8 @@ class Collector:
         pause_s = max(self.load_interval_s, len(origins) / _MOST_READINGS_PER_S)
         async with anyio.create_task_group() as group:
             for endpoint, adapter in origins.items():
-                group.start_soon(self._keep_checking, endpoint, adapter)
-                group.start_soon(self._keep_reading, endpoint, adapter, pause_s)
+                group.start_soon(until_cancelled, self._keep_checking, endpoint, adapter)
+                group.start_soon(until_cancelled, self._keep_reading, endpoint, adapter, pause_s)
 
     async def collect_once(self) -> None:
         """Ask every engine once for its health and load, all at the same time."""

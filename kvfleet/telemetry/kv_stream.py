@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 import attrs
 
+from kvfleet.background import until_cancelled
 from kvfleet.cache.kv_sequence import EventStream
 from kvfleet.errors import ComponentError
 
@@ -80,10 +81,10 @@ class EventReader:
                 await self._open()
             self._wake()
             async with anyio.create_task_group() as group:
-                group.start_soon(self._watch)
-                group.start_soon(self._listen)
-                group.start_soon(self._ask)
-                group.start_soon(self._tick)
+                group.start_soon(until_cancelled, self._watch)
+                group.start_soon(until_cancelled, self._listen)
+                group.start_soon(until_cancelled, self._ask)
+                group.start_soon(until_cancelled, self._tick)
         except Exception:
             self.close()
             raise

@@ -10,6 +10,7 @@ import anyio
 import attrs
 
 from kvfleet.adapters.base import InferenceAdapter
+from kvfleet.background import until_cancelled
 from kvfleet.cache.knowledge import CacheKnowledge, Source
 from kvfleet.cache.kv_drain import EventDrain
 from kvfleet.cache.kv_sequence import EventStream
@@ -57,10 +58,10 @@ class CacheWatch:
         if self._context is None and any(source.settings.source == "zmq" for source in self.knowledge.sources):
             self._context = zmq_context()
         async with anyio.create_task_group() as group:
-            group.start_soon(self._compare)
+            group.start_soon(until_cancelled, self._compare)
             for source in self.knowledge.sources:
                 for at, state in enumerate(source.states):
-                    group.start_soon(self._keep, source, state, at)
+                    group.start_soon(until_cancelled, self._keep, source, state, at)
 
     def inherit(self, before: CacheWatch) -> None:
         """Go on with another one's subscriptions, to the engines whose state the knowledge here has inherited.

@@ -164,6 +164,33 @@ async def test_what_a_reload_replaces_is_freed_without_the_garbage_collector(tmp
             gc.enable()
 
 
+async def test_a_reload_leaves_no_rings_behind(tmp_path: Path) -> None:
+    """The garbage collector passes over what lives as long as a fleet, its background work too: rings of it are lost.
+
+    Whatever one is found after reloads, it is of other making than ours: a client's, say.
+    """
+    async with reloadable(tmp_path, fleet("a", "b")) as one:
+        assert (await one.reload()).status_code == 200
+        gone = weakref.ref(one.serving.router.pipeline)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                assert (await one.reload()).status_code == 200
+            last = weakref.ref(one.serving.router.pipeline)
+            assert (await one.reload()).status_code == 200
+            await until(lambda: gone() is None and last() is None)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            found = {f"{type(part).__module__}.{type(part).__qualname__}" for part in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    ours = ("kvfleet.", "ruamel.", "builtins.frame", "_asyncio.Task", "importlib.")
+    assert [kind for kind in sorted(found) if kind.startswith(ours)] == []
+
+
 async def test_what_holds_itself_is_left_to_the_garbage_collector(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
