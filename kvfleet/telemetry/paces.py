@@ -19,6 +19,12 @@ __all__ = ["MOMENT_S", "Paces", "mixed"]
 MOMENT_S = 0.02
 """How long rates are used before what was learned meanwhile is looked at: answers come by the thousand a second."""
 _WEIGHT_OF_NEW = 0.2
+_LEAST_OWN = 0.5
+"""Share of a time in which prompts were computed that is theirs, however slow steps of answers beside them seem.
+
+At a start under more load than engines can do, steps seem five times as slow as they are, because prompts hold them up.
+Taken off in full, that leaves nothing for the prompts: they then seem to be free, queues too, and nothing mends it.
+"""
 _USUAL_ANSWER = 256.0
 _WELL_KNOWN = 64
 """Answers of a replica from which on one in a moment is learned from."""
@@ -92,7 +98,7 @@ class Paces:
         pace, prompts, rates = self._pace(known), busy.prompts, self.rates(known)
         self._has_streams = True
         under_way_s = rates.under_way_s(busy.decoding) if busy.was_idle else 0.0
-        seconds = max(took_s - under_way_s - rates.step_each_s * prompts.beside, 0.0)
+        seconds = max(took_s - under_way_s - rates.step_each_s * prompts.beside, _LEAST_OWN * took_s)
         pace.learn_first_bytes(seconds / pace.relative(known.speed), prompts, was_idle=busy.was_idle)
         if pace.is_known:
             pace.compare(known.speed, seconds, pace.expected_first_bytes_s(prompts, was_idle=busy.was_idle))

@@ -282,6 +282,31 @@ def test_steps_of_decoding_are_learned_with_the_batch(load: FleetLoad, clock: Fr
     assert (rates.step_s, rates.step_each_s) == pytest.approx((0.010, 0.001), rel=0.15)
 
 
+def test_answers_beside_never_account_for_all_of_a_prompts_time(load: FleetLoad, clock: FrozenClock) -> None:
+    """Steps that a crowd of prompts held up look slow; were more taken off than there is, prompts would seem free."""
+    for together in (0, 4, 1, 8):
+        others = [load.started(A1.id) for _ in range(together)]
+        for other in others:
+            load.first_byte(other, 0.0)
+        one = load.started(A1.id)
+        load.first_byte(one, 0.0)
+        clock.advance(0.2 * (1 + together) * 9)
+        load.finished(one, 1.0, True, 10)
+        for other in others:
+            load.finished(other, 1.0, False)
+    others = [load.started(A1.id) for _ in range(8)]
+    for other in others:
+        load.first_byte(other, 0.0)
+    for _ in range(20):
+        prompt = load.started(A1.id, Work(1000))
+        clock.advance(0.5)
+        load.first_byte(prompt, 0.5)
+        load.finished(prompt, 0.5, False)
+    for other in others:
+        load.finished(other, 1.0, False)
+    assert 0.05 < waits(load, clock, 1000)[0] <= 0.5
+
+
 def test_an_old_measurement_is_forgotten(load: FleetLoad, clock: FrozenClock) -> None:
     """A replica that was slow once, and was avoided since, is tried again."""
     for _ in range(6):
