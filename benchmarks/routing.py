@@ -304,7 +304,8 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps(kept, indent=1) + "\n")
     ordered = {name: kept[name] for name in SETTINGS if name in kept}
-    show_summary({name: figures_of(one) for name, one in ordered.items() if len(one["pipelines"]) > 1})
+    every = {name: figures_of(one) for name, one in ordered.items()}
+    show_summary({name: one for name, one in every.items() if OURS in one and one.keys() - {OURS, SAME_ESTIMATE}})
     for name, one in ordered.items():
         show_setting(name, one)
 
