@@ -77,7 +77,9 @@ def plugins(session: nox.Session) -> None:
     session.run("kvfleet", "plugins")
     fresh = Path(session.create_tmp()).resolve() / "skeleton"
     shutil.rmtree(fresh, ignore_errors=True)
-    for kind in ("strategy", "filter", "scorer", "classifier"):
+    kinds = ("strategy", "filter", "scorer", "classifier")
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", *(f"kvfleet-demo-{kind}" for kind in kinds))
+    for kind in kinds:
         name = f"demo-{kind}"
         session.run("kvfleet", "plugins", "new", name, "--kind", kind, "--path", str(fresh))
         (project,) = [path for path in fresh.iterdir() if path.name.endswith(name)]
