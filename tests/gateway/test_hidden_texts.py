@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +16,7 @@ from kvfleet.config.models import ModelCapabilities
 from kvfleet.config.schema import FleetConfig, ModelConfig, PolicyConfig, StageConfig, TelemetryConfig, TraceStoreConfig
 from kvfleet.gateway.server import running
 from kvfleet.runtime import Router
-from tests.gateway.upstream import upstream, whole
+from tests.gateway.upstream import Upstream, upstream, whole
 
 SSN = "123-45-6789"
 QUIET = TelemetryConfig(trace_store=TraceStoreConfig(enabled=False))
@@ -74,10 +75,9 @@ PLACES: Mapping[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("redacts", [False, True])
-async def test_a_model_that_is_not_private_sees_none(place: str, redacts: bool) -> None:
-    """The policy keeps the request on a private model, or redaction takes the value out."""
+@asynccontextmanager
+async def guarded(*, redacts: bool) -> AsyncIterator[tuple[httpx.AsyncClient, Upstream]]:
+    """A client of a gateway that keeps personal data from a public model, which is better; and that model's engine."""
     async with upstream(ANSWER) as cloud, upstream(ANSWER) as house:
         public = ModelConfig(name="cloud", endpoint=cloud.url, private=False, quality_score=0.9, capabilities=ABLE)
         own = ModelConfig(name="house", endpoint=house.url, private=True, quality_score=0.1, capabilities=ABLE)
@@ -88,12 +88,20 @@ async def test_a_model_that_is_not_private_sees_none(place: str, redacts: bool) 
         )
         router = Router(config, polls=False)
         async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
-            for sent in (chat(), PLACES[place]):
-                answer = await client.post("/v1/chat/completions", content=sent)
-                assert answer.status_code == 200
-        assert len(cloud.requests) >= 1
-        seen = b"".join(cloud.requests)
-        assert not any(one.encode() in seen for one in (SSN, SSN.replace("-", "%2D"), FILE))
+            yield client, cloud
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("redacts", [False, True])
+async def test_a_model_that_is_not_private_sees_none(place: str, redacts: bool) -> None:
+    """The policy keeps the request on a private model, or redaction takes the value out."""
+    async with guarded(redacts=redacts) as (client, cloud):
+        for sent in (chat(), PLACES[place]):
+            answer = await client.post("/v1/chat/completions", content=sent)
+            assert answer.status_code == 200
+    assert len(cloud.requests) >= 1
+    seen = b"".join(cloud.requests)
+    assert not any(one.encode() in seen for one in (SSN, SSN.replace("-", "%2D"), FILE))
 
 
 @pytest.mark.parametrize("field", ["Model", "MESSAGES", "Stream", "me\u017f\u017fages"])
@@ -140,18 +148,9 @@ NATIVE: Mapping[str, tuple[str, dict[str, Any]]] = {
 async def test_files_of_other_apis_are_looked_into(place: str, redacts: bool) -> None:
     """Anthropic's and the Responses' files are those of a chat."""
     path, body = NATIVE[place]
-    async with upstream(ANSWER) as cloud, upstream(ANSWER) as house:
-        public = ModelConfig(name="cloud", endpoint=cloud.url, private=False, quality_score=0.9, capabilities=ABLE)
-        own = ModelConfig(name="house", endpoint=house.url, private=True, quality_score=0.1, capabilities=ABLE)
-        config = (
-            FleetConfig(models=(public,), pipeline=REDACTING, telemetry=QUIET)
-            if redacts
-            else FleetConfig(models=(public, own), policy=PII, strategy="quality_first", telemetry=QUIET)
-        )
-        router = Router(config, polls=False)
-        async with running(config, router=router) as serving, httpx.AsyncClient(base_url=serving.url) as client:
-            answer = await client.post(path, json=body)
-            assert answer.status_code == 200, answer.text
+    async with guarded(redacts=redacts) as (client, cloud):
+        answer = await client.post(path, json=body)
+        assert answer.status_code == 200, answer.text
     seen = b"".join(cloud.requests)
     assert (b"POST" in seen) == redacts
     assert not any(one.encode() in seen for one in (SSN, FILE))

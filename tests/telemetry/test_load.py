@@ -12,7 +12,7 @@ from kvfleet.adapters.base import EngineLoad
 from kvfleet.clock import FrozenClock
 from kvfleet.config.schema import ModelConfig
 from kvfleet.telemetry.load import FleetLoad
-from kvfleet.telemetry.reservations import Work
+from kvfleet.telemetry.reservations import Reservation, Work
 
 
 def replica(name: str, endpoint: str, p50_ms: float = 500) -> ModelConfig:
@@ -47,6 +47,23 @@ def stream(load: FleetLoad, clock: FrozenClock, model: ModelConfig, ttfb_s: floa
     load.first_byte(one, ttfb_s)
     clock.advance(ttfb_s)
     load.finished(one, ttfb_s * 2, True, 10)
+
+
+def begun(load: FleetLoad, count: int) -> list[Reservation]:
+    """So many answers that are being written from now on."""
+    found = [load.started(A1.id) for _ in range(count)]
+    for one in found:
+        load.first_byte(one, 0.0)
+    return found
+
+
+def written(load: FleetLoad, clock: FrozenClock, together: int, step_s: float, tokens: int) -> None:
+    """An answer whose tokens come so long after each other, written together with so many others."""
+    *others, one = begun(load, together + 1)
+    clock.advance(step_s * (tokens - 1))
+    load.finished(one, 1.0, True, tokens)
+    for other in others:
+        load.finished(other, 1.0, False)
 
 
 def whole(load: FleetLoad, clock: FrozenClock, model: ModelConfig, duration_s: float, tokens: int = 10) -> None:
@@ -268,15 +285,7 @@ def test_without_streams_the_length_of_answers_is_told_from_the_wait_for_them(
 def test_steps_of_decoding_are_learned_with_the_batch(load: FleetLoad, clock: FrozenClock) -> None:
     """Ten milliseconds alone, and one more for each other request."""
     for together in (0, 4, 1, 8, 2) * 6:
-        others = [load.started(A1.id) for _ in range(together)]
-        for other in others:
-            load.first_byte(other, 0.0)
-        one = load.started(A1.id)
-        load.first_byte(one, 0.0)
-        clock.advance(0.001 * (10 + together) * 99)
-        load.finished(one, 1.0, True, 100)
-        for other in others:
-            load.finished(other, 1.0, False)
+        written(load, clock, together, 0.001 * (10 + together), 100)
     rates = load.rates(A1.id)
     assert rates is not None
     assert (rates.step_s, rates.step_each_s) == pytest.approx((0.010, 0.001), rel=0.15)
@@ -285,18 +294,8 @@ def test_steps_of_decoding_are_learned_with_the_batch(load: FleetLoad, clock: Fr
 def test_answers_beside_never_account_for_all_of_a_prompts_time(load: FleetLoad, clock: FrozenClock) -> None:
     """Steps that a crowd of prompts held up look slow; were more taken off than there is, prompts would seem free."""
     for together in (0, 4, 1, 8):
-        others = [load.started(A1.id) for _ in range(together)]
-        for other in others:
-            load.first_byte(other, 0.0)
-        one = load.started(A1.id)
-        load.first_byte(one, 0.0)
-        clock.advance(0.2 * (1 + together) * 9)
-        load.finished(one, 1.0, True, 10)
-        for other in others:
-            load.finished(other, 1.0, False)
-    others = [load.started(A1.id) for _ in range(8)]
-    for other in others:
-        load.first_byte(other, 0.0)
+        written(load, clock, together, 0.2 * (1 + together), 10)
+    others = begun(load, 8)
     for _ in range(20):
         prompt = load.started(A1.id, Work(1000))
         clock.advance(0.5)
